@@ -1,0 +1,365 @@
+"""
+A causal Llama-style transformer that writes an image token by token.
+
+An image becomes a sequence by reading its grid of tokens row by row. The chain rule is then exact,
+
+    p(x_1 ... x_T | c) = prod_t p(x_t | c, x_1 ... x_{t-1}),
+
+and a causal transformer computes all T factors in one pass. This is LlamaGen (https://arxiv.org/abs/2406.06525) when
+the tokens are ids and the head is a softmax, and GIVT-Causal (https://arxiv.org/abs/2312.02116) when they are real
+vectors and the head a Gaussian mixture: only the input line and the head differ. The condition c (a class) is a token
+in front. While sampling, a KV cache keeps every earlier key and value, so a new token costs one row and not T.
+
+Shapes:  B batch, T tokens, D numbers in a token or V ids, C width (n_embd), P prefix tokens, S = P + T - 1
+
+    cond (B,) --Embedding--> (B, P, C) --cat--> (B, S, C) --n_layer Blocks--> h (B, T, C) --head--> p(x_t | h_t)
+    tokens (B, T, D) --Linear--> (B, T - 1, C) --^               (position t predicts token t)
+
+    python ar_transformer.py   # exact optimum, samples, surprise; writes ar_transformer.png; about 1 minute on 2 cores
+
+Try it yourself:
+  1. Let the model see the future: is_causal=False in Attention. The loss falls to nothing. What do samples look like?
+  2. Set rope_base to 1e9: every pair but the first stops turning. What does the nll of bars-and-stripes become?
+  3. Sample with use_cache=False and time it against the default for --image_size 8 and 16.
+"""
+import argparse
+import math
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+SIZES = {
+    "tiny": dict(n_layer=4, n_head=4, n_embd=128),
+    "small": dict(n_layer=6, n_head=4, n_embd=192),          # the default on a CPU
+    "medium": dict(n_layer=12, n_head=6, n_embd=384),        # the default on a GPU
+    "gpt-b": dict(n_layer=12, n_head=12, n_embd=768),        # LlamaGen's sizes
+    "gpt-l": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt-xl": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt-xxl": dict(n_layer=48, n_head=24, n_embd=1536),
+    "gpt-3b": dict(n_layer=24, n_head=32, n_embd=3200),
+}
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32. (Zhang & Sennrich 2019)"""
+
+    def __init__(self, n_embd, eps=1e-5):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(n_embd))
+
+    def forward(self, x):                                   # (..., C) -> (..., C)
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return y.type_as(x) * self.weight
+
+
+def rope_table(grid, head_dim, prefix, base=10000.0):
+    """Rotary angles for a prefix and a grid of tokens: -> (P + T, head_dim / 2, 2) holding cos and sin.
+
+    The head_dim / 2 pairs are shared out among the axes of the grid: for (rows, cols) the first half turns with the
+    row, the second with the column (LlamaGen). Prefix tokens stand at the origin of every axis and do not turn.
+    """
+    axes = len(grid)
+    pairs = [head_dim // 2 // axes + (a < head_dim // 2 % axes) for a in range(axes)]
+    places = torch.cartesian_prod(*[torch.arange(n).float() for n in grid]).view(-1, axes)  # (T, axes)
+    angles = torch.cat([places[:, a:a + 1] * base ** (-torch.arange(n) / n) for a, n in enumerate(pairs)], 1)
+    angles = torch.cat([torch.zeros(prefix, head_dim // 2), angles])                        # (P + T, head_dim / 2)
+    return torch.stack([angles.cos(), angles.sin()], -1)
+
+
+def rotate(x, rope):
+    """Turn each pair (x_2k, x_2k+1) by its angle: x (B, S, n_head, head_dim), rope (S, head_dim / 2, 2) -> like x.
+
+    (a, b) -> (a cos - b sin, b cos + a sin). The product q . k then depends on the difference of positions only.
+    """
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                                      # (B, S, n_head, head_dim/2)
+    cos, sin = rope[:, None].unbind(-1)                                                     # (S, 1, head_dim/2)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and an optional KV cache."""
+
+    def __init__(self, n_embd, n_head, dropout=0.0):
+        super().__init__()
+        self.n_head, self.dropout = n_head, nn.Dropout(dropout)
+        self.wqkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
+        self.wo = nn.Linear(n_embd, n_embd, bias=False)
+
+    def forward(self, x, rope, cache=None, start=0):
+        """x (B, S, C) -> (B, S, C). With cache (2, B, n_head, P + T, head_dim), x are the rows start .. start + S - 1:
+        their keys and values are written into it, and earlier ones are read from it. S > 1 only at start 0."""
+        B, S, C = x.shape
+        q, k, v = self.wqkv(x).view(B, S, 3, self.n_head, C // self.n_head).unbind(2)       # (B, S, n_head, head_dim)
+        q, k, v = (y.transpose(1, 2) for y in (rotate(q, rope), rotate(k, rope), v))        # (B, n_head, S, head_dim)
+        if cache is not None:
+            cache[0, :, :, start:start + S] = k
+            cache[1, :, :, start:start + S] = v
+            k, v = cache[:, :, :, :start + S].type_as(q)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=S > 1)                        # softmax(q k^T / sqrt(d)) v
+        return self.dropout(self.wo(y.transpose(1, 2).reshape(B, S, C)))
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x), two thirds of the usual 4C wide so that it costs the same as a plain MLP."""
+
+    def __init__(self, n_embd, dropout=0.0, multiple_of=64):
+        super().__init__()
+        hidden = -(-int(8 * n_embd / 3) // multiple_of) * multiple_of
+        self.w1, self.w3 = (nn.Linear(n_embd, hidden, bias=False) for _ in range(2))
+        self.w2, self.dropout = nn.Linear(hidden, n_embd, bias=False), nn.Dropout(dropout)
+
+    def forward(self, x):                                   # (..., C) -> (..., C)
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, n_embd, n_head, dropout=0.0):
+        super().__init__()
+        self.norm1, self.attn = RMSNorm(n_embd), Attention(n_embd, n_head, dropout)
+        self.norm2, self.mlp = RMSNorm(n_embd), SwiGLU(n_embd, dropout)
+
+    def forward(self, x, rope, cache=None, start=0):        # (B, S, C) -> (B, S, C)
+        x = x + self.attn(self.norm1(x), rope, cache, start)
+        return x + self.mlp(self.norm2(x))
+
+
+class CategoricalHead(nn.Module):
+    """p(id | h) as a softmax over a vocabulary. Starts at zero, so the first loss is exactly ln V."""
+
+    def __init__(self, n_embd, vocab_size):
+        super().__init__()
+        self.proj = nn.Linear(n_embd, vocab_size, bias=False)
+        nn.init.zeros_(self.proj.weight)
+
+    def logits(self, h):                                    # (..., C) -> (..., V), float32
+        return self.proj(h).float()
+
+    def loss(self, h, x):
+        """Cross-entropy in nats per token, not reduced: h (..., C), x (...) int64 -> (...)."""
+        logits = self.logits(h)
+        return F.cross_entropy(logits.flatten(0, -2), x.flatten(), reduction="none").view(x.shape)
+
+    @torch.no_grad()
+    def sample(self, h, h_uncond=None, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0):
+        """Draw one id per position: h (..., C) -> ids (...) int64, log p (...) under the distribution drawn from.
+
+        Guidance mixes logits: u + cfg * (c - u). Then temperature, then the top_k likeliest ids (0: all), then the
+        smallest set whose probability reaches top_p (LlamaGen's order).
+        """
+        logits = self.logits(h)
+        if h_uncond is not None and cfg != 1.0:
+            logits_u = self.logits(h_uncond)
+            logits = logits_u + cfg * (logits - logits_u)
+        logits = logits / max(temperature, 1e-5)
+        if top_k:
+            kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
+            logits = logits.masked_fill(logits < kth, -math.inf)
+        if top_p < 1:
+            p, index = logits.softmax(-1).sort(-1, descending=True)
+            drop = (p.cumsum(-1) - p >= top_p).scatter(-1, index, p.cumsum(-1) - p >= top_p)
+            logits = logits.masked_fill(drop, -math.inf)
+        log_p = logits.log_softmax(-1)                                                      # (..., V)
+        ids = torch.multinomial(log_p.exp().flatten(0, -2), 1).view(log_p.shape[:-1])
+        return ids, log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+class ARTransformer(nn.Module):
+    """p(tokens | class) for tokens in raster order. Give vocab_size for ids or token_dim for real vectors."""
+
+    def __init__(self, head, seq_len, num_classes, token_dim=None, vocab_size=None, grid=None, n_layer=6, n_head=4,
+                 n_embd=192, dropout=0.0, label_drop=0.1, rope_base=10000.0):
+        super().__init__()
+        side = math.isqrt(seq_len)
+        grid = tuple(grid or ((side, side) if side * side == seq_len else (seq_len,)))
+        if math.prod(grid) != seq_len:
+            raise ValueError(f"grid {grid} holds {math.prod(grid)} tokens, not seq_len = {seq_len}")
+        if n_embd % n_head or n_embd // n_head % 2:
+            raise ValueError(f"n_embd {n_embd} over n_head {n_head} must be an even head width")
+        self.seq_len, self.num_classes, self.token_dim, self.vocab_size = seq_len, num_classes, token_dim, vocab_size
+        self.n_prefix, self.n_head, self.label_drop = 1, n_head, label_drop
+        self.tok_embed = nn.Embedding(vocab_size, n_embd) if vocab_size else nn.Linear(token_dim, n_embd)
+        self.cls_embed = nn.Embedding(num_classes + 1, n_embd)                              # the last row: "no class"
+        self.pos_embed = nn.Parameter(torch.zeros(seq_len, n_embd))                         # absolute places, as in GIVT
+        self.blocks = nn.ModuleList([Block(n_embd, n_head, dropout) for _ in range(n_layer)])
+        self.norm = RMSNorm(n_embd)
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("rope", rope_table(grid, n_embd // n_head, self.n_prefix, rope_base), persistent=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(self.pos_embed, std=0.02)
+        self.head = head                                    # last, so that it keeps its own initialisation
+
+    def embed(self, tokens, start=0):
+        """tokens (B, n[, D]) standing at start .. start + n - 1 -> (B, n, C). The line that knows the token type."""
+        return self.tok_embed(tokens) + self.pos_embed[start:start + tokens.shape[1]]
+
+    def prefix(self, cond):
+        """cond (B,) int64 labels, num_classes meaning "no class" -> (B, P, C)."""
+        return self.cls_embed(cond)[:, None]
+
+    def hidden(self, tokens, cond):
+        """tokens (B, T[, D]), cond (B,) -> h (B, T, C), where h[:, t] has seen cond and tokens before t only."""
+        x = torch.cat([self.prefix(cond), self.embed(tokens[:, :-1])], 1)                   # (B, P + T - 1, C)
+        x, rope = self.dropout(x), self.rope[:x.shape[1]]
+        for block in self.blocks:
+            x = block(x, rope)
+        return self.norm(x[:, self.n_prefix - 1:])
+
+    def logits(self, tokens, cond):
+        """tokens (B, T) int64, cond (B,) -> (B, T, V): position t predicts token t. For a categorical head."""
+        return self.head.logits(self.hidden(tokens, cond))
+
+    def forward(self, tokens, cond):
+        """tokens (B, T[, D]), cond (B,) int64 -> mean loss in nats per token (), logs.
+
+        While training, a tenth of the labels become "no class", so that one network knows both p(x | c) and p(x),
+        which guidance needs. (The authors' released GIVT code forgets this.)
+        """
+        if self.training and self.label_drop > 0:
+            drop = torch.rand(cond.shape, device=cond.device) < self.label_drop
+            cond = torch.where(drop, self.num_classes, cond)
+        loss = self.head.loss(self.hidden(tokens, cond), tokens).mean()
+        return loss, {"nll": loss.detach()}
+
+    @torch.no_grad()
+    def sample(self, cond, steps=None, cfg=1.0, temperature=1.0, known=None, known_mask=None, on_step=None,
+               use_cache=True, **tricks):
+        """cond (B,) int64 labels -> tokens (B, T[, D]), drawn one after the other.
+
+        cfg is the guidance scale s of p(x|c)^s p(x)^(1-s), 1 is off. known (B, T[, D]) with known_mask (B, T) True
+        where a token is given: it is kept, and later ones see it (earlier ones cannot: the model is causal).
+        on_step(t, tokens, mask) is called after each token, mask True where still unknown. tricks go to the head.
+        """
+        B, T, device = len(cond), self.seq_len, cond.device
+        if steps not in (None, T):
+            raise ValueError(f"an autoregressive model draws one token per step: steps must be {T}, not {steps}")
+        guided = cfg != 1.0
+        rows = torch.cat([cond, torch.full_like(cond, self.num_classes)]) if guided else cond
+        shape = (B, T) if self.vocab_size else (B, T, self.token_dim)
+        tokens = torch.zeros(shape, device=device, dtype=torch.long if self.vocab_size else torch.float32)
+        unknown = torch.ones(B, T, dtype=torch.bool, device=device)
+        x = self.prefix(rows)                                                               # (B or 2B, P, C)
+        caches = [x.new_zeros(2, len(rows), self.n_head, self.n_prefix + T, x.shape[-1] // self.n_head)
+                  for _ in self.blocks] if use_cache else [None] * len(self.blocks)
+        for t in range(T):
+            y, start = (x, 0) if not use_cache or t == 0 else (x[:, -1:], self.n_prefix + t - 1)
+            rope = self.rope[start:start + y.shape[1]]
+            for block, cache in zip(self.blocks, caches):
+                y = block(y, rope, cache, start)
+            h = self.norm(y[:, -1])                                                         # (B or 2B, C)
+            h, h_uncond = h.chunk(2) if guided else (h, None)
+            new, _ = self.head.sample(h, h_uncond, cfg, temperature, **tricks)              # (B[, D])
+            if known is not None:
+                given = known_mask[:, t].view(B, *[1] * (new.ndim - 1))
+                new = torch.where(given, known[:, t].type_as(new), new)
+            tokens[:, t], unknown[:, t] = new, False
+            if on_step is not None:
+                on_step(t, tokens, unknown)
+            e = self.embed(new[:, None], t)                                                 # (B, 1, C)
+            e = torch.cat([e, e]) if guided else e
+            x = e if use_cache else torch.cat([x, e], 1)
+        return tokens
+
+
+# ---------------------------------------------------------------------------------------------------
+# Demo: two worlds of ids. Bars-and-stripes has exactly 30 pictures of 4 x 4, so the best possible model has a
+# negative log-likelihood of ln 30 = 3.401 nats. Small drawn shapes in four greys show sampling and surprise.
+
+def bars_and_stripes(n, device, side=4):
+    """n pictures uniform over the 2 (2^side - 1) distinct ones with full rows or full columns -> (n, side^2) int64."""
+    bits = torch.arange(1 << side, device=device)[:, None] >> torch.arange(side, device=device) & 1
+    rows = bits[:, :, None].expand(-1, -1, side)
+    all_ = torch.cat([rows, rows.transpose(1, 2)[1:-1]]).flatten(1)                         # blank and full only once
+    return all_[torch.randint(len(all_), (n,), device=device)]
+
+
+def fit(model, batches, steps, lr=2e-3):
+    """Train on batches(step) -> tokens, labels; returns the losses."""
+    opt, losses = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05), []
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = lr * min(1, (step + 1) / 30) * (1 - step / steps)
+        loss, _ = model(*batches(step))
+        opt.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        losses.append(loss.item())
+    return losses
+
+
+def main():
+    parser = argparse.ArgumentParser(description="A causal transformer on bars-and-stripes and on little drawn shapes.")
+    parser.add_argument("--image_size", type=int, default=12, help="side of the little drawn shapes, in pixels")
+    parser.add_argument("--steps", type=int, default=400, help="training steps on the drawn shapes")
+    args = parser.parse_args()
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import data
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+
+    bars = ARTransformer(CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=2, n_embd=64, label_drop=0).to(device)
+    zeros = torch.zeros(256, dtype=torch.long, device=device)
+    curve = [16 * v for v in fit(bars, lambda step: (bars_and_stripes(256, device), zeros), 400, 5e-3)]
+    with torch.no_grad():
+        nll = 16 * bars.eval()(bars_and_stripes(20_000, device), zeros.repeat(79)[:20_000])[0]
+    print(f"bars-and-stripes: {nll:.3f} nats per picture, the optimum is ln 30 = {math.log(30):.3f}")
+
+    side, levels = args.image_size, 4
+    images, labels, _, _ = data.draw(torch.arange(8000, device=device), side)
+    greys = ((images.amax(1) + 1) / 2 * levels).long().clamp(0, levels - 1).flatten(1)      # (N, side^2) ids
+    model = ARTransformer(CategoricalHead(96, levels), side * side, 10, vocab_size=levels, n_layer=3, n_head=3, n_embd=96).to(device)
+    pick = lambda step: torch.randint(8000, (32,), device=device)
+    start = time.perf_counter()
+    losses = fit(model, lambda step: (lambda i: (greys[i], labels[i]))(pick(step)), args.steps)
+    print(f"drawn shapes in {levels} greys: {losses[-1]:.3f} nats per pixel after {time.perf_counter() - start:.0f} s "
+          f"(uniform guessing: ln {levels} = {math.log(levels):.3f})")
+    model.eval()
+    cond, stages = torch.arange(10, device=device), []
+    for use_cache in (False, True):
+        torch.manual_seed(1)
+        start = time.perf_counter()
+        tokens = model.sample(cond, cfg=2.0, use_cache=use_cache)
+        print(f"10 samples of {side * side} tokens with guidance, {'KV cache' if use_cache else 'no cache'}: "
+              f"{time.perf_counter() - start:.2f} s")
+    keep = {round(side * side * f) - 1 for f in (0.25, 0.5, 0.75, 1)}
+    torch.manual_seed(1)
+    model.sample(cond, cfg=2.0, on_step=lambda t, x, unknown:
+                 stages.append(torch.where(unknown, -1, x).clone()) if t in keep else None)
+    with torch.no_grad():
+        surprise = model.head.loss(model.hidden(greys[:10], labels[:10]), greys[:10])       # (10, T) nats
+
+    fig = plt.figure(figsize=(12, 7))
+    left, right = fig.add_gridspec(1, 2, width_ratios=[2.3, 1], left=0.15, right=0.97, top=0.9, bottom=0.1, wspace=0.25)
+    rows = left.subgridspec(6, 10, wspace=0.08, hspace=0.08)
+    maps = [(f"{p}% of the tokens", s, "gray") for p, s in zip((25, 50, 75, 100), stages)]
+    maps += [("a training picture", greys[:10], "gray"), ("its surprise, token by token", surprise, "magma")]
+    for r, (text, values, cmap) in enumerate(maps):
+        for c in range(10):
+            ax = fig.add_subplot(rows[r, c])
+            shown = values[c].view(side, side).float().cpu()
+            ax.imshow(shown.masked_fill(shown < 0, torch.nan), cmap=cmap, vmin=0, vmax=3 if cmap == "gray" else 2)
+            ax.set(xticks=[], yticks=[], facecolor="#b9d4ee")
+            if r == 0:
+                ax.set_title(data.SHAPES[c], fontsize=8)
+            if c == 0:
+                ax.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
+    ax = fig.add_subplot(right)
+    ax.plot(curve, lw=1, label="causal transformer")
+    ax.axhline(math.log(30), color="k", ls="--", label="optimum: ln 30 nats")
+    ax.set(xlabel="training step", ylabel="nats per picture", title="bars-and-stripes 4 x 4", ylim=(3, 11.5))
+    ax.legend()
+    fig.suptitle("ar_transformer.py: an image is written token by token; surprise is high where the shape decides itself")
+    fig.savefig("ar_transformer.png", dpi=80)
+    print("wrote ar_transformer.png")
+
+
+if __name__ == "__main__":
+    main()

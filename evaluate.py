@@ -1,0 +1,401 @@
+"""
+Measure a trained run: how good are its reconstructions, its likelihood and its samples?
+
+Papers report FID: the distance between two clouds of Inception-v3 features, of real and of generated images.
+Inception is a large download and knows little about 32-pixel shapes, so this file trains its own ruler: a small
+CNN that classifies the REAL training images, once per data set, kept in the folder cache beside RUN. Its 128
+features replace Inception's. The formula is the same, with one Gaussian (mean mu, covariance C) for each cloud:
+
+    d^2 = |mu_1 - mu_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2))        (Heusel et al. 2017, 1706.08500)
+
+It is printed as "Frechet distance (small CNN)", never as FID: compare it between runs on the same data, and
+with the floor printed below it (real training images), but not with any paper.
+
+    python evaluate.py runs/shapes-vae-ar-gmm         # a table, and metrics.json in the run folder
+    python evaluate.py runs/shapes-vae-ar-gmm --fid   # the real FID too; needs `pip install clean-fid`
+
+The first run on a data set also trains the classifier: 40 s for the shapes on one core of an AMD EPYC.
+
+Try it yourself:
+  1. Sample with --cfg 1, 2 and 4. Class accuracy and precision rise; which number says what was lost?
+  2. Halve --n. Which metrics stay, which get worse although the model is the same, and why?
+  3. Give frechet_distance the features of blurred validation images. Does their class accuracy notice?
+"""
+import argparse
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import sample
+import train
+
+
+# ---------------------------------------------------------------------------------------------------
+# Metrics on images: how close is b to a?
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB: images (B, 3, H, W) in [-1, 1] -> (B,), one per image.
+
+    10 log10(peak^2 / MSE) with peak 2; at most 106 dB, so that an exact copy does not make a mean infinite.
+    """
+    mse = (a.float() - b.float()).square().mean((1, 2, 3))                         # (B,)
+    return 10 * torch.log10(4 / mse.clamp(min=1e-10))
+
+
+def ssim(a, b):
+    """Structural similarity of the luminance (Wang et al. 2004): images (B, 3, H, W) in [-1, 1] -> (B,), at most 1.
+
+    Their settings: 11 x 11 Gaussian window of sigma 1.5 (smaller where the image is), K1 = 0.01, K2 = 0.03, mean
+    over the windows that lie inside the image. Their dynamic range L is 2 here.
+    """
+    side = min(11, *a.shape[-2:])
+    size = side - (side + 1) % 2                                                   # odd, to have a middle
+    g = torch.exp(-(torch.arange(size, device=a.device) - size // 2).float().square() / (2 * 1.5**2))
+    g = g / g.sum()
+    luma = torch.tensor([0.299, 0.587, 0.114], device=a.device)[:, None, None]     # ITU-R BT.601
+
+    def blur(x):                                                                   # the window is separable
+        return F.conv2d(F.conv2d(x, g.view(1, 1, -1, 1)), g.view(1, 1, 1, -1))
+    a, b = ((x.float() * luma).sum(1, keepdim=True) for x in (a, b))               # (B, 1, H, W)
+    mu_a, mu_b = blur(a), blur(b)
+    var_a, var_b, cov = blur(a * a) - mu_a**2, blur(b * b) - mu_b**2, blur(a * b) - mu_a * mu_b
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    s = (2 * mu_a * mu_b + c1) * (2 * cov + c2) / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))
+    return s.mean((1, 2, 3))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Metrics on clouds of features: do two sets of images look alike as sets?
+
+def frechet_distance(f1, f2):
+    """d^2 of the top of this file, between Gaussians fitted to two clouds: f1 (N, F), f2 (M, F) -> float, >= 0.
+
+    tr (C1 C2)^(1/2) sums the square roots of the eigenvalues of C1 C2, which are also those of the symmetric
+    C1^(1/2) C2 C1^(1/2), so eigh is enough. Biased upwards by about 1/N: compare only values of equal N and M.
+    """
+    f1, f2 = f1.detach().cpu().double(), f2.detach().cpu().double()
+    c1, c2 = f1.T.cov(), f2.T.cov()                                                # (F, F)
+    values, vectors = torch.linalg.eigh(c1)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T                        # C1^(1/2)
+    product = root @ c2 @ root
+    trace_root = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    d = (f1.mean(0) - f2.mean(0)).square().sum() + c1.trace() + c2.trace() - 2 * trace_root
+    return max(d.item(), 0.0)
+
+
+def precision_recall(real, fake, k=3):
+    """Precision and recall of Kynkaanniemi et al. 2019 (1904.06991): real (N, F), fake (M, F) -> floats in [0, 1].
+
+    The manifold of a cloud is the union of balls around its points, each reaching to the k-th neighbour. Precision:
+    how much of fake lies inside the manifold of real. Recall: how much of real inside the manifold of fake.
+    """
+    def inside(points, cloud):                                  # 1000 rows at a time: N x M may not fit into memory
+        radius = torch.cat([torch.cdist(rows, cloud).kthvalue(k + 1).values        # k + 1, for the nearest is itself
+                            for rows in cloud.split(1000)])
+        hits = torch.cat([(torch.cdist(rows, cloud) <= radius).any(1) for rows in points.split(1000)])
+        return hits.double().mean().item()
+    real, fake = real.detach().cpu().double(), fake.detach().cpu().double()
+    return inside(fake, real), inside(real, fake)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The ruler: a small classifier of the real images
+
+class SmallCNN(nn.Module):
+    """Four convolutions, a global average, 128 features, num_classes logits. Any image size from 8 pixels."""
+
+    def __init__(self, num_classes, n_features=128):
+        super().__init__()
+        layers, width = [], 3
+        for n_out, stride in ((32, 1), (64, 2), (128, 2), (128, 2)):
+            layers += [nn.Conv2d(width, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
+            width = n_out
+        self.stages = nn.Sequential(*layers)
+        self.embed = nn.Linear(width, n_features)
+        self.norm = nn.BatchNorm1d(n_features, affine=False)    # unit variance, so that distances have a scale
+        self.classify = nn.Linear(n_features, num_classes)
+
+    def features(self, images):
+        """images (B, 3, H, W) in [-1, 1] -> (B, 128) float32, mean 0 and variance 1 over the training images."""
+        if images.shape[-1] > 64:                               # a large image costs no more than one of 64 pixels
+            images = F.adaptive_avg_pool2d(images, 64)
+        x = self.stages(images.contiguous(memory_format=torch.channels_last))      # (B, 128, H/8, W/8)
+        return self.norm(self.embed(x.mean((2, 3))).float())
+
+    def forward(self, images):
+        """images (B, 3, H, W) -> logits (B, num_classes)"""
+        return self.classify(self.features(images).relu())
+
+
+def has_fast_bf16(device):
+    """True where bfloat16 convolutions beat float32: a GPU that has them, a CPU with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    cpu = Path("/proc/cpuinfo")                                 # absent where it is not Linux: then float32
+    return device.type == "cpu" and cpu.exists() and any(f in cpu.read_text() for f in ("avx512_bf16", "amx_bf16"))
+
+
+def train_classifier(train_set, val_set, seed=0, steps=600, batch_size=128, lr=4e-3):
+    """Train a SmallCNN on data.ImageSets -> the network in eval mode, its validation accuracy in [0, 1].
+
+    A fixed number of steps, so the result depends on the seed and the data only, not on how fast the machine is.
+    """
+    device, fast = train_set.device, has_fast_bf16(train_set.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = SmallCNN(len(train_set.classes)).to(device, memory_format=torch.channels_last)
+        opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
+        for step in range(steps):
+            images, labels = train_set.batch(data.order(len(train_set), batch_size, step, seed))
+            (dy, dx), (H, W) = torch.randint(5, (2,)).tolist(), images.shape[-2:]  # move it by up to 2 pixels
+            images = F.pad(images, (2, 2, 2, 2), mode="replicate")[:, :, dy:dy + H, dx:dx + W]
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast):
+                logits = net(images)
+            loss = F.cross_entropy(logits.float(), labels)
+            opt.zero_grad(set_to_none=True)
+            loss.backward()
+            opt.step()
+            schedule.step()
+    net.eval()
+    return net, look_at_real(net, val_set, torch.arange(len(val_set)))[1].float().mean().item()
+
+
+def classifier_for(run, device, train_set=None, val_set=None, seed=0):
+    """The classifier of a run's data -> SmallCNN on `device` in eval mode, its validation accuracy in [0, 1].
+
+    Trained once, then read from <parent of the run>/cache/classifier-<key>.pt. The key covers data, seed and source
+    of the classifier, so an edited one is trained anew. The flag --seed stays out: a ruler must not change.
+    """
+    train_set = train.open_data(run.args, "train", device) if train_set is None else train_set
+    some = train_set.images[torch.linspace(0, len(train_set) - 1, 100).long()].cpu()   # (100, 3, H, W) uint8
+    what = [str(run.args.data), tuple(some.shape), len(train_set), train_set.classes, seed,
+            inspect.getsource(SmallCNN), inspect.getsource(train_classifier)]
+    key = hashlib.sha1(repr(what).encode() + some.numpy().tobytes()).hexdigest()[:12]
+    path = Path(run.folder).resolve().parent / "cache" / f"classifier-{key}.pt"
+    if path.exists():
+        saved = torch.load(path, map_location=device, weights_only=True)
+        net = SmallCNN(len(train_set.classes)).to(device, memory_format=torch.channels_last).eval()
+        net.load_state_dict(saved["model"])
+        return net, saved["accuracy"]
+    start = time.perf_counter()
+    val_set = train.open_data(run.args, "val", device) if val_set is None else val_set
+    net, accuracy = train_classifier(train_set, val_set, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")     # a second run must never read half a file
+    torch.save(dict(model=net.state_dict(), accuracy=accuracy), unfinished)
+    os.replace(unfinished, path)
+    print(f"trained a classifier of the real images in {time.perf_counter() - start:.0f} s, kept as {path}")
+    return net, accuracy
+
+
+@torch.no_grad()
+def look(net, images):
+    """What the classifier sees: images (B, 3, H, W) -> features (B, 128), predicted classes (B,)."""
+    f = net.features(images)
+    return f, net.classify(f.relu()).argmax(-1)
+
+
+def look_at_real(net, image_set, index, batch_size=250):
+    """Real images by index (N,) -> features (N, 128), right or wrong (N,) bool."""
+    seen = []
+    for i in index.split(batch_size):
+        images, labels = image_set.batch(i)
+        f, predicted = look(net, images)
+        seen.append((f, predicted == labels))
+    return tuple(torch.cat(x) for x in zip(*seen))
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is measured on a run. A row is (key in metrics.json, name, number or (number, error), unit, remark).
+
+@torch.no_grad()
+def measure_reconstruction(tokenizer, net, val_set, index, batch_size):
+    """Encode and decode the validation images at index (N,) -> rows, features of the reconstructions (N, 128)."""
+    per_batch = []
+    for i in index.split(batch_size):
+        images, labels = val_set.batch(i)
+        kl = torch.full((len(i),), math.nan)
+        if hasattr(tokenizer, "posterior"):                     # a VAE: take its mean, for a sample adds noise
+            mean, std = (m.float() for m in tokenizer.posterior(images))           # (B, T, D), raw latent units
+            kl = (0.5 * (mean**2 + std**2 - 1) - std.log()).sum(-1).mean(1)        # (B,) nats per token
+            tokens = tokenizer.normalise(mean)
+        else:
+            tokens = tokenizer.encode(images)
+        recon = tokenizer.decode(tokens).float().clamp(-1, 1)
+        f, predicted = look(net, recon)
+        per_batch.append((f, psnr(images, recon), ssim(images, recon), (predicted == labels).float(), kl))
+    f, *columns = (torch.cat(x) for x in zip(*per_batch))
+    db, similar, right, kl = (x.mean().item() for x in columns)
+    rows = [("recon_psnr_db", "reconstruction PSNR", db, "dB", "higher is better"),
+            ("recon_ssim", "reconstruction SSIM (luminance)", similar, "", "higher is better, 1 is a copy"),
+            ("kl_nats_per_token", "KL of a token to the prior", kl, "nats", "what a token may carry, not a score"),
+            ("recon_accuracy", "class accuracy, reconstructions", 100 * right, "%", "higher is better")]
+    return [row for row in rows if math.isfinite(row[2])], f    # no KL: not a VAE, or its std is 0
+
+
+@torch.no_grad()
+def measure_likelihood(run, val_set, index, batch_size, seed):
+    """Validation loss of the generator, posterior samples and masks drawn from seed -> rows.
+
+    Only an autoregressive model with a density or a softmax has a likelihood; the other losses say what they are.
+    """
+    torch.manual_seed(seed)
+    losses, sizes, D = [], [], run.tokenizer.token_dim
+    for i in index.split(max(1, min(batch_size, len(index) // 20))):   # 20 batches or more, for a standard error
+        images, labels = val_set.batch(i)
+        losses.append(run.generator(run.tokenizer.encode(images), labels)[0].item())
+        sizes.append(len(i))
+    x, w = (torch.tensor(v, dtype=torch.float64) for v in (losses, sizes))
+    w = w / w.sum()
+    mean = (w * x).sum().item()
+    error = ((w * (x - mean)).square().sum() * len(x) / (len(x) - 1)).sqrt().item()
+    if run.args.head == "diffusion" or run.args.generator != "ar":
+        unit = "noise MSE" if run.args.head == "diffusion" else "nats/token"
+        return [("val_loss", "validation loss", (mean, error), unit, "lower is better, not a likelihood")]
+    rows = [("val_nll_nats_per_token", "validation NLL", (mean, error), "nats/token", "lower is better")]
+    if D is None:
+        return rows + [("val_perplexity", "perplexity", math.exp(mean), "tokens",
+                        f"lower is better, {run.tokenizer.vocab_size} by chance")]
+    return rows + [("val_bits_per_dim", "the same per latent dimension", mean / (D * math.log(2)), "bits",
+                    "lower is better, N(0, 1) gives 2.05")]
+
+
+def measure_samples(images, labels, net, real, batch_size):
+    """Samples (N, 3, H, W) on the CPU, the classes asked for (N,), features of real images (M, 128) -> rows."""
+    seen = [look(net, part.to(real.device)) for part in images.split(batch_size)]
+    fake, predicted = (torch.cat(x) for x in zip(*seen))
+    right = (predicted.cpu() == labels).float().mean().item()
+    m = min(len(fake), len(real))                               # balls shrink as points grow more: equal numbers
+    precision, recall = precision_recall(real[:m], fake[:m])
+    return [("sample_accuracy", "class accuracy, samples", 100 * right, "%", "higher is better"),
+            ("sample_precision", "precision", 100 * precision, "%", "higher: samples look real"),
+            ("sample_recall", "recall", 100 * recall, "%", "higher: all the variety is there"),
+            ("sample_frechet_small_cnn", "Frechet distance (small CNN)", frechet_distance(fake, real), "",
+             f"lower is better, {len(fake)} samples to {len(real)} real")]
+
+
+def real_fid(cleanfid, images, val_set, index, device):
+    """The FID of samples (N, 3, H, W) to the real images at index (M,), by the Inception network of clean-fid."""
+    features = {}
+    with tempfile.TemporaryDirectory() as folder:
+        real = (val_set.batch(i)[0] for i in index.split(250))
+        for name, parts in (("real", real), ("fake", images.split(250))):
+            Path(folder, name).mkdir()
+            for p, part in enumerate(parts):
+                for k, image in enumerate(data.to_uint8(part).permute(0, 2, 3, 1).cpu().numpy()):
+                    Image.fromarray(image).save(Path(folder, name, f"{p}-{k}.png"))
+        try:
+            inception = cleanfid.build_feature_extractor("clean", device)
+        except OSError as e:
+            raise data.BadInput(f"--fid: clean-fid could not download its Inception network ({e})") from None
+        for name in ("real", "fake"):
+            features[name] = torch.from_numpy(cleanfid.get_folder_features(
+                str(Path(folder, name)), inception, num_workers=0, device=device, mode="clean", verbose=False))
+    return frechet_distance(features["fake"], features["real"])
+
+
+# ---------------------------------------------------------------------------------------------------
+# The program
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Measure a trained run: reconstructions, likelihood and samples.")
+    parser.add_argument("run", help="a run folder that train.py wrote")
+    parser.add_argument("--n", type=int, default=1000, help="number of images to sample, the classes in equal shares")
+    parser.add_argument("--cfg", type=float, help="guidance of the samples, 1 is none (default: that of sample.py)")
+    parser.add_argument("--temperature", type=float, help="temperature of the samples (default: that of sample.py)")
+    parser.add_argument("--batch_size", type=int, default=250, help="images at a time; lower it when memory runs out")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples and of the choice of real images")
+    parser.add_argument("--fid", action="store_true", help="the FID with Inception too; needs `pip install clean-fid`")
+    return parser.parse_args()
+
+
+def check(args, run, val_set):
+    """Refuse in a sentence, before any work, what cannot be measured -> clean-fid's module, None without --fid."""
+    least = max(10, len(run.classes))
+    if args.n < least:
+        raise data.BadInput(f"--n {args.n}: at least {least}, with {len(run.classes)} classes")
+    if args.batch_size < 1:
+        raise data.BadInput(f"--batch_size {args.batch_size}: at least 1")
+    for flag in ("cfg", "temperature", "fid"):
+        value = getattr(args, flag)
+        if value not in (None, False) and run.generator is None:
+            raise data.BadInput(f"--{flag}: {args.run} is a tokenizer without a generator, so it has no samples")
+        if value is not None and not 0 <= value < math.inf:
+            raise data.BadInput(f"--{flag} {value}: must be 0 or more")
+    if len(val_set) < 10:
+        raise data.BadInput(f"{args.run}: its --data has {len(val_set)} validation images, at least 10 are needed")
+    if val_set.batch(torch.zeros(1, dtype=torch.long))[0].ndim != 4:
+        raise data.BadInput(f"{args.run}: a run on clips, and evaluate.py measures images only")
+    if not args.fid:
+        return None
+    try:
+        from cleanfid import fid
+    except ImportError as e:
+        raise data.BadInput(f"--fid: needs an optional package ({e}): pip install clean-fid") from None
+    return fid
+
+
+def measure(args, run, device):
+    """All that applies to this run -> rows."""
+    train_set, val_set = (train.open_data(run.args, split, device) for split in ("train", "val"))
+    cleanfid = check(args, run, val_set)
+    net, accuracy = classifier_for(run, device, train_set, val_set)
+    g = torch.Generator().manual_seed(args.seed)                # a folder comes sorted by class, so draw at random
+    index, others = (torch.randperm(len(s), generator=g) for s in (val_set, train_set))
+    real, _ = look_at_real(net, val_set, index, args.batch_size)                   # (N, 128)
+    floor, _ = look_at_real(net, train_set, others[:args.n], args.batch_size)
+    rows, recon = measure_reconstruction(run.tokenizer, net, val_set, index, args.batch_size)
+    rows.append(("classifier_accuracy", "class accuracy, real images", 100 * accuracy, "%", "the classifier's limit"))
+    if run.generator is not None:
+        rows += measure_likelihood(run, val_set, index, args.batch_size, args.seed)
+        labels = torch.arange(args.n) % len(run.classes)
+        images = sample.draw_samples(run, labels, cfg=args.cfg, temperature=args.temperature,
+                                     batch_size=args.batch_size, seed=args.seed).clamp(-1, 1)
+        rows += measure_samples(images, labels, net, real, args.batch_size)
+    rows += [("recon_frechet_small_cnn", "Frechet distance, reconstructions", frechet_distance(recon, real), "",
+              "of the same images, so it may pass the floor"),
+             ("floor_frechet_small_cnn", "Frechet distance, training images", frechet_distance(floor, real), "",
+              f"the floor for {len(floor)} samples")]
+    if cleanfid:
+        rows.append(("fid", "FID (clean-fid)", real_fid(cleanfid, images, val_set, index, device), "",
+                     f"lower is better; papers use 50000, here {args.n} samples to {len(index)} real"))
+    return rows
+
+
+def main():
+    args = parse_args()
+    device = train.pick_device(args.device)
+    run = train.load_run(args.run, device)
+    metrics, lines = {}, []
+    for key, name, value, unit, remark in measure(args, run, device):
+        value, *error = value if isinstance(value, tuple) else (value,)
+        metrics.update({key: value}, **{f"{key}_error": e for e in error})
+        lines.append((name, f"{value:.3f}" + "".join(f" +- {e:.3f}" for e in error), unit, remark))
+    wide = [max(len(line[c]) for line in lines) for c in range(3)]
+    for name, number, unit, remark in lines:
+        print(f"{name:{wide[0]}}  {number:>{wide[1]}}  {unit:{wide[2]}}  {remark}")
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else \
+        f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads"
+    metrics.update({k: getattr(args, k) for k in ("n", "cfg", "temperature", "seed")})
+    metrics.update(device=str(device), machine=machine)
+    path = Path(run.folder) / "metrics.json"
+    path.write_text(json.dumps(metrics, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

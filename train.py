@@ -1,0 +1,621 @@
+"""
+Train any tokenizer, and any generator with any head on top of it.
+
+    python train.py --tokenizer vae --head gmm                 # GIVT on the drawn shapes, CPU or CUDA
+    python train.py --tokenizer vae --head gmm --data PATH     # ... on your images: class folders, .tar[.gz], .zip, .npz
+    torchrun --standalone --nproc_per_node=2 train.py ...      # ... on several GPUs (or CPU processes), same global batch
+
+There are two stages and one loop. Stage 1 trains the tokenizer (images -> tokens -> images) unless its run folder is
+there already; then all images are encoded once, and stage 2 trains the generator on the tokens. A VAE's tokens are
+cached as mean and std, so that every step still draws fresh ones.
+
+Each stage leaves ckpt.pt, log.csv, curve.png and pictures in its folder: runs/shapes-vae, runs/shapes-vae-ar-gmm.
+Killed? Run the same command with --resume. Flags that you do not give take the machine's defaults (DEFAULTS below)
+or, with --resume, those of the checkpoint.
+"""
+import argparse
+import contextlib
+import csv
+import hashlib
+import math
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import ar_transformer
+import data
+import gmm_head
+import sample
+import vae
+from data import BadInput
+
+STAGE1 = ("data", "image_size", "flip", "n_shapes", "seed", "tokenizer", "tok_size", "tok_steps", "tok_batch_size", "tok_lr",
+          "token_dim", "beta", "corrupt")
+STAGE2 = STAGE1 + ("generator", "head", "size", "steps", "batch_size", "lr", "optimizer", "n_mix", "label_drop", "dropout")
+BOTH = ("weight_decay", "warmup", "grad_clip", "ema")
+
+DEFAULTS = {                                                # what a flag is when nobody says it
+    "any": dict(data="shapes", image_size=32, flip=False, n_shapes=20_000, seed=0, corrupt=0.0, n_mix=8, label_drop=0.1,
+                dropout=0.0, weight_decay=0.02, warmup=50, grad_clip=1.0, optimizer="muon"),
+    "cpu": dict(tok_size="small", tok_steps=800, tok_batch_size=32, tok_lr=3e-3, beta=0.01,
+                size="small", steps=2000, batch_size=64, lr=2e-3),
+    "cuda": dict(tok_size="medium", tok_steps=4000, tok_batch_size=128, tok_lr=1e-3, beta=0.01,
+                 size="medium", steps=8000, batch_size=256, lr=1e-3),
+}
+
+
+def parse_args(argv=None):
+    """Flags -> Namespace in which a flag that was not given is None (resolve() fills it)."""
+    p = argparse.ArgumentParser(description="Train a tokenizer and a generator on drawn shapes or on your own images.",
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--tokenizer", choices=["vae"], required=True, help="stage 1: how an image becomes tokens")
+    p.add_argument("--generator", choices=["ar", "none"], default="ar", help="stage 2: the model of the tokens; none: stage 1 only")
+    p.add_argument("--head", choices=["gmm", "categorical"], default="gmm", help="the distribution of one token")
+    g = p.add_argument_group("data")
+    g.add_argument("--data", help="`shapes` (drawn, no download), or a folder / .tar[.gz] / .zip of class folders, or an .npz")
+    g.add_argument("--image_size", type=int, help="side of the square images, in pixels")
+    g.add_argument("--n_shapes", type=int, help="how many drawn training images")
+    g.add_argument("--flip", action="store_const", const=True, help="mirror images left-right at random")
+    g.add_argument("--skip_bad", action="store_true", help="leave out unreadable image files instead of stopping")
+    g = p.add_argument_group("stage 1, the tokenizer")
+    g.add_argument("--tok_size", choices=list(vae.SIZES), help="size of the tokenizer, from SIZES in its file")
+    g.add_argument("--tok_steps", type=int, help="training steps")
+    g.add_argument("--tok_batch_size", type=int, help="images per step, over all processes")
+    g.add_argument("--tok_lr", type=float, help="peak learning rate")
+    g.add_argument("--token_dim", type=int, help="numbers in one token (default: that of the size)")
+    g.add_argument("--beta", type=float, help="weight of the KL, in nats per image, against the summed squared error; 0: plain AE")
+    g.add_argument("--corrupt", type=float, help="standard deviation of noise on the input pixels: a denoising autoencoder")
+    g = p.add_argument_group("stage 2, the generator")
+    g.add_argument("--size", choices=list(ar_transformer.SIZES), help="size of the generator, from SIZES in its file")
+    g.add_argument("--steps", type=int, help="training steps")
+    g.add_argument("--batch_size", type=int, help="images per step, over all processes")
+    g.add_argument("--lr", type=float, help="peak learning rate")
+    g.add_argument("--optimizer", choices=["muon", "adamw"], help="muon: for the matrices of the blocks, AdamW for the rest")
+    g.add_argument("--n_mix", type=int, help="mixture components K of the gmm head")
+    g.add_argument("--label_drop", type=float, help="fraction of labels hidden in training, for guidance")
+    g.add_argument("--dropout", type=float, help="dropout in the transformer, 0 to 1")
+    g = p.add_argument_group("both stages")
+    g.add_argument("--seed", type=int, help="seed of the drawn images, the initial weights and everything random")
+    g.add_argument("--weight_decay", type=float, help="decoupled weight decay of matrices")
+    g.add_argument("--warmup", type=int, help="steps over which the learning rate rises; then it falls to 0 as a cosine")
+    g.add_argument("--grad_clip", type=float, help="largest norm of the gradient")
+    g.add_argument("--ema", type=float, help="decay per step of the averaged weights (default: a memory of 1/20 of the run)")
+    g = p.add_argument_group("machine and run")
+    g.add_argument("--runs", default="runs", help="folder that holds the run folders")
+    g.add_argument("--name", help="name of the stage 2 run folder (default: data-tokenizer-generator-head)")
+    g.add_argument("--tok_name", help="name of the stage 1 run folder (default: data-tokenizer)")
+    g.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    g.add_argument("--overwrite", action="store_true", help="train anew where a run folder exists already")
+    g.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: CUDA if there is one)")
+    g.add_argument("--dtype", choices=["fp32", "bf16"], help="bf16: autocast (default: on CUDA, and for stage 1 on CPUs that have it)")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: on CUDA)")
+    g.add_argument("--log_every", type=int, default=50, help="steps between printed lines")
+    g.add_argument("--eval_every", type=int, default=500, help="steps between validation losses, each with a checkpoint")
+    g.add_argument("--save_every", type=int, default=100, help="steps between checkpoints")
+    return p.parse_args(argv)
+
+
+def resolve(given, names, saved, device, folder):
+    """Fill in the flags `names`: what was given, else what the checkpoint in `folder` says, else the defaults.
+    Refuses a given flag that contradicts the checkpoint."""
+    defaults = DEFAULTS["any"] | DEFAULTS["cuda" if device.type == "cuda" else "cpu"]
+    flags = {}
+    for name in names:
+        value = getattr(given, name)
+        if saved is not None and name in saved:
+            if value is not None and value != saved[name]:
+                raise BadInput(f"--{name} {value} does not fit {folder}, which was trained with --{name} {saved[name]}: "
+                               "give that value, another folder (--name, --tok_name), or --overwrite")
+            value = saved[name]
+        flags[name] = defaults.get(name) if value is None else value
+    return flags
+
+
+def check(args):
+    """Refuse what cannot work, in one sentence that names the flag to change."""
+    if args.head == "categorical":
+        raise BadInput(f"--head categorical predicts ids, but --tokenizer {args.tokenizer} gives real vectors: use --head gmm")
+    for name in ("image_size", "n_shapes", "tok_steps", "tok_batch_size", "steps", "batch_size", "n_mix", "token_dim",
+                 "log_every", "eval_every", "save_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise BadInput(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name in ("tok_lr", "lr", "grad_clip"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise BadInput(f"--{name} {getattr(args, name)}: must be above 0")
+    for name in ("beta", "corrupt", "label_drop", "dropout", "weight_decay", "warmup", "ema"):
+        if getattr(args, name) is not None and not getattr(args, name) >= 0:
+            raise BadInput(f"--{name} {getattr(args, name)}: must not be negative")
+    for name in ("label_drop", "dropout", "ema"):
+        if getattr(args, name) is not None and getattr(args, name) >= 1:
+            raise BadInput(f"--{name} {getattr(args, name)}: must be below 1")
+    if args.resume and args.overwrite:
+        raise BadInput("--resume goes on and --overwrite starts anew: give one of them")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Building and loading: sample.py and evaluate.py use these too
+
+def pick_device(name=None):
+    """--device -> torch.device; the best there is when not given. Under torchrun each process gets its own GPU."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise BadInput(f"--device {name}: not on this machine ({str(e).splitlines()[0]}); try --device cpu") from None
+    return torch.device(name)
+
+
+def native_bf16(device):
+    """Does the processor multiply bfloat16 natively? Elsewhere autocast on a CPU is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, n)() for n in names if hasattr(torch.cpu, n))
+
+
+def open_data(args, split, device):
+    """The training or validation images that the flags name -> data.ImageSet."""
+    n = args.n_shapes if split == "train" else None
+    return data.load(args.data, args.image_size, split, device, args.seed, bool(args.flip) and split == "train",
+                     getattr(args, "skip_bad", False), n)
+
+
+def build_tokenizer(args):
+    size = vae.SIZES[args.tok_size] | dict(image_size=args.image_size)
+    if args.token_dim:
+        size["token_dim"] = args.token_dim
+    try:
+        return vae.VAE(beta=args.beta, corrupt=args.corrupt, **size)
+    except ValueError as e:
+        raise BadInput(f"--image_size {args.image_size} with --tok_size {args.tok_size}: {e}") from None
+
+
+def build_generator(args, tokenizer, num_classes):
+    size = ar_transformer.SIZES[args.size]
+    head = gmm_head.GMMHead(size["n_embd"], tokenizer.token_dim, args.n_mix)
+    return ar_transformer.ARTransformer(head, tokenizer.seq_len, num_classes, tokenizer.token_dim, tokenizer.vocab_size,
+                                        tokenizer.grid, dropout=args.dropout, label_drop=args.label_drop, **size)
+
+
+def read_checkpoint(folder):
+    """The checkpoint in a run folder, or None where there is none."""
+    path = Path(folder) / "ckpt.pt"
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:                                  # torch raises half a dozen kinds for a damaged file
+        raise BadInput(f"{path}: not a readable checkpoint ({str(e).splitlines()[0]}); --overwrite trains anew") from None
+
+
+def averaged(checkpoint):
+    """The EMA weights of a checkpoint as a plain state dict."""
+    return {k.removeprefix("module."): v for k, v in checkpoint["ema"].items() if k.startswith("module.")}
+
+
+def load_run(folder, device="cpu"):
+    """A run folder -> namespace with folder, args, tokenizer, generator (None for a stage 1 run), classes, device.
+
+    The models carry the averaged weights and are in eval mode. Raises BadInput for anything but a finished run.
+    """
+    folder, device = Path(folder), torch.device(device)
+    checkpoint = read_checkpoint(folder)
+    if checkpoint is None:
+        raise BadInput(f"{folder}: no ckpt.pt in it; name a run folder such as runs/shapes-vae-ar-gmm")
+    if not checkpoint["done"]:
+        raise BadInput(f"{folder}: this run stopped at step {checkpoint['step']}; finish it with train.py --resume")
+    args, classes = argparse.Namespace(**checkpoint["flags"]), checkpoint["classes"]
+    tokenizer, generator = build_tokenizer(args), None
+    if checkpoint["stage"] == 1:
+        tokenizer.load_state_dict(averaged(checkpoint))
+    else:
+        tokenizer.load_state_dict(checkpoint["tokenizer"])  # a stage 2 checkpoint is complete in itself
+        generator = build_generator(args, tokenizer, len(classes))
+        generator.load_state_dict(averaged(checkpoint))
+        generator = generator.to(device).eval()
+    return SimpleNamespace(folder=folder, args=args, tokenizer=tokenizer.to(device).eval(), generator=generator,
+                           classes=classes, device=device)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Tokens: encoded once, kept as posteriors
+
+class Tokens:
+    """The training set as tokens: mean, std (N, T, D) of a VAE, or ids (N, T); labels (N,). Drawn in batches."""
+
+    def __init__(self, tokenizer, arrays, labels):
+        self.tokenizer, self.arrays, self.labels = tokenizer, arrays, labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batch(self, index):
+        """index (B,) -> tokens (B, T[, D]), labels (B,). A fresh draw from the posterior each time (GIVT section 3.1)."""
+        index = index.to(self.labels.device, non_blocking=True)
+        if "flipped" in self.arrays:                        # the second half of the arrays are the mirrored images
+            turned = torch.rand(len(index), device=index.device) < 0.5
+            row = index + turned * len(self.labels)
+        else:
+            row = index
+        if "ids" in self.arrays:
+            return self.arrays["ids"][row], self.labels[index]
+        z = self.tokenizer.reparameterise(self.arrays["mean"][row], self.arrays["std"][row])
+        return self.tokenizer.normalise(z), self.labels[index]
+
+
+@torch.no_grad()
+def encode_all(tokenizer, images, args):
+    """Encode a whole ImageSet: -> dict of arrays on the device, plus the mirrored images where --flip is on."""
+    arrays, flip, images.flip = {}, images.flip, False
+    for turn in ([False, True] if flip else [False]):
+        for i in range(0, len(images), 250):
+            x, _ = images.batch(torch.arange(i, min(i + 250, len(images))))
+            x = x.flip(-1) if turn else x
+            mean, std = tokenizer.posterior(x)
+            arrays.setdefault("mean", []).append(mean)
+            arrays.setdefault("std", []).append(std)
+    images.flip = flip
+    return {k: torch.cat(v) for k, v in arrays.items()} | ({"flipped": torch.ones(1)} if flip else {})
+
+
+def token_cache(tokenizer, images, args, folder, split, main_process):
+    """Tokens of a set, read from `folder` if they were made from this tokenizer and these images, else made and saved."""
+    digest = hashlib.sha1()
+    for v in tokenizer.state_dict().values():
+        digest.update(v.cpu().numpy().tobytes())
+    if isinstance(images.images, torch.Tensor):
+        digest.update(images.images.cpu().numpy().tobytes())
+    else:
+        digest.update(repr([(n, os.path.getmtime(n)) for n, _ in images.images.files]).encode())
+    digest.update(f"{split} {images.flip}".encode())
+    path = folder / f"tokens-{split}.pt"
+    saved = None
+    if path.exists():
+        with contextlib.suppress(Exception):                # a damaged cache is made anew
+            saved = torch.load(path, map_location=images.device, weights_only=True)
+    if saved is None or saved["key"] != digest.hexdigest():
+        saved = dict(encode_all(tokenizer, images, args), key=digest.hexdigest())
+        if main_process:
+            save_atomically(saved, path)
+    arrays = {k: v for k, v in saved.items() if k != "key"}
+    return Tokens(tokenizer, arrays, images.labels)
+
+
+def save_atomically(state, path):
+    """torch.save to a temporary file, then rename: whatever happens, `path` holds a whole old or a whole new one."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:                    # torch turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise BadInput(f"could not write {path} ({str(e).splitlines()[0]}); the previous one, if any, is untouched") from None
+
+
+# ---------------------------------------------------------------------------------------------------
+# The loop
+
+def make_optimizers(model, args, lr, matrices):
+    """AdamW for everything, or Muon (Jordan et al. 2024) for the matrices inside the transformer blocks where asked."""
+    muon = [p for n, p in model.named_parameters() if matrices and p.ndim == 2 and n.startswith("blocks.")]
+    rest = [p for p in model.parameters() if all(p is not q for q in muon)]
+    decay, plain = [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim <= 1]
+    groups = [dict(params=decay, weight_decay=args.weight_decay), dict(params=plain, weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
+    if muon:                                                # its update is scaled to the size of AdamW's: one --lr serves both
+        optimizers.append(torch.optim.Muon(muon, lr=lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def learning_rate(step, steps, warmup, peak):
+    """Linear warm-up, then half a cosine down to zero."""
+    return peak * min((step + 1) / max(1, warmup), 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finish):
+    """Train `model` on batches of `source`; returns the averaged model.
+
+    source.batch(index) -> x, labels; val: a function (model) -> validation loss; extra: more entries for the checkpoint;
+    finish(averaged model) runs once after the last step, before the run counts as done.
+    """
+    steps, batch_size, lr = ((args.tok_steps, args.tok_batch_size, args.tok_lr) if stage == 1 else
+                             (args.steps, args.batch_size, args.lr))
+    model = raw = model.to(world.device)
+    ema = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(1 - 20 / max(steps, 40) if args.ema is None else args.ema))
+    optimizers = make_optimizers(raw, args, lr, matrices=stage == 2 and args.optimizer == "muon")
+    first = 0
+    if checkpoint is not None:
+        raw.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        for opt, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            opt.load_state_dict(state)
+        first = checkpoint["step"]
+    if world.compile:
+        model = torch.compile(model)
+    if world.size > 1:
+        model = DistributedDataParallel(model)
+    use_bf16 = world.dtype == "bf16" if world.dtype else world.native_bf16 and (world.device.type == "cuda" or stage == 1)
+    params = sum(p.numel() for p in raw.parameters())
+    say(world, f"stage {stage}: {folder}, {params / 1e6:.2f}M parameters, {len(source)} images, steps {first} to {steps} of "
+               f"{batch_size} images, {world.device.type} x {world.size}, {'bf16' if use_bf16 else 'fp32'}")
+
+    def save(step, done=False):
+        if world.rank == 0:
+            save_atomically(dict(stage=stage, step=step, done=done, flags=vars(args), model=raw.state_dict(), ema=ema.state_dict(),
+                                 optimizers=[o.state_dict() for o in optimizers], **extra), folder / "ckpt.pt")
+
+    log = Log(folder, first) if world.rank == 0 else None
+    if checkpoint is None:
+        save(0)                                             # from here on --resume works
+    bad_step = torch.full((), steps, device=world.device)   # the first step whose loss was not finite
+    since, timer = first, time.perf_counter()
+    for step in range(first, steps):
+        index = data.order(len(source), batch_size, step, args.seed)
+        # One seed per step, so that no generator state needs saving. The batch is drawn whole on every process and then
+        # divided, so that n processes see what one would have seen.
+        torch.manual_seed(args.seed * 1_000_003 + 2 * step + stage)
+        x, labels = (v[world.rank::world.size] for v in source.batch(index))
+        torch.manual_seed((args.seed * 1_000_003 + 2 * step + stage) * 4096 + 1 + world.rank)
+        for opt in optimizers:
+            for group in opt.param_groups:
+                group["lr"] = learning_rate(step, steps, args.warmup, lr)
+        with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=use_bf16):
+            loss, logs = model(x, labels)
+        for opt in optimizers:
+            opt.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip)
+        bad_step = torch.where(torch.isfinite(loss.detach() + norm), bad_step, bad_step.clamp(max=step))
+        last = step + 1 == steps
+        checkpointing = last or (step + 1) % args.save_every == 0 or (step + 1) % args.eval_every == 0
+        logging = last or step == first or (step + 1) % args.log_every == 0
+        if logging or checkpointing or world.device.type == "cpu":       # .item() waits for a GPU, so not at every step
+            if (at := agree(world, bad_step)) < steps:
+                raise BadInput(f"step {at}: the loss is not finite; stopped. The last good checkpoint is kept in {folder}: "
+                               f"try a lower {'--tok_lr' if stage == 1 else '--lr'}, or --dtype fp32")
+        for opt in optimizers:
+            opt.step()
+        ema.update_parameters(raw)
+        if logging or checkpointing:
+            row = {"loss": loss.detach(), **logs, "grad_norm": norm}
+            row = {k: mean_over_processes(world, v) for k, v in row.items()}
+            if last or (step + 1) % args.eval_every == 0:
+                row["val_loss"] = val(ema.module)
+            if logging and world.rank == 0:
+                log.add(step + 1, steps, row, (time.perf_counter() - timer) / (step + 1 - since), batch_size)
+                since, timer = step + 1, time.perf_counter()
+            if checkpointing:
+                save(step + 1)
+    ema.module.eval()
+    finish(ema.module)
+    save(steps, done=True)
+    if world.rank == 0:
+        log.plot("nats per token" if stage == 2 else "loss per pixel value")
+    return ema.module
+
+
+def say(world, text):
+    if world.rank == 0:
+        print(text, flush=True)
+
+
+def mean_over_processes(world, value):
+    """A scalar tensor -> its mean over all processes, as a float."""
+    if world.size > 1:
+        value = value.detach().clone().float()
+        dist.all_reduce(value)
+        value = value / world.size
+    return float(value)
+
+
+def agree(world, bad_step):
+    """The first step that failed on any process, as an int."""
+    if world.size > 1:
+        bad_step = bad_step.clone()
+        dist.all_reduce(bad_step, op=dist.ReduceOp.MIN)
+    return int(bad_step)
+
+
+class Log:
+    """One printed line and one row of log.csv per log step. After a resume, rows past the checkpoint are dropped."""
+
+    def __init__(self, folder, first):
+        self.path, self.rows, self.ms = folder / "log.csv", [], []
+        if first and self.path.exists():
+            with open(self.path, newline="") as f:
+                self.rows = [r for r in csv.DictReader(f) if int(r["step"]) <= first]
+
+    def add(self, step, steps, row, seconds, batch_size):
+        self.ms.append(1000 * seconds)
+        left = (steps - step) * seconds
+        shown = "  ".join(f"{k} {v:.4f}" if abs(v) < 10 else f"{k} {v:.2f}" for k, v in row.items())
+        print(f"step {step:6d}  {shown}  {1000 * seconds:.0f} ms  {batch_size / seconds:.0f} images/s  "
+              f"{int(left) // 60}:{int(left) % 60:02d} left", flush=True)
+        self.rows.append(dict(step=step, **row, ms_per_step=1000 * seconds, images_per_s=batch_size / seconds))
+        keys = list(dict.fromkeys(k for r in self.rows for k in r))
+        temporary = self.path.with_suffix(".tmp")
+        with open(temporary, "w", newline="") as f:
+            writer = csv.DictWriter(f, keys)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(temporary, self.path)
+
+    def plot(self, unit):
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        fig, ax = plt.subplots(figsize=(6, 3.6))
+        for key, style in (("loss", "-"), ("val_loss", "o-")):
+            points = [(int(r["step"]), float(r[key])) for r in self.rows if r.get(key) not in (None, "")]
+            points = [p for p in points if p[0] > 1] or points
+            if points:
+                ax.plot(*zip(*points), style, ms=4, label={"loss": "training batch", "val_loss": "validation, averaged weights"}[key])
+        ax.set(xlabel="training step", ylabel=unit, title=self.path.parent.name)
+        ax.grid(alpha=0.3)
+        ax.legend()
+        fig.tight_layout()
+        fig.savefig(self.path.with_name("curve.png"), dpi=100)
+        plt.close(fig)
+
+
+def validate(source, batch_size, args, world, n=2000):
+    """-> a function (model) -> mean loss over up to n validation images, in eval mode, with a fixed seed."""
+    @torch.no_grad()
+    def run(model):
+        was_training, total, count = model.training, 0.0, 0
+        model.eval()
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)
+            for i in range(0, min(n, len(source)), batch_size):
+                index = torch.arange(i, min(i + batch_size, n, len(source)))
+                total, count = total + model(*source.batch(index))[0] * len(index), count + len(index)
+        model.train(was_training)
+        return float(total) / count
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------
+# The two stages
+
+def start(given, names, folder, world):
+    """Look into a run folder -> flags, checkpoint to go on from (None: train anew), is it done already."""
+    checkpoint = None if given.overwrite else read_checkpoint(folder)
+    flags = resolve(given, names + BOTH, checkpoint and checkpoint["flags"], world.device, folder)
+    args = argparse.Namespace(**flags)
+    if checkpoint is not None and not checkpoint["done"] and not given.resume:
+        raise BadInput(f"{folder} holds a run that stopped at step {checkpoint['step']}: go on with --resume, or start "
+                       "again with --overwrite")
+    return args, checkpoint, checkpoint is not None and checkpoint["done"]
+
+
+def train_tokenizer(given, folder, world):
+    """Stage 1 -> the tokenizer, in eval mode, and its flags."""
+    args, checkpoint, done = start(given, STAGE1, folder, world)
+    check(argparse.Namespace(**vars(given) | vars(args)))
+    if not done:
+        divisible(args.tok_batch_size, "--tok_batch_size", world)
+        torch.manual_seed(args.seed)
+        tokenizer = build_tokenizer(args)
+        args_io = argparse.Namespace(**vars(args), skip_bad=given.skip_bad)
+        images, held_out = open_data(args_io, "train", world.device), open_data(args_io, "val", world.device)
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def finish(model):
+            measured = encode_all(model, images, args)
+            model.measure(measured["mean"], measured["std"])
+
+        loop_args = argparse.Namespace(**vars(args), **loop_flags(given))
+        tokenizer = fit(1, tokenizer, images, validate(held_out, 100, args, world), loop_args, folder, world, checkpoint,
+                        dict(classes=images.classes), finish)
+        if world.rank == 0:
+            x, _ = held_out.batch(torch.arange(min(12, len(held_out))))
+            with torch.no_grad(), torch.random.fork_rng():
+                torch.manual_seed(args.seed)
+                rows = [("validation images", x), ("reconstructed", tokenizer.decode(tokenizer.encode(x)))]
+            data.save_rows(folder / "reconstructions.png", rows, folder.name)
+        barrier(world)
+    run = load_run(folder, world.device)
+    return run.tokenizer, run.args
+
+
+def train_generator(given, folder, tokenizer, tok_args, tok_folder, world):
+    """Stage 2, on the tokens of a trained tokenizer."""
+    for name in STAGE1:                                     # stage 2 inherits what stage 1 was trained with
+        setattr(given, name, getattr(tok_args, name))
+    args, checkpoint, done = start(given, STAGE2, folder, world)
+    check(argparse.Namespace(**vars(given) | vars(args)))
+    if done:
+        say(world, f"{folder} is trained already: look at samples.png in it, or start again with --overwrite")
+        return
+    divisible(args.batch_size, "--batch_size", world)
+    args_io = argparse.Namespace(**vars(args), skip_bad=given.skip_bad)
+    sets = {split: open_data(args_io, split, world.device) for split in ("train", "val")}
+    tokens = {s: token_cache(tokenizer, images, args, tok_folder, s, world.rank == 0) for s, images in sets.items()}
+    classes = sets["train"].classes
+    torch.manual_seed(args.seed)
+    try:
+        generator = build_generator(args, tokenizer, len(classes))
+    except ValueError as e:
+        raise BadInput(f"--size {args.size}: {e}") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    loop_args = argparse.Namespace(**vars(args), **loop_flags(given))
+    extra = dict(classes=classes, tokenizer={k: v.cpu() for k, v in tokenizer.state_dict().items()})
+    fit(2, generator, tokens["train"], validate(tokens["val"], 250, args, world), loop_args, folder, world, checkpoint, extra,
+        finish=lambda model: None)
+    if world.rank == 0:
+        run = load_run(folder, world.device)
+        n = min(len(classes), 20)
+        labels = torch.arange(n).repeat_interleave(8)
+        images = sample.draw_samples(run, labels, seed=args.seed)
+        data.save_class_grid(folder / "samples.png", images, labels, classes[:n], f"{folder.name}: samples")
+
+
+def loop_flags(given):
+    return {k: getattr(given, k) for k in ("log_every", "eval_every", "save_every")}
+
+
+def divisible(batch_size, flag, world):
+    if batch_size % world.size:
+        raise BadInput(f"{flag} {batch_size} cannot be shared equally by {world.size} processes: give a multiple")
+
+
+def barrier(world):
+    if world.size > 1:
+        dist.barrier()
+
+
+def main(argv=None):
+    begun = time.perf_counter()
+    given = parse_args(argv)
+    check(given)
+    device = pick_device(given.device)
+    torch.set_float32_matmul_precision("high")              # TF32 on GPUs that have it
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1:                                            # started by torchrun
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    world = SimpleNamespace(rank=int(os.environ.get("RANK", 0)), size=size, device=device, dtype=given.dtype,
+                            native_bf16=native_bf16(device),
+                            compile=device.type == "cuda" if given.compile is None else given.compile)
+    data_name = Path(given.data or "shapes").name.split(".")[0] or "data"
+    tok_folder = Path(given.runs) / (given.tok_name or f"{data_name}-{given.tokenizer}")
+    folder = Path(given.runs) / (given.name or f"{data_name}-{given.tokenizer}-{given.generator}-{given.head}")
+    if given.resume and not any((f / "ckpt.pt").exists() for f in (folder, tok_folder)):
+        raise BadInput(f"--resume: there is no run in {folder} or {tok_folder}; leave --resume out to start one")
+    try:
+        keep = argparse.Namespace(**vars(given))
+        if (tok_folder / "ckpt.pt").exists() and given.overwrite and given.generator != "none":
+            keep.overwrite = contradicts(given, tok_folder)  # --overwrite of stage 2 keeps a tokenizer that still fits
+        tokenizer, tok_args = train_tokenizer(keep, tok_folder, world)
+        if given.generator != "none":
+            train_generator(given, folder, tokenizer, tok_args, tok_folder, world)
+        shown = folder if given.generator != "none" else tok_folder
+        say(world, f"done in {(time.perf_counter() - begun) / 60:.1f} minutes: {shown}")
+    except KeyboardInterrupt:
+        raise BadInput("stopped; the same command with --resume goes on from the last checkpoint") from None
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def contradicts(given, folder):
+    """Does a given stage 1 flag differ from what the run in `folder` was trained with, or is that run unfinished?"""
+    checkpoint = read_checkpoint(folder)
+    differs = [n for n in STAGE1 if getattr(given, n) is not None and getattr(given, n) != checkpoint["flags"].get(n)]
+    return bool(differs) or not checkpoint["done"]
+
+
+if __name__ == "__main__":
+    main()
