@@ -45,9 +45,10 @@ COLOURS = {"red": (230, 40, 40), "orange": (250, 145, 30), "yellow": (245, 230, 
            "cyan": (60, 215, 225), "blue": (75, 110, 250), "purple": (190, 80, 230), "white": (240, 240, 240)}
 BACKGROUNDS = {"black": (12, 12, 12), "dark grey": (70, 70, 70), "dark blue": (15, 20, 85),
                "dark green": (10, 65, 25), "dark red": (80, 12, 20)}
+TILT = 0.5                                                 # largest rotation either way, in radians
 PLACES = ("in the upper left", "at the top", "in the upper right", "at the left", "in the middle",
           "at the right", "in the lower left", "at the bottom", "in the lower right")
-SMALL, LARGE = 0.50, 0.80                                  # radius of a shape, in half image widths
+SMALL, LARGE = 0.58, 0.86                                  # radius of a shape, in half image widths
 VAL_INDEX = 1 << 30                                        # validation pictures start here, training at 0
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
 
@@ -126,9 +127,9 @@ def scene(index, seed=0, video=False):
     radius = SMALL + (LARGE - SMALL) * u[:, 3]
     room = 0.94 - radius                                    # so that no shape leaves the picture
     cx, cy = room * (2 * u[:, 4] - 1), room * (2 * u[:, 5] - 1)
-    jitter = 16 * (u[:, 7:10] - 0.5) / 255                  # no two reds are quite the same
+    jitter = 8 * (u[:, 7:10] - 0.5) / 255                  # no two reds are quite the same
     table = lambda colours: torch.tensor(list(colours.values()), device=index.device) / 255
-    out = dict(label=label, colour=colour, background=ground, radius=radius, cx=cx, cy=cy, angle=2 * math.pi * u[:, 6],
+    out = dict(label=label, colour=colour, background=ground, radius=radius, cx=cx, cy=cy, angle=TILT * (2 * u[:, 6] - 1),
                rgb=(table(COLOURS)[colour] + jitter).clamp(0, 1), ground_rgb=(table(BACKGROUNDS)[ground] + jitter).clamp(0, 1))
     if video:
         out["action"] = (u[:, 10] * len(ACTIONS)).long()
@@ -176,7 +177,7 @@ def draw_clips(index, image_size=32, frames=17, seed=0):
     time_ = torch.linspace(-0.5, 0.5, frames, device=index.device) if frames > 1 else torch.zeros(1, device=index.device)
     is_ = lambda name: (action == ACTIONS.index(name)).float()[:, None]                 # (B, 1)
     resizes = is_("grows") + is_("shrinks")                                             # 1.4 times as large at one end
-    s["radius"] = torch.minimum(s["radius"], 0.65 - 0.05 * resizes[:, 0])
+    s["radius"] = torch.minimum(s["radius"] - 0.1, 0.65 - 0.05 * resizes[:, 0])
     room = torch.where(resizes[:, 0] > 0, 0.94 - 1.4 * s["radius"], 0.94 - s["radius"])
     s["cx"], s["cy"] = (torch.maximum(torch.minimum(s[k], room), -room) for k in ("cx", "cy"))
     reach = 0.9 - s["radius"]                                                           # travel from -reach to +reach
@@ -198,7 +199,7 @@ def captions(index, seed=0, video=False):
     s = {k: v.tolist() for k, v in scene(index, seed, video).items()}
     out = []
     for i in range(len(index)):
-        third = [0 if v < -0.11 else 2 if v > 0.11 else 1 for v in (s["cx"][i], s["cy"][i])]
+        third = [0 if v < -0.08 else 2 if v > 0.08 else 1 for v in (s["cx"][i], s["cy"][i])]
         size = "small" if s["radius"][i] < (SMALL + LARGE) / 2 else "large"
         colour, shape = list(COLOURS)[s["colour"][i]], SHAPES[s["label"][i]]
         article = "an" if not video and size[0] in "aeiou" else "a"

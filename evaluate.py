@@ -26,7 +26,6 @@ import hashlib
 import inspect
 import json
 import math
-import os
 import platform
 import tempfile
 import time
@@ -139,20 +138,12 @@ class SmallCNN(nn.Module):
         return self.classify(self.features(images).relu())
 
 
-def has_fast_bf16(device):
-    """True where bfloat16 convolutions beat float32: a GPU that has them, a CPU with AVX512-BF16 or AMX."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    cpu = Path("/proc/cpuinfo")                                 # absent where it is not Linux: then float32
-    return device.type == "cpu" and cpu.exists() and any(f in cpu.read_text() for f in ("avx512_bf16", "amx_bf16"))
-
-
 def train_classifier(train_set, val_set, seed=0, steps=600, batch_size=128, lr=4e-3):
     """Train a SmallCNN on data.ImageSets -> the network in eval mode, its validation accuracy in [0, 1].
 
     A fixed number of steps, so the result depends on the seed and the data only, not on how fast the machine is.
     """
-    device, fast = train_set.device, has_fast_bf16(train_set.device)
+    device, fast = train_set.device, train.native_bf16(train_set.device)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = SmallCNN(len(train_set.classes)).to(device, memory_format=torch.channels_last)
@@ -194,9 +185,7 @@ def classifier_for(run, device, train_set=None, val_set=None, seed=0):
     val_set = train.open_data(run.args, "val", device) if val_set is None else val_set
     net, accuracy = train_classifier(train_set, val_set, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")     # a second run must never read half a file
-    torch.save(dict(model=net.state_dict(), accuracy=accuracy), unfinished)
-    os.replace(unfinished, path)
+    train.save_atomically(dict(model=net.state_dict(), accuracy=accuracy), path)      # no run ever reads half a file
     print(f"trained a classifier of the real images in {time.perf_counter() - start:.0f} s, kept as {path}")
     return net, accuracy
 
@@ -356,6 +345,7 @@ def measure(args, run, device):
     net, accuracy = classifier_for(run, device, train_set, val_set)
     g = torch.Generator().manual_seed(args.seed)                # a folder comes sorted by class, so draw at random
     index, others = (torch.randperm(len(s), generator=g) for s in (val_set, train_set))
+    torch.manual_seed(args.seed)                                # whether or not the classifier had to be trained
     real, _ = look_at_real(net, val_set, index, args.batch_size)                   # (N, 128)
     floor, _ = look_at_real(net, train_set, others[:args.n], args.batch_size)
     rows, recon = measure_reconstruction(run.tokenizer, net, val_set, index, args.batch_size)
@@ -385,15 +375,15 @@ def main():
         value, *error = value if isinstance(value, tuple) else (value,)
         metrics.update({key: value}, **{f"{key}_error": e for e in error})
         lines.append((name, f"{value:.3f}" + "".join(f" +- {e:.3f}" for e in error), unit, remark))
-    wide = [max(len(line[c]) for line in lines) for c in range(3)]
-    for name, number, unit, remark in lines:
-        print(f"{name:{wide[0]}}  {number:>{wide[1]}}  {unit:{wide[2]}}  {remark}")
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads"
     metrics.update({k: getattr(args, k) for k in ("n", "cfg", "temperature", "seed")})
     metrics.update(device=str(device), machine=machine)
     path = Path(run.folder) / "metrics.json"
     path.write_text(json.dumps(metrics, indent=1) + "\n")
+    wide = [max(len(line[c]) for line in lines) for c in range(3)]
+    for name, number, unit, remark in lines:
+        print(f"{name:{wide[0]}}  {number:>{wide[1]}}  {unit:{wide[2]}}  {remark}")
     print(f"wrote {path}")
 
 

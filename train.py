@@ -93,7 +93,7 @@ def parse_args(argv=None):
     g.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     g.add_argument("--overwrite", action="store_true", help="train anew where a run folder exists already")
     g.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: CUDA if there is one)")
-    g.add_argument("--dtype", choices=["fp32", "bf16"], help="bf16: autocast (default: on CUDA, and for stage 1 on CPUs that have it)")
+    g.add_argument("--dtype", choices=["fp32", "bf16"], help="bf16: autocast (default: on CUDA, and for stage 2 on CPUs that multiply it natively)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: on CUDA)")
     g.add_argument("--log_every", type=int, default=50, help="steps between printed lines")
     g.add_argument("--eval_every", type=int, default=500, help="steps between validation losses, each with a checkpoint")
@@ -333,7 +333,7 @@ def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finis
     """
     steps, batch_size, lr = ((args.tok_steps, args.tok_batch_size, args.tok_lr) if stage == 1 else
                              (args.steps, args.batch_size, args.lr))
-    model = raw = model.to(world.device)
+    model = raw = model.to(world.device, memory_format=torch.channels_last)   # twice as fast for convolutions on a CPU
     ema = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(1 - 20 / max(steps, 40) if args.ema is None else args.ema))
     optimizers = make_optimizers(raw, args, lr, matrices=stage == 2 and args.optimizer == "muon")
     first = 0
@@ -347,7 +347,7 @@ def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finis
         model = torch.compile(model)
     if world.size > 1:
         model = DistributedDataParallel(model)
-    use_bf16 = world.dtype == "bf16" if world.dtype else world.native_bf16 and (world.device.type == "cuda" or stage == 1)
+    use_bf16 = world.dtype == "bf16" if world.dtype else world.native_bf16 and (world.device.type == "cuda" or stage == 2)
     params = sum(p.numel() for p in raw.parameters())
     say(world, f"stage {stage}: {folder}, {params / 1e6:.2f}M parameters, {len(source)} images, steps {first} to {steps} of "
                f"{batch_size} images, {world.device.type} x {world.size}, {'bf16' if use_bf16 else 'fp32'}")

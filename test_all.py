@@ -1,0 +1,730 @@
+"""
+The tests: every formula against something independent (the authors' own arrays in golden/, a closed form,
+torch.distributions, a slow loop, an inverse, the uncached path), and the programs as a user runs them.
+
+    python -m pytest test_all.py          # about 3 minutes on 2 CPU cores; no network, no GPU
+"""
+import argparse
+import ast
+import csv
+import io
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from torch import distributions as D
+
+import ar_transformer
+import data
+import evaluate
+import gmm_head
+import sample
+import train
+import vae
+
+ROOT = Path(__file__).resolve().parent
+MODELS = [p for p in "vae vq lfq titok flow_adapter gmm_head diffusion_head ar_transformer maskgit mar".split()
+          if (ROOT / f"{p}.py").exists()]
+PROGRAMS = ["train", "sample", "evaluate"]
+
+
+def golden(name):
+    """Arrays of golden/<name>.npz as tensors; weights stored as float16 become float32."""
+    with np.load(ROOT / "golden" / f"{name}.npz", allow_pickle=False) as f:
+        arrays = {k: torch.from_numpy(f[k]) for k in f.files}
+    return {k: v.float() if v.dtype == torch.float16 else v for k, v in arrays.items()}
+
+
+def close(ours, reference, tolerance=1e-4):
+    """Equal within `tolerance` of the largest reference value."""
+    worst = (ours - reference).abs().max() / reference.abs().max().clamp(min=1e-12)
+    assert worst <= tolerance, f"off by {worst:.2e} of the largest value, allowed {tolerance:.0e}"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+# ---------------------------------------------------------------------------------------------------
+# gmm_head.py
+
+@pytest.mark.parametrize("k", [1, 4, 16])
+def test_gmm_reproduces_the_authors_likelihood_and_gradient(k):
+    g = golden(f"givt/gmm_nll_k{k}")
+    raw = g["raw"].clone().requires_grad_()
+    head = gmm_head.GMMHead(8, g["x"].shape[-1], k, min_scale=1e-6)
+    head.proj = nn.Identity()                               # the arrays hold raw outputs
+    log_pi, mu, sigma = head.mixture(raw)
+    close(log_pi, g["mix_logits"].log_softmax(-1))
+    close(mu, g["locs"])
+    close(sigma, g["scales"])
+    nll = head.loss(raw, g["x"])
+    close(nll, g["nll"])
+    nll.mean().backward()
+    floor = g["scales"] <= 1e-6                             # on the floor only sigma's own gradient is a convention
+    keep = torch.ones_like(raw, dtype=torch.bool)
+    keep[..., k:].view(*raw.shape[:-1], k, 2, -1)[..., 1, :][floor] = False
+    close(raw.grad[keep], g["grad_raw"][keep])
+    close(-head.density((log_pi, mu, sigma * 0.95), g["x"]), g["nll_temp_scales_0p95"])
+
+
+def test_gmm_log_prob_equals_torch_distributions():
+    head, h, x = gmm_head.GMMHead(12, 5, 7), torch.randn(3, 4, 12), torch.randn(3, 4, 5)
+    log_pi, mu, sigma = head.mixture(h)
+    mixture = D.MixtureSameFamily(D.Categorical(logits=log_pi), D.Independent(D.Normal(mu, sigma), 1))
+    assert torch.allclose(head.log_prob(h, x), mixture.log_prob(x), atol=1e-5)
+    far = head.log_prob(h, x + 1e3)
+    assert torch.isfinite(far).all(), "log p of a far point must not underflow to -inf"
+
+
+def test_gmm_is_not_symmetric_at_the_start():
+    head = gmm_head.GMMHead(8, 2, 4)
+    h = torch.randn(64, 8)
+    head.loss(h, torch.randn(64, 2)).mean().backward()
+    gradient = head.proj.weight.grad[4:].view(4, 2, 2, 8)
+    assert (gradient[0] - gradient[1]).abs().max() > 1e-4, "equal components get equal gradients and stay equal"
+
+
+def test_gmm_reaches_the_exact_optimum_on_the_ring_of_eight():
+    ring = lambda n: gmm_head.toy_tokens(torch.full((n,), 3))
+    table, head = nn.Embedding(1, 16), gmm_head.GMMHead(16, 2, 16)
+    opt = torch.optim.Adam([*table.parameters(), *head.parameters()], lr=2e-2)
+    zero = torch.zeros(2048, dtype=torch.long)
+    for step in range(700):
+        opt.param_groups[0]["lr"] = 2e-2 * (1 - step / 700)
+        loss = head.loss(table(zero), ring(2048)).mean()
+        opt.zero_grad(), loss.backward(), opt.step()
+    x = ring(200_000)
+    modes = 1.5 * torch.tensor([[math.cos(a * math.pi / 4), math.sin(a * math.pi / 4)] for a in range(8)])
+    truth = D.MixtureSameFamily(D.Categorical(torch.ones(8)), D.Independent(D.Normal(modes, 0.1), 1)).log_prob(x)
+    with torch.no_grad():
+        excess = truth - head.log_prob(table(zero[:1]), x)  # its mean is KL(truth || model) >= 0
+    error = excess.std() / len(x) ** 0.5
+    assert abs(-truth.mean() - 0.312) < 0.01
+    assert -4 * error <= excess.mean() <= 0.02, f"{excess.mean():.4f} nats above the optimum of 0.312"
+
+
+def test_gmm_samples_have_the_moments_and_the_temperature():
+    head, h = gmm_head.GMMHead(4, 3, 5), torch.randn(1, 4)
+    log_pi, mu, sigma = (v[0].detach() for v in head.mixture(h))
+    for temperature in (1.0, 0.5):
+        x, log_p = head.sample(h.expand(200_000, -1), temperature=temperature)
+        mean = (log_pi.exp()[:, None] * mu).sum(0)
+        var = (log_pi.exp()[:, None] * (mu**2 + (temperature * sigma) ** 2)).sum(0) - mean**2
+        assert torch.allclose(x.mean(0), mean, atol=0.02) and torch.allclose(x.var(0), var, rtol=0.03)
+    assert torch.allclose(log_p, head.log_prob(h.expand(200_000, -1), x), atol=1e-4)
+
+
+def test_gmm_guidance_follows_the_guided_density():
+    head = gmm_head.GMMHead(1, 1, 1)
+    nn.init.zeros_(head.proj.weight)
+    with torch.no_grad():                                   # h moves the mean only: N(h, 1) against N(0, 1)
+        head.proj.bias.zero_()
+        head.proj.weight[1] = 1.0
+    h, null = torch.full((20_000, 1), 0.8), torch.zeros(20_000, 1)
+    x, _ = head.sample(h, null, cfg=2.0, n_tries=64)        # N(0.8)^2 / N(0) is N(1.6, 1)
+    assert abs(x.mean() - 1.6) < 0.04 and abs(x.std() - 1) < 0.04
+
+
+# ---------------------------------------------------------------------------------------------------
+# vae.py
+
+def official_vae():
+    encoder, decoder = golden("mar/vae_encoder"), golden("mar/vae_decoder")
+    sd = {k.removeprefix("sd/"): v for g in (encoder, decoder) for k, v in g.items() if k.startswith("sd/")}
+    return sd, encoder, decoder
+
+
+def test_vae_loads_official_weights_and_gets_the_authors_numbers():
+    sd, encoder, decoder = official_vae()
+    model = vae.VAE.from_official(sd)
+    with torch.no_grad():
+        mean, std = model.posterior(encoder["image"])
+        grid = lambda v: v.flatten(2).transpose(1, 2)
+        close(mean, grid(encoder["mean"]))
+        close(std, grid(encoder["std"]))
+        close(model.kl(mean, std).sum(1), encoder["kl"])
+        close(model.decode_raw(grid(decoder["z_mode"])), decoder["rec_mode"])
+        close(model.decode_raw(grid(decoder["z_sample"])), decoder["rec_sample"])
+        tokens = model.normalise(mean)
+        close(tokens, mean * 0.2325)
+        close(model.decode(tokens), decoder["rec_mode"].clamp(-1, 1))
+
+
+def test_vae_from_official_names_the_key_that_does_not_fit(tmp_path):
+    sd, _, _ = official_vae()
+    torch.save({"state_dict": sd}, tmp_path / "kl.ckpt")
+    assert vae.VAE.from_official(tmp_path / "kl.ckpt").seq_len == 256
+    with pytest.raises(ValueError, match="decoder.extra.weight"):
+        vae.VAE.from_official(sd | {"decoder.extra.weight": torch.zeros(1)})
+    del sd["decoder.mid.attn_1.q.bias"]
+    with pytest.raises(ValueError, match="q.bias"):
+        vae.VAE.from_official(sd)
+
+
+def test_vae_of_the_papers_has_its_parameter_count():
+    with torch.device("meta"):
+        model = vae.VAE(**vae.SIZES["kl16"])
+    assert sum(p.numel() for p in model.parameters()) == 66_456_019
+
+
+def test_vae_kl_and_reparameterisation():
+    mean, std = torch.randn(2, 3, 4).requires_grad_(), (torch.rand(2, 3, 4) + 0.1).requires_grad_()
+    expected = D.kl_divergence(D.Normal(mean, std), D.Normal(0.0, 1.0)).sum(-1)
+    assert torch.allclose(vae.VAE.kl(mean, std), expected, atol=1e-5)
+    z = vae.VAE.reparameterise(mean.expand(5000, 2, 3, 4), std.expand(5000, 2, 3, 4))
+    assert torch.allclose(z.mean(0), mean, atol=0.1) and torch.allclose(z.std(0), std, rtol=0.1)
+    gradient = torch.autograd.grad(z.sum(), (mean, std))
+    assert all(g.abs().sum() > 0 for g in gradient), "gradients must reach mean and std"
+
+
+def test_vae_tokens_have_unit_variance_and_decode_inverts_the_scale():
+    model = vae.VAE().eval()
+    images = data.draw(torch.arange(200))[0]
+    with torch.no_grad():
+        mean, std = model.posterior(images)
+        model.measure(mean, std)
+        tokens = model.encode(images)
+        assert tokens.shape == (200, 16, 8) and tokens.dtype == torch.float32
+        assert torch.allclose(tokens.flatten(0, 1).std(0), torch.ones(8), atol=0.1)
+        assert torch.allclose(tokens.flatten(0, 1).mean(0), torch.zeros(8), atol=0.1)
+        assert torch.allclose(model.decode(model.normalise(mean)), model.decode_raw(mean).clamp(-1, 1), atol=1e-5)
+
+
+def test_vae_loss_is_squared_error_plus_beta_kl_and_the_others_lack_a_term():
+    images = data.draw(torch.arange(8))[0]
+    model = vae.VAE(beta=0.3)
+    torch.manual_seed(1)
+    loss, logs = model(images)
+    assert torch.allclose(loss, logs["mse"] + 0.3 * logs["kl"] * 16 / 3072)
+    auto = vae.VAE(beta=0)
+    assert torch.equal(auto.encode(images), auto.encode(images)), "an autoencoder draws no noise"
+    denoising = vae.VAE(beta=0, corrupt=0.5)
+    assert not torch.equal(denoising(images)[0], denoising(images)[0])
+    assert torch.equal(denoising.eval()(images)[0], denoising(images)[0]), "in eval mode the input is clean"
+
+
+# ---------------------------------------------------------------------------------------------------
+# ar_transformer.py
+
+def small_ar(continuous=True, **options):
+    size = dict(n_layer=2, n_head=2, n_embd=32) | options
+    if continuous:
+        return ar_transformer.ARTransformer(gmm_head.GMMHead(32, 3, 4), 12, 5, token_dim=3, grid=(3, 4), **size)
+    return ar_transformer.ARTransformer(ar_transformer.CategoricalHead(32, 11), 12, 5, vocab_size=11, grid=(3, 4), **size)
+
+
+@pytest.mark.parametrize("continuous", [True, False])
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+def test_ar_cached_sampling_equals_uncached(continuous, cfg):
+    model, cond, drawn = small_ar(continuous).eval(), torch.arange(5), []
+    if not continuous:
+        nn.init.normal_(model.head.proj.weight)
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        drawn.append(model.sample(cond, cfg=cfg, use_cache=use_cache))
+    assert drawn[0].std() > 0 if continuous else drawn[0].unique().numel() > 1
+    assert torch.allclose(drawn[0].float(), drawn[1].float(), atol=1e-4)
+
+
+def test_ar_is_causal_and_sees_the_class():
+    model, x, cond = small_ar().eval(), torch.randn(2, 12, 3), torch.tensor([0, 1])
+    h = model.hidden(x, cond)
+    for t in range(12):
+        y = x.clone()
+        y[:, t] += 1
+        changed = (model.hidden(y, cond) - h).abs().amax((0, 2)) > 1e-6
+        assert not changed[:t + 1].any() and (t == 11 or changed[t + 1]), f"token {t} leaks into its own prediction"
+    assert (model.hidden(x, cond.flip(0)) - h).abs().amin((0, 2)[:1]).max() > 0
+
+
+def test_rope_is_complex_multiplication_and_relative():
+    table = ar_transformer.rope_table((3, 4), 16, prefix=2)
+    assert table.shape == (14, 8, 2) and torch.equal(table[:2, :, 0], torch.ones(2, 8))
+    x = torch.randn(1, 14, 2, 16)
+    expected = torch.view_as_complex(x.view(1, 14, 2, 8, 2)) * torch.view_as_complex(table)[:, None]
+    assert torch.allclose(ar_transformer.rotate(x, table), torch.view_as_real(expected).flatten(-2), atol=1e-5)
+    q, k = torch.randn(2, 1, 1, 1, 16)
+    score = lambda i, j: (ar_transformer.rotate(q, table[i:i + 1]) * ar_transformer.rotate(k, table[j:j + 1])).sum()
+    at = lambda row, col: 2 + 4 * row + col
+    assert torch.allclose(score(at(2, 3), at(1, 1)), score(at(1, 2), at(0, 0)), atol=1e-5)
+
+
+def test_ar_label_dropping_reaches_the_null_row_in_training_only():
+    model, x, cond = small_ar(label_drop=0.5), torch.randn(64, 12, 3), torch.zeros(64, dtype=torch.long)
+    model(x, cond)[0].backward()
+    assert model.cls_embed.weight.grad[5].abs().sum() > 0, "the null label is never trained"
+    assert model.cls_embed.weight.grad[1:5].abs().sum() == 0
+    model.zero_grad()
+    model.eval()(x, cond)[0].backward()
+    assert model.cls_embed.weight.grad[5].abs().sum() == 0
+    assert torch.equal(model(x, cond)[0], model(x, cond)[0])
+
+
+def test_ar_initial_loss_is_ln_v_and_logits_give_the_loss():
+    model, x, cond = small_ar(False, label_drop=0), torch.randint(11, (4, 12)), torch.arange(4)
+    assert abs(model(x, cond)[0] - math.log(11)) < 1e-5
+    nn.init.normal_(model.head.proj.weight)
+    logits = model.logits(x, cond)
+    slow = -sum(logits[b, t].log_softmax(-1)[x[b, t]] for b in range(4) for t in range(12)) / 48
+    assert torch.allclose(model(x, cond)[0], slow, atol=1e-5)
+
+
+def test_ar_keeps_known_tokens_and_counts_its_steps():
+    model, seen = small_ar().eval(), []
+    known, mask = torch.randn(2, 12, 3), torch.zeros(2, 12, dtype=torch.bool)
+    mask[:, :5] = True
+    x = model.sample(torch.tensor([1, 2]), known=known, known_mask=mask, on_step=lambda t, tokens, unknown: seen.append(int(unknown.sum())))
+    assert torch.equal(x[:, :5], known[:, :5]) and not torch.equal(x[:, 5:], known[:, 5:])
+    assert seen == [2 * (11 - t) for t in range(12)]
+    with pytest.raises(ValueError, match="one token per step"):
+        model.sample(torch.tensor([1]), steps=3)
+
+
+def test_categorical_head_filters_like_a_slow_loop():
+    head = ar_transformer.CategoricalHead(6, 9)
+    nn.init.normal_(head.proj.weight)
+    h = torch.randn(1, 6)
+    p = head.logits(h)[0].softmax(-1)
+    ranked = sorted(range(9), key=lambda i: -p[i])
+    assert set(head.sample(h.expand(3000, -1), top_k=3)[0].tolist()) == set(ranked[:3])
+    total, nucleus = 0.0, set()
+    for i in ranked:
+        if total < 0.7:
+            nucleus.add(i)
+        total += float(p[i])
+    ids, log_p = head.sample(h.expand(20_000, -1), top_p=0.7)
+    assert set(ids.tolist()) == nucleus
+    assert abs(float(log_p.exp()[ids == ranked[0]][0]) - float(p[ranked[0]] / sum(p[i] for i in nucleus))) < 1e-4
+    null = torch.randn(1, 6)
+    guided = (head.logits(null) + 1.5 * (head.logits(h) - head.logits(null)))[0].softmax(-1)
+    counts = head.sample(h.expand(50_000, -1), null.expand(50_000, -1), cfg=1.5)[0].bincount(minlength=9) / 50_000
+    assert torch.allclose(counts, guided, atol=0.015)
+
+
+def test_ar_reaches_the_exact_optimum_on_bars_and_stripes():
+    model = ar_transformer.ARTransformer(ar_transformer.CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=2,
+                                         n_embd=64, label_drop=0)
+    zeros = torch.zeros(128, dtype=torch.long)
+    ar_transformer.fit(model, lambda step: (ar_transformer.bars_and_stripes(128, "cpu"), zeros), 400, 5e-3)
+    everything = ar_transformer.bars_and_stripes(5000, "cpu").unique(dim=0)
+    assert len(everything) == 30
+    with torch.no_grad():
+        nll = model.eval().head.loss(model.hidden(everything, zeros[:30]), everything).sum(1)
+        drawn = model.sample(torch.zeros(300, dtype=torch.long))
+    assert torch.logsumexp(-nll, 0) <= 1e-4, "the probabilities of the 30 pictures sum to more than one"
+    assert math.log(30) - 1e-4 <= nll.mean() <= 1.02 * math.log(30), f"{nll.mean():.3f} nats, the optimum is {math.log(30):.3f}"
+    good = (drawn[:, None] == everything[None]).all(-1).any(1).float().mean()
+    assert good > 0.95, f"{good:.0%} of the samples are bars or stripes"
+
+
+# ---------------------------------------------------------------------------------------------------
+# data.py
+
+def test_drawn_pictures_depend_on_seed_and_index_only():
+    together = data.draw(torch.arange(40))[0]
+    assert torch.allclose(data.draw(torch.tensor([7]))[0][0], together[7], atol=1e-6)
+    assert not torch.allclose(data.draw(torch.arange(40), seed=1)[0], together)
+    train_set, val_set = data.load(n_shapes=300), data.load(split="val", n_shapes=300)
+    rows = lambda s: {bytes(i.numpy().tobytes()) for i in s.images}
+    assert len(rows(train_set)) == 300 and not rows(train_set) & rows(val_set)
+    u = data.uniforms(torch.arange(20_000), 3)
+    assert torch.allclose(u.mean(0), torch.tensor(0.5), atol=0.01) and abs(torch.corrcoef(u.T)[0, 1]) < 0.02
+    assert u.min() >= 0 and u.max() < 1
+
+
+def test_drawn_shapes_have_the_area_and_place_they_should():
+    images, labels, masks, d = data.draw(torch.arange(400), 64)
+    s = data.scene(torch.arange(400))
+    area = (masks > 0).float().mean((1, 2)) * 4                                             # in squared half widths
+    disc, square = labels == 0, labels == 2
+    assert torch.allclose(area[disc], math.pi * (0.9 * s["radius"][disc]) ** 2, rtol=0.02)
+    assert torch.allclose(area[square], (1.56 * s["radius"][square]) ** 2, rtol=0.02)
+    assert (masks.flatten(1).amax(1) == labels + 1).all() and set(labels.tolist()) == set(range(10))
+    border = torch.cat([masks[:, 0], masks[:, -1], masks[:, :, 0], masks[:, :, -1]], 1)
+    assert (border > 0).float().mean() < 0.01, "shapes leave the picture"
+    inside = (d < -0.1)[:, None].expand_as(images)
+    far = (images[0][:, d[0] < -0.1] / 2 + 0.5 - s["rgb"][0][:, None]).abs().max()
+    assert far < 1e-5 and inside.any()
+
+
+def test_captions_say_what_is_drawn():
+    s = data.scene(torch.arange(300))
+    for i, text in enumerate(data.captions(torch.arange(300))):
+        words = text.split()
+        assert words[3] == data.SHAPES[s["label"][i]] and words[2] == list(data.COLOURS)[s["colour"][i]]
+        assert text.endswith(list(data.BACKGROUNDS)[s["background"][i]] + " background")
+        if "upper" in words:
+            assert s["cy"][i] < 0
+        if "left" in words:
+            assert s["cx"][i] < 0
+
+
+def test_clips_move_as_their_action_says():
+    videos, actions, _ = data.draw_clips(torch.arange(300), 32, frames=5)
+    assert videos.shape == (300, 3, 5, 32, 32)
+    ground = videos[:, :, :, :1, :1]
+    weight = (videos - ground).abs().sum(1)                                                 # (B, F, H, W)
+    axis = torch.arange(32.0)
+    mass = weight.sum((2, 3)).clamp(min=1e-3)
+    x, y = (weight.sum(2) * axis).sum(-1) / mass, (weight.sum(3) * axis).sum(-1) / mass
+    for name, value, sign in (("moves left", x, -1), ("moves right", x, 1), ("moves up", y, -1), ("moves down", y, 1),
+                              ("grows", mass, 1), ("shrinks", mass, -1)):
+        rows = actions == data.ACTIONS.index(name)
+        assert (sign * (value[rows, -1] - value[rows, 0]) > 0).all(), name
+    rests = actions == data.ACTIONS.index("rests")
+    assert torch.equal(videos[rests][:, :, 0], videos[rests][:, :, -1])
+    assert data.draw_clips(torch.arange(3), 16, frames=1)[0].shape == (3, 3, 1, 16, 16)
+
+
+def picture_tree(folder, n=12, size=(40, 30), grey=False):
+    for c, name in enumerate(("cat", "dog")):
+        (folder / name).mkdir(parents=True)
+        for i in range(n):
+            pixels = np.random.RandomState(100 * c + i).randint(0, 255, (size[1], size[0], 3), np.uint8)
+            Image.fromarray(pixels[..., 0] if grey else pixels).save(folder / name / f"{i:03d}.png")
+    return folder
+
+
+def test_the_same_images_from_folder_tar_zip_and_npz(tmp_path):
+    tree = picture_tree(tmp_path / "pets", size=(16, 16))
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as t:
+        t.add(tree, arcname="pets")
+    with tarfile.open(tmp_path / "b.tar", "w") as t:
+        t.add(tree, arcname=".")
+    with zipfile.ZipFile(tmp_path / "c.zip", "w") as z:
+        for f in tree.rglob("*.png"):
+            z.write(f, f.relative_to(tree))
+    files = sorted(tree.rglob("*.png"))
+    np.savez(tmp_path / "d.npz", images=np.stack([np.array(Image.open(f)) for f in files]),
+             labels=np.array([f.parent.name == "dog" for f in files]).astype(int), classes=np.array(["cat", "dog"]))
+    reference = data.load(str(tree), 16)
+    assert reference.classes == ["cat", "dog"] and len(reference) == 22 and len(data.load(str(tree), 16, "val")) == 2
+    assert np.array_equal(reference.images[0].permute(1, 2, 0).numpy(), np.array(Image.open(files[0])))
+    for other in ("a.tar.gz", "b.tar", "c.zip"):
+        s = data.load(str(tmp_path / other), 16)
+        assert torch.equal(s.images, reference.images) and torch.equal(s.labels, reference.labels), other
+    s = data.load(str(tmp_path / "d.npz"), 16)
+    assert s.classes == ["cat", "dog"] and len(s) == 22 and s.images.dtype == torch.uint8
+    streamed = data.load(str(tree), 16, max_bytes=0)
+    index = torch.tensor([3, 20, 5])
+    assert torch.equal(streamed.batch(index)[0], reference.batch(index)[0])
+
+
+def test_images_are_cropped_in_the_middle_and_grey_becomes_rgb(tmp_path):
+    wide = np.zeros((8, 16, 3), np.uint8)
+    wide[:, 4:12] = 200
+    assert (data.centre_crop(Image.fromarray(wide), 8) == 200).all()
+    assert data.centre_crop(Image.fromarray(wide).resize((200, 90)), 8).shape == (8, 8, 3)
+    s = data.load(str(picture_tree(tmp_path / "g", grey=True)), 16)
+    assert s.images.shape[1:] == (3, 16, 16) and torch.equal(s.images[:, 0], s.images[:, 2])
+    s = data.load(str(tmp_path / "g"), 16, flip=True)
+    x, plain = s.batch(torch.zeros(64, dtype=torch.long))[0], s.images[0].float() / 127.5 - 1
+    mirrored = (x == plain.flip(-1)).all((1, 2, 3))
+    assert 10 < mirrored.sum() < 54 and ((x == plain).all((1, 2, 3)) | mirrored).all()
+
+
+def test_train_and_val_levels_and_captions_are_understood(tmp_path):
+    picture_tree(tmp_path / "d" / "train"), picture_tree(tmp_path / "d" / "test", n=3)
+    for f in (tmp_path / "d" / "train").rglob("*.png"):
+        f.with_suffix(".txt").write_text(f"a {f.parent.name}\n")
+    s = data.load(str(tmp_path / "d"), 16)
+    assert len(s) == 24 and len(data.load(str(tmp_path / "d"), 16, "val")) == 6
+    assert s.texts[0] == "a cat" and s.texts[-1] == "a dog"
+
+
+def test_bad_data_is_refused_in_a_sentence(tmp_path):
+    def refused(path, words, **options):
+        with pytest.raises(data.BadInput, match=words):
+            data.load(str(path), 16, **options)
+    refused(tmp_path / "absent", "no such file")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "no images")
+    (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 not really")
+    refused(tmp_path / "broken.zip", "neither a folder|damaged")
+    tree = picture_tree(tmp_path / "t")
+    (tree / "emu").mkdir()
+    refused(tree, "emu holds no image")
+    (tree / "emu").rmdir()
+    whole = (tree / "cat" / "003.png").read_bytes()
+    (tree / "cat" / "003.png").write_bytes(whole[:len(whole) // 2])
+    refused(tree, "cat/003.png: not a readable image")
+    assert len(data.load(str(tree), 16, skip_bad=True)) == 21
+    archive = tmp_path / "cut.tar.gz"
+    with tarfile.open(archive, "w:gz") as t:
+        t.add(tree, arcname=".")
+    archive.write_bytes(archive.read_bytes()[:-3000])
+    refused(archive, "damaged")
+    (tree / "loose.png").write_bytes(whole)
+    refused(tree, "loose.png lies in no class folder")
+    np.savez(tmp_path / "x.npz", images=np.zeros((20, 8, 8, 3)), labels=np.zeros(20))
+    refused(tmp_path / "x.npz", "uint8")
+
+
+def test_order_is_a_permutation_per_epoch():
+    seen = torch.cat([data.order(100, 20, step, seed=1) for step in range(5)])
+    assert sorted(seen.tolist()) == list(range(100))
+    assert not torch.equal(data.order(100, 20, 0, 1), data.order(100, 20, 5, 1))
+    again = data.order(100, 20, 3, seed=1)
+    assert torch.equal(again, seen[60:80]) and len(data.order(7, 20, 0)) == 20
+
+
+# ---------------------------------------------------------------------------------------------------
+# evaluate.py
+
+def test_frechet_distance_of_known_gaussians():
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(4000, 3, generator=g, dtype=torch.float64)
+    white = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(a.T.cov()).T)          # exactly N(0, 1) moments
+    b = white * 3 + torch.tensor([1.0, 2.0, 2.0])
+    assert abs(evaluate.frechet_distance(white, b) - (9 + 3 * (3 - 1) ** 2)) < 1e-6
+    assert evaluate.frechet_distance(b, b) < 1e-6
+
+
+def test_psnr_ssim_precision_and_recall():
+    x = data.draw(torch.arange(4))[0]
+    assert torch.allclose(evaluate.psnr(x, x + 0.2), torch.full((4,), 20.0), atol=1e-3)
+    assert torch.allclose(evaluate.ssim(x, x), torch.ones(4), atol=1e-5) and evaluate.ssim(x, -x).max() < 0.5
+    real, far = torch.randn(200, 4), torch.randn(200, 4) + 100
+    assert evaluate.precision_recall(real, far) == (0, 0) and evaluate.precision_recall(real, real) == (1, 1)
+    collapsed = real[:1] + 1e-3 * torch.randn(200, 4)
+    precision, recall = evaluate.precision_recall(real, collapsed)
+    assert precision > 0.99 and recall < 0.05
+
+
+# ---------------------------------------------------------------------------------------------------
+# The programs, as a user runs them
+
+TINY = ["--tokenizer", "vae", "--head", "gmm", "--n_shapes", "200", "--tok_steps", "24", "--tok_batch_size", "8", "--image_size", "16",
+        "--steps", "24", "--batch_size", "8", "--size", "tiny", "--save_every", "4", "--log_every", "4", "--eval_every", "12",
+        "--warmup", "4", "--device", "cpu", "--dtype", "fp32"]
+
+
+def command(*words, torchrun=0):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] if torchrun \
+        else [sys.executable]
+    return launcher + [str(ROOT / words[0]), *map(str, words[1:])]
+
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+
+
+def call(*words, code=0, **options):
+    done = subprocess.run(command(*words, **options), capture_output=True, text=True, env=ENV, timeout=200)
+    assert done.returncode == code or (code and done.returncode), done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """One tiny run, uninterrupted -> its runs folder."""
+    runs = tmp_path_factory.mktemp("runs")
+    call("train.py", *TINY, "--runs", runs)
+    return runs
+
+
+def log_of(runs, name, column="loss"):
+    with open(runs / name / "log.csv", newline="") as f:
+        return {int(r["step"]): float(r[column]) for r in csv.DictReader(f)}
+
+
+def test_a_run_leaves_its_files_and_samples(tiny_run, tmp_path):
+    folder = tiny_run / "shapes-vae-ar-gmm"
+    for name in ("ckpt.pt", "log.csv", "curve.png", "samples.png"):
+        assert (folder / name).stat().st_size > 0
+    assert (tiny_run / "shapes-vae" / "reconstructions.png").exists() and not list(tiny_run.rglob("*.tmp"))
+    out = call("sample.py", folder, "--npz", tmp_path / "x.npz", "--gif", tmp_path / "x.gif", "--out", tmp_path / "x.png", "--n", 30)
+    assert re.search(r"s per image at batch 30, fp32, cpu", out)
+    with np.load(tmp_path / "x.npz") as f:
+        assert f["arr_0"].shape == (30, 16, 16, 3) and f["arr_0"].dtype == np.uint8
+        assert (np.bincount(f["labels"]) == 3).all()
+    assert Image.open(tmp_path / "x.gif").n_frames == 4 and Image.open(tmp_path / "x.png").width > 100
+    assert "trained already" in call("train.py", *TINY, "--runs", tiny_run)
+
+
+def test_samples_are_a_function_of_the_seed(tiny_run):
+    run = train.load_run(tiny_run / "shapes-vae-ar-gmm")
+    labels = torch.arange(10)
+    a, b, c = (sample.draw_samples(run, labels, seed=s) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c) and a.min() >= -1 and a.max() <= 1
+
+
+@pytest.mark.parametrize("stage", ["stage 1", "stage 2"])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(stage, tiny_run, tmp_path):
+    words = command("train.py", *TINY, "--runs", tmp_path)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=ENV)
+    inside = False
+    for line in process.stdout:
+        inside = inside or line.startswith(stage)
+        if inside and line.startswith("step     12"):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait(), process.stdout.close()
+    call("train.py", *TINY, "--runs", tmp_path, "--resume")
+    for name in ("shapes-vae", "shapes-vae-ar-gmm"):
+        ours, theirs = train.read_checkpoint(tmp_path / name), train.read_checkpoint(tiny_run / name)
+        for part in ("model", "ema"):
+            assert all(torch.equal(v, theirs[part][k]) for k, v in ours[part].items()), f"{name}: {part} differs"
+        assert log_of(tmp_path, name) == log_of(tiny_run, name)
+    runs = [train.load_run(r / "shapes-vae-ar-gmm") for r in (tmp_path, tiny_run)]
+    assert torch.equal(*(sample.draw_samples(r, torch.arange(10)) for r in runs))
+
+
+def test_two_processes_follow_one(tmp_path):
+    """Without noise inside the models (beta 0, no label dropping) the losses are equal up to rounding."""
+    options = [*TINY, "--beta", "0", "--label_drop", "0"]
+    call("train.py", *options, "--runs", tmp_path / "one")
+    call("train.py", *options, "--runs", tmp_path / "two", torchrun=2)
+    for name in ("shapes-vae", "shapes-vae-ar-gmm"):
+        one, two = log_of(tmp_path / "one", name), log_of(tmp_path / "two", name)
+        assert one.keys() == two.keys() and len(one) > 4
+        assert all(abs(one[s] - two[s]) <= 2e-3 * abs(one[s]) for s in one), (name, one, two)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    train.save_atomically({"step": 1}, path)
+    full = path.with_suffix(f".{os.getpid()}.tmp")
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    full.symlink_to("/dev/full")                            # writing there fails as on a full disk
+    with pytest.raises(data.BadInput, match="could not write"):
+        train.save_atomically({"step": 2, "x": torch.zeros(100_000)}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1} and not full.exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    out = call("train.py", *TINY, "--runs", tmp_path, "--tok_lr", "1e30", "--warmup", "1", "--generator", "none", code=1)
+    step = int(re.search(r"step (\d+): the loss is not finite", out).group(1))
+    saved = train.read_checkpoint(tmp_path / "shapes-vae")
+    assert "Traceback" not in out and saved["step"] <= step
+    assert all(torch.isfinite(v).all() for v in saved["model"].values() if v.is_floating_point())
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--head", "categorical"], "use --head gmm"),
+    (["--data", "nowhere"], "no such file or folder"),
+    (["--device", "cuda:77"], "--device cuda:77: not on this machine"),
+    (["--device", "toaster"], "--device toaster: not on this machine"),
+    (["--resume", "--runs", "nowhere"], "there is no run"),
+    (["--resume", "--overwrite"], "give one of them"),
+    (["--image_size", "20"], "not a multiple of 8"),
+    (["--steps", "0"], "--steps 0: must be at least 1"),
+    (["--lr", "-1"], "--lr -1.0: must be above 0"),
+    (["--label_drop", "1.5"], "must be below 1"),
+])
+def test_train_refuses_in_one_sentence(words, sentence, tmp_path, capsys):
+    base = ["--tokenizer", "vae", "--head", "gmm", "--runs", str(tmp_path), "--n_shapes", "50"]
+    with pytest.raises(SystemExit) as caught:
+        train.main(base + words)
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("ckpt.pt"))
+
+
+def test_refusals_end_with_an_exit_code_and_no_traceback(tiny_run, tmp_path):
+    folder = tiny_run / "shapes-vae-ar-gmm"
+    for words, sentence in [(["train.py", "--tokenizer", "vae", "--no_such_flag"], "unrecognized arguments"),
+                            (["train.py", *TINY, "--runs", tiny_run, "--beta", "0.5"], "--beta 0.5 does not fit .* --beta 0.01"),
+                            (["sample.py", folder, "--class", "heart"], "the classes are disc"),
+                            (["sample.py", tmp_path], "no ckpt.pt"),
+                            (["sample.py", tiny_run / "shapes-vae"], "a tokenizer alone cannot draw"),
+                            (["evaluate.py", folder, "--n", 3], "--n 3")]:
+        out = call(*words, code=1)
+        assert re.search(sentence, out) and "Traceback" not in out, out
+
+
+def test_an_unfinished_run_is_not_overwritten_by_accident(tiny_run, tmp_path):
+    folder = tmp_path / "shapes-vae"
+    folder.mkdir()
+    state = train.read_checkpoint(tiny_run / "shapes-vae")
+    torch.save(state | {"done": False, "step": 12}, folder / "ckpt.pt")
+    with pytest.raises(SystemExit, match="--resume.*--overwrite"):
+        train.main([*TINY, "--runs", str(tmp_path)])
+    assert train.read_checkpoint(folder)["step"] == 12
+    (folder / "ckpt.pt").write_bytes(b"half a file")
+    with pytest.raises(SystemExit, match="not a readable checkpoint"):
+        train.main([*TINY, "--runs", str(tmp_path)])
+
+
+def test_the_token_cache_is_remade_when_the_tokenizer_changes(tmp_path):
+    images, args = data.load(n_shapes=60), None
+    tokenizer = vae.VAE().eval()
+    first = train.token_cache(tokenizer, images, args, tmp_path, "train", True)
+    stamp = (tmp_path / "tokens-train.pt").stat().st_mtime_ns
+    train.token_cache(tokenizer, images, args, tmp_path, "train", True)
+    assert (tmp_path / "tokens-train.pt").stat().st_mtime_ns == stamp, "an unchanged tokenizer reads the cache"
+    with torch.no_grad():
+        tokenizer.quant_conv.bias += 1
+    second = train.token_cache(tokenizer, images, args, tmp_path, "train", True)
+    assert torch.allclose(second.arrays["mean"], first.arrays["mean"] + 1, atol=1e-4)
+    images.flip = True
+    flipped = train.token_cache(tokenizer, images, args, tmp_path, "train", True)
+    mean = tokenizer.posterior(images.images.float().flip(-1) / 127.5 - 1)[0]
+    assert len(flipped.arrays["mean"]) == 120 and torch.allclose(flipped.arrays["mean"][60:], mean, atol=1e-4)
+    assert flipped.batch(torch.arange(60))[0].shape == (60, 16, 8)
+    a, b = (first.batch(torch.arange(4))[0] for _ in range(2))
+    assert not torch.equal(a, b), "every batch draws fresh tokens from the posterior"
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    rates = [train.learning_rate(s, 100, 10, 2.0) for s in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(max(rates), rel=0.05) and rates[-1] < 1e-2
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+# ---------------------------------------------------------------------------------------------------
+# The house rules
+
+def tree_of(name):
+    return ast.parse((ROOT / f"{name}.py").read_text())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_files_stand_alone(name):
+    tree, doc = tree_of(name), ast.get_docstring(tree_of(name))
+    top = {(a.name if isinstance(n, ast.Import) else n.module).split(".")[0]
+           for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    assert top <= {"torch", "numpy"} | sys.stdlib_module_names, top
+    assert f"python {name}.py" in doc and "Shapes:" in doc and "Try it yourself" in doc and doc.count("\n") < 26
+
+
+def test_same_name_means_same_code():
+    seen = {}
+    for name in MODELS:
+        for node in tree_of(name).body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name not in ("main", "fit"):
+                other, code = seen.setdefault(node.name, (name, ast.dump(node)))
+                assert code == ast.dump(node), f"{node.name} differs between {other}.py and {name}.py"
+
+
+@pytest.mark.parametrize("name", PROGRAMS + ["data"])
+def test_every_flag_is_explained_and_read(name):
+    source = (ROOT / f"{name}.py").read_text()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+            flag = node.args[0].value.lstrip("-")
+            options = {k.arg: k.value for k in node.keywords}
+            assert "help" in options, f"{name}.py --{flag} has no help"
+            dest = options["dest"].value if "dest" in options else flag
+            read = rf"(args|given|args_io|flags)\.{dest}\b|[\"']{dest}[\"'][,)\]]"
+            assert len(re.findall(read, source)) >= 1, f"{name}.py parses --{flag} and never reads it"
+
+
+def test_weights_are_loaded_without_running_code():
+    for path in ROOT.glob("*.py"):
+        for call_ in re.findall(r"torch\.load\((?:[^()]|\([^()]*\))*\)", path.read_text()):
+            assert "weights_only=True" in call_ or path.name == "test_all.py", (path.name, call_)
