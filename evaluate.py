@@ -377,7 +377,9 @@ def main():
         lines.append((name, f"{value:.3f}" + "".join(f" +- {e:.3f}" for e in error), unit, remark))
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads"
-    metrics.update({k: getattr(args, k) for k in ("n", "cfg", "temperature", "seed")})
+    metrics.update(n=args.n, seed=args.seed)
+    if run.generator is not None:
+        metrics.update({k: v if getattr(args, k) is None else getattr(args, k) for k, v in sample.DEFAULTS[run.args.head].items()})
     metrics.update(device=str(device), machine=machine)
     path = Path(run.folder) / "metrics.json"
     path.write_text(json.dumps(metrics, indent=1) + "\n")

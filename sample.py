@@ -19,7 +19,7 @@ from PIL import Image
 import data
 from data import BadInput
 
-DEFAULTS = {"gmm": dict(cfg=1.5, temperature=0.9), "categorical": dict(cfg=1.5, temperature=1.0)}
+DEFAULTS = {"gmm": dict(cfg=2.5, temperature=0.9), "categorical": dict(cfg=1.5, temperature=1.0)}
 
 
 @torch.no_grad()

@@ -638,7 +638,7 @@ def test_train_refuses_in_one_sentence(words, sentence, tmp_path, capsys):
 def test_refusals_end_with_an_exit_code_and_no_traceback(tiny_run, tmp_path):
     folder = tiny_run / "shapes-vae-ar-gmm"
     for words, sentence in [(["train.py", "--tokenizer", "vae", "--no_such_flag"], "unrecognized arguments"),
-                            (["train.py", *TINY, "--runs", tiny_run, "--beta", "0.5"], "--beta 0.5 does not fit .* --beta 0.01"),
+                            (["train.py", *TINY, "--runs", tiny_run, "--beta", "0.5"], "--beta 0.5 does not fit .* --beta 0.02"),
                             (["sample.py", folder, "--class", "heart"], "the classes are disc"),
                             (["sample.py", tmp_path], "no ckpt.pt"),
                             (["sample.py", tiny_run / "shapes-vae"], "a tokenizer alone cannot draw"),

@@ -43,9 +43,9 @@ BOTH = ("weight_decay", "warmup", "grad_clip", "ema")
 DEFAULTS = {                                                # what a flag is when nobody says it
     "any": dict(data="shapes", image_size=32, flip=False, n_shapes=20_000, seed=0, corrupt=0.0, n_mix=8, label_drop=0.1,
                 dropout=0.0, weight_decay=0.02, warmup=50, grad_clip=1.0, optimizer="muon"),
-    "cpu": dict(tok_size="small", tok_steps=800, tok_batch_size=32, tok_lr=3e-3, beta=0.01,
-                size="small", steps=2000, batch_size=64, lr=2e-3),
-    "cuda": dict(tok_size="medium", tok_steps=4000, tok_batch_size=128, tok_lr=1e-3, beta=0.01,
+    "cpu": dict(tok_size="small", tok_steps=1000, tok_batch_size=32, tok_lr=4e-3, beta=0.02,
+                size="small", steps=1600, batch_size=64, lr=4e-3),
+    "cuda": dict(tok_size="medium", tok_steps=4000, tok_batch_size=128, tok_lr=1e-3, beta=0.02,
                  size="medium", steps=8000, batch_size=256, lr=1e-3),
 }
 
