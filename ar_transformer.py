@@ -295,8 +295,8 @@ def fit(model, batches, steps, lr=2e-3):
 
 def main():
     parser = argparse.ArgumentParser(description="A causal transformer on bars-and-stripes and on little drawn shapes.")
-    parser.add_argument("--image_size", type=int, default=12, help="side of the little drawn shapes, in pixels")
-    parser.add_argument("--steps", type=int, default=400, help="training steps on the drawn shapes")
+    parser.add_argument("--image_size", type=int, default=10, help="side of the little drawn shapes, in pixels")
+    parser.add_argument("--steps", type=int, default=500, help="training steps on the drawn shapes")
     args = parser.parse_args()
     import matplotlib
     matplotlib.use("Agg")
@@ -307,7 +307,7 @@ def main():
 
     bars = ARTransformer(CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=2, n_embd=64, label_drop=0).to(device)
     zeros = torch.zeros(256, dtype=torch.long, device=device)
-    curve = [16 * v for v in fit(bars, lambda step: (bars_and_stripes(256, device), zeros), 400, 5e-3)]
+    curve = [16 * v for v in fit(bars, lambda step: (bars_and_stripes(256, device), zeros), 300, 5e-3)]
     with torch.no_grad():
         nll = 16 * bars.eval()(bars_and_stripes(20_000, device), zeros.repeat(79)[:20_000])[0]
     print(f"bars-and-stripes: {nll:.3f} nats per picture, the optimum is ln 30 = {math.log(30):.3f}")

@@ -85,7 +85,7 @@ def distance(shape, x, y):
 
     def polygon(n, inner):                                  # n half planes at distance `inner`, by folding the angle
         sector = 2 * math.pi / n
-        angle = torch.atan2(x, -y) + math.pi / n            # one corner points up
+        angle = torch.atan2(x, -y)                          # one corner points up
         return r * torch.cos(angle - sector * torch.floor(angle / sector) - sector / 2) - inner
 
     def box(half_x, half_y):
@@ -360,7 +360,7 @@ def list_files(path):
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as e:
         raise BadInput(f"--data {path}: the archive is damaged ({e})") from None
     files = [f for f in files if not any(part.startswith((".", "__MACOSX")) for part in f[0].split("/"))]
-    return sorted(files, key=lambda f: f[0]), sorted(folders)
+    return sorted(files, key=lambda f: f[0]), sorted(folders - {""})
 
 
 def list_split(path, split):

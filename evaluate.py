@@ -67,7 +67,7 @@ def ssim(a, b):
 
     def blur(x):                                                                   # the window is separable
         return F.conv2d(F.conv2d(x, g.view(1, 1, -1, 1)), g.view(1, 1, 1, -1))
-    a, b = ((x.float() * luma).sum(1, keepdim=True) for x in (a, b))               # (B, 1, H, W)
+    a, b = (((x.float() + 1) * luma).sum(1, keepdim=True) for x in (a, b))         # (B, 1, H, W) in [0, 2], as SSIM needs
     mu_a, mu_b = blur(a), blur(b)
     var_a, var_b, cov = blur(a * a) - mu_a**2, blur(b * b) - mu_b**2, blur(a * b) - mu_a * mu_b
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2

@@ -16,6 +16,7 @@ or, with --resume, those of the checkpoint.
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
 import math
 import os
@@ -162,10 +163,13 @@ def native_bf16(device):
     return device.type == "cpu" and any(getattr(torch.cpu, n)() for n in names if hasattr(torch.cpu, n))
 
 
+load_once = functools.lru_cache(maxsize=2)(data.load)       # both stages read the same training and validation images
+
+
 def open_data(args, split, device):
     """The training or validation images that the flags name -> data.ImageSet."""
     n = args.n_shapes if split == "train" else None
-    return data.load(args.data, args.image_size, split, device, args.seed, bool(args.flip) and split == "train",
+    return load_once(args.data, args.image_size, split, device, args.seed, bool(args.flip) and split == "train",
                      getattr(args, "skip_bad", False), n)
 
 
@@ -326,7 +330,7 @@ def learning_rate(step, steps, warmup, peak):
 
 
 def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finish):
-    """Train `model` on batches of `source`; returns the averaged model.
+    """Train `model` on batches of `source` and leave checkpoint, log and curve in `folder`.
 
     source.batch(index) -> x, labels; val: a function (model) -> validation loss; extra: more entries for the checkpoint;
     finish(averaged model) runs once after the last step, before the run counts as done.
@@ -379,9 +383,9 @@ def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finis
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip)
         bad_step = torch.where(torch.isfinite(loss.detach() + norm), bad_step, bad_step.clamp(max=step))
-        last = step + 1 == steps
-        checkpointing = last or (step + 1) % args.save_every == 0 or (step + 1) % args.eval_every == 0
-        logging = last or step == first or (step + 1) % args.log_every == 0
+        evaluating = step + 1 == steps or (step + 1) % args.eval_every == 0
+        checkpointing = evaluating or (step + 1) % args.save_every == 0
+        logging = evaluating or step == 0 or (step + 1) % args.log_every == 0
         if logging or checkpointing or world.device.type == "cpu":       # .item() waits for a GPU, so not at every step
             if (at := agree(world, bad_step)) < steps:
                 raise BadInput(f"step {at}: the loss is not finite; stopped. The last good checkpoint is kept in {folder}: "
@@ -389,22 +393,21 @@ def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finis
         for opt in optimizers:
             opt.step()
         ema.update_parameters(raw)
-        if logging or checkpointing:
+        if logging:
             row = {"loss": loss.detach(), **logs, "grad_norm": norm}
             row = {k: mean_over_processes(world, v) for k, v in row.items()}
-            if last or (step + 1) % args.eval_every == 0:
+            seconds = (time.perf_counter() - timer) / (step + 1 - since)
+            if evaluating:
                 row["val_loss"] = val(ema.module)
-            if logging and world.rank == 0:
-                log.add(step + 1, steps, row, (time.perf_counter() - timer) / (step + 1 - since), batch_size)
-                since, timer = step + 1, time.perf_counter()
-            if checkpointing:
-                save(step + 1)
-    ema.module.eval()
-    finish(ema.module)
-    save(steps, done=True)
+            if world.rank == 0:
+                log.add(step + 1, steps, row, seconds, batch_size)
+            since, timer = step + 1, time.perf_counter()
+        if checkpointing:
+            save(step + 1)
+    finish(ema.module.eval())
     if world.rank == 0:
         log.plot("nats per token" if stage == 2 else "loss per pixel value")
-    return ema.module
+    save(steps, done=True)                                  # last, so that a run killed before goes on with --resume
 
 
 def say(world, text):
@@ -516,17 +519,16 @@ def train_tokenizer(given, folder, world):
         def finish(model):
             measured = encode_all(model, images, args)
             model.measure(measured["mean"], measured["std"])
+            if world.rank == 0:
+                torch.manual_seed(args.seed)
+                x, _ = held_out.batch(torch.linspace(0, len(held_out) - 1, 12).long())      # folders come sorted by class
+                rows = [("validation images", x), ("reconstructed", model.decode(model.encode(x)))]
+                data.save_rows(folder / "reconstructions.png", rows, folder.name)
 
         loop_args = argparse.Namespace(**vars(args), **loop_flags(given))
-        tokenizer = fit(1, tokenizer, images, validate(held_out, 100, args, world), loop_args, folder, world, checkpoint,
-                        dict(classes=images.classes), finish)
-        if world.rank == 0:
-            x, _ = held_out.batch(torch.arange(min(12, len(held_out))))
-            with torch.no_grad(), torch.random.fork_rng():
-                torch.manual_seed(args.seed)
-                rows = [("validation images", x), ("reconstructed", tokenizer.decode(tokenizer.encode(x)))]
-            data.save_rows(folder / "reconstructions.png", rows, folder.name)
-        barrier(world)
+        fit(1, tokenizer, images, validate(held_out, 100, args, world), loop_args, folder, world, checkpoint,
+            dict(classes=images.classes), finish)
+        barrier(world)                                      # until process 0 has written the checkpoint
     run = load_run(folder, world.device)
     return run.tokenizer, run.args
 
@@ -543,6 +545,9 @@ def train_generator(given, folder, tokenizer, tok_args, tok_folder, world):
     divisible(args.batch_size, "--batch_size", world)
     args_io = argparse.Namespace(**vars(args), skip_bad=given.skip_bad)
     sets = {split: open_data(args_io, split, world.device) for split in ("train", "val")}
+    weights = {k: v.cpu() for k, v in tokenizer.state_dict().items()}
+    if checkpoint and any(not torch.equal(v, checkpoint["tokenizer"][k]) for k, v in weights.items()):
+        raise BadInput(f"{folder} was begun on the tokens of another tokenizer than {tok_folder}: start again with --overwrite")
     tokens = {s: token_cache(tokenizer, images, args, tok_folder, s, world.rank == 0) for s, images in sets.items()}
     classes = sets["train"].classes
     torch.manual_seed(args.seed)
@@ -552,15 +557,16 @@ def train_generator(given, folder, tokenizer, tok_args, tok_folder, world):
         raise BadInput(f"--size {args.size}: {e}") from None
     folder.mkdir(parents=True, exist_ok=True)
     loop_args = argparse.Namespace(**vars(args), **loop_flags(given))
-    extra = dict(classes=classes, tokenizer={k: v.cpu() for k, v in tokenizer.state_dict().items()})
+    extra = dict(classes=classes, tokenizer=weights)
+
+    def finish(model):
+        if world.rank == 0:
+            run = SimpleNamespace(args=args, tokenizer=tokenizer, generator=model, device=world.device)
+            labels = torch.arange(min(len(classes), 20)).repeat_interleave(8)
+            images = sample.draw_samples(run, labels, seed=args.seed)
+            data.save_class_grid(folder / "samples.png", images, labels, classes, f"{folder.name}: samples")
     fit(2, generator, tokens["train"], validate(tokens["val"], 250, args, world), loop_args, folder, world, checkpoint, extra,
-        finish=lambda model: None)
-    if world.rank == 0:
-        run = load_run(folder, world.device)
-        n = min(len(classes), 20)
-        labels = torch.arange(n).repeat_interleave(8)
-        images = sample.draw_samples(run, labels, seed=args.seed)
-        data.save_class_grid(folder / "samples.png", images, labels, classes[:n], f"{folder.name}: samples")
+        finish)
 
 
 def loop_flags(given):

@@ -290,16 +290,13 @@ def load_weights(path):
 # ---------------------------------------------------------------------------------------------------
 # Demo
 
-def fit(model, images, steps, batch_size=64):
+def fit(model, images, steps, batch_size=32, lr=4e-3):
     """Train on a fixed set of images (N, 3, H, W) -> seconds."""
-    bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() and images.device.type == "cpu"
-    opt = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
+    opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
     start = time.perf_counter()
     for step in range(steps):
-        opt.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 30) * (1 - step / steps)
-        x = images[torch.randint(len(images), (batch_size,), device=images.device)]
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=bf16):
-            loss, logs = model(x)
+        opt.param_groups[0]["lr"] = lr * min(1, (step + 1) / 30) * (1 - step / steps)
+        loss, _ = model(images[torch.randint(len(images), (batch_size,), device=images.device)])
         opt.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -309,7 +306,7 @@ def fit(model, images, steps, batch_size=64):
 
 def main():
     parser = argparse.ArgumentParser(description="Three autoencoders: which of them can draw from noise?")
-    parser.add_argument("--steps", type=int, default=220, help="training steps of each of the three models")
+    parser.add_argument("--steps", type=int, default=200, help="training steps of each of the three models")
     parser.add_argument("--beta", type=float, default=0.02, help="weight of the VAE's KL against the squared error")
     args = parser.parse_args()
     import data
@@ -320,7 +317,7 @@ def main():
     rows = [("held-out images", held_out)]
     for name, options in (("AE", dict(beta=0)), ("DAE", dict(beta=0, corrupt=0.5)), ("VAE", dict(beta=args.beta))):
         torch.manual_seed(0)
-        model = VAE(**SIZES["small"], **options).to(device)
+        model = VAE(**SIZES["small"], **options).to(device, memory_format=torch.channels_last)   # faster on a CPU
         seconds = fit(model, images, args.steps)
         model.eval()
         with torch.no_grad():
