@@ -307,7 +307,7 @@ def main():
 
     bars = ARTransformer(CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=2, n_embd=64, label_drop=0).to(device)
     zeros = torch.zeros(256, dtype=torch.long, device=device)
-    curve = [16 * v for v in fit(bars, lambda step: (bars_and_stripes(256, device), zeros), 300, 5e-3)]
+    curve = [16 * v for v in fit(bars, lambda step: (bars_and_stripes(256, device), zeros), 400, 5e-3)]
     with torch.no_grad():
         nll = 16 * bars.eval()(bars_and_stripes(20_000, device), zeros.repeat(79)[:20_000])[0]
     print(f"bars-and-stripes: {nll:.3f} nats per picture, the optimum is ln 30 = {math.log(30):.3f}")
@@ -333,14 +333,15 @@ def main():
     torch.manual_seed(1)
     model.sample(cond, cfg=2.0, on_step=lambda t, x, unknown:
                  stages.append(torch.where(unknown, -1, x).clone()) if t in keep else None)
+    real = greys[[int((labels == k).nonzero()[0]) for k in range(10)]]                      # one picture of each class
     with torch.no_grad():
-        surprise = model.head.loss(model.hidden(greys[:10], labels[:10]), greys[:10])       # (10, T) nats
+        surprise = model.head.loss(model.hidden(real, cond), real)                          # (10, T) nats
 
     fig = plt.figure(figsize=(12, 7))
     left, right = fig.add_gridspec(1, 2, width_ratios=[2.3, 1], left=0.15, right=0.97, top=0.9, bottom=0.1, wspace=0.25)
     rows = left.subgridspec(6, 10, wspace=0.08, hspace=0.08)
     maps = [(f"{p}% of the tokens", s, "gray") for p, s in zip((25, 50, 75, 100), stages)]
-    maps += [("a training picture", greys[:10], "gray"), ("its surprise, token by token", surprise, "magma")]
+    maps += [("a training picture", real, "gray"), ("its surprise, token by token", surprise, "magma")]
     for r, (text, values, cmap) in enumerate(maps):
         for c in range(10):
             ax = fig.add_subplot(rows[r, c])

@@ -109,7 +109,8 @@ def distance(shape, x, y):
         return torch.maximum(r - 0.95, 0.78 - torch.hypot(x - 0.5, y))
     if name == "trefoil":                                   # three discs around the middle
         turn = [2 * math.pi * k / 3 - math.pi / 2 for k in range(3)]
-        return torch.stack([torch.hypot(x - 0.5 * math.cos(a), y - 0.5 * math.sin(a)) for a in turn]).amin(0) - 0.46
+        lobes = [torch.hypot(x - 0.5 * math.cos(a), y - 0.5 * math.sin(a)) for a in turn]
+        return torch.stack(lobes).amin(0) - 0.46
     assert name == "star"                                   # five tips: fold into one edge, distance to its line
     sector = 2 * math.pi / 5
     angle = torch.atan2(x, -y)
@@ -129,8 +130,9 @@ def scene(index, seed=0, video=False):
     cx, cy = room * (2 * u[:, 4] - 1), room * (2 * u[:, 5] - 1)
     jitter = 8 * (u[:, 7:10] - 0.5) / 255                  # no two reds are quite the same
     table = lambda colours: torch.tensor(list(colours.values()), device=index.device) / 255
-    out = dict(label=label, colour=colour, background=ground, radius=radius, cx=cx, cy=cy, angle=TILT * (2 * u[:, 6] - 1),
-               rgb=(table(COLOURS)[colour] + jitter).clamp(0, 1), ground_rgb=(table(BACKGROUNDS)[ground] + jitter).clamp(0, 1))
+    out = dict(label=label, colour=colour, background=ground, radius=radius, cx=cx, cy=cy,
+               angle=TILT * (2 * u[:, 6] - 1), rgb=(table(COLOURS)[colour] + jitter).clamp(0, 1),
+               ground_rgb=(table(BACKGROUNDS)[ground] + jitter).clamp(0, 1))
     if video:
         out["action"] = (u[:, 10] * len(ACTIONS)).long()
         turns = (out["action"] == ACTIONS.index("turns left")) | (out["action"] == ACTIONS.index("turns right"))
@@ -174,7 +176,7 @@ def draw_clips(index, image_size=32, frames=17, seed=0):
     """
     s = scene(index, seed, video=True)
     B, action = len(index), s["action"]
-    time_ = torch.linspace(-0.5, 0.5, frames, device=index.device) if frames > 1 else torch.zeros(1, device=index.device)
+    time_ = torch.linspace(-0.5, 0.5, frames, device=index.device) * (frames > 1)            # one frame: the middle
     is_ = lambda name: (action == ACTIONS.index(name)).float()[:, None]                 # (B, 1)
     resizes = is_("grows") + is_("shrinks")                                             # 1.4 times as large at one end
     s["radius"] = torch.minimum(s["radius"] - 0.1, 0.65 - 0.05 * resizes[:, 0])
@@ -189,7 +191,8 @@ def draw_clips(index, image_size=32, frames=17, seed=0):
     blink = ((torch.arange(frames, device=index.device) // 2) % 2).float()              # two frames there, two away
     visible = 1 - is_("blinks") * blink
     flat = {k: v.repeat_interleave(frames, 0) for k, v in s.items()}
-    flat.update(cx=cx.flatten(), cy=cy.flatten(), radius=radius.flatten(), angle=angle.flatten(), visible=visible.flatten())
+    moving = dict(cx=cx, cy=cy, radius=radius, angle=angle, visible=visible)                # (B, F) each
+    flat.update({k: v.flatten() for k, v in moving.items()})
     images, _ = draw_scene(flat, image_size)                                            # (B*F, 3, H, W)
     return images.view(B, frames, 3, image_size, image_size).transpose(1, 2).contiguous(), action, s["label"]
 
@@ -332,9 +335,9 @@ def free_bytes(device):
 def list_files(path):
     """A folder or archive -> list of (name inside it, function that returns the file's bytes), sorted by name."""
     if path.is_dir():
-        found = [p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        return sorted((p.relative_to(path).as_posix(), p.read_bytes) for p in found), \
-            sorted({p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_dir()})
+        found = {p.relative_to(path).as_posix(): p for p in path.rglob("*")}
+        found = {n: p for n, p in sorted(found.items()) if not any(part.startswith(".") for part in n.split("/"))}
+        return [(n, p.read_bytes) for n, p in found.items() if p.is_file()], [n for n, p in found.items() if p.is_dir()]
     files, folders = [], set()
     try:
         if zipfile.is_zipfile(path):
@@ -457,7 +460,8 @@ def load_npz(path, image_size, split, device, flip):
         raise BadInput(f"--data {path}: an .npz needs the arrays `images` (N, H, W, 3) uint8 and `labels` (N,)")
     if images.ndim == 3:
         images = np.repeat(images[..., None], 3, -1)
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) != len(labels) or len(images) < 10:
+    fits = images.ndim == 4 and images.shape[-1] == 3 and images.dtype == np.uint8
+    if not fits or len(images) != len(labels) or len(images) < 10:
         raise BadInput(f"--data {path}: `images` must be (N, H, W, 3) uint8 with N labels and N at least 10, "
                        f"not {images.shape} {images.dtype} with {len(labels)} labels")
     held_out = np.arange(len(images)) % 10 == 9

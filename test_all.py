@@ -501,7 +501,7 @@ def test_psnr_ssim_precision_and_recall():
     assert torch.allclose(evaluate.ssim(x, x), torch.ones(4), atol=1e-5) and evaluate.ssim(x, -x).max() < 0.5
     a, b = 0.5, 1.25                                        # flat images on SSIM's scale of [0, 2]: only the means count
     flat = lambda v: torch.full((1, 3, 16, 16), v - 1.0)
-    assert abs(evaluate.ssim(flat(a), flat(b))[0] - (2 * a * b + 4e-4) / (a * a + b * b + 4e-4)) < 1e-5
+    assert abs(evaluate.ssim(flat(a), flat(b))[0] - (2 * a * b + 4e-4) / (a * a + b * b + 4e-4)) < 1e-4
     real, far = torch.randn(200, 4), torch.randn(200, 4) + 100
     assert evaluate.precision_recall(real, far) == (0, 0) and evaluate.precision_recall(real, real) == (1, 1)
     collapsed = real[:1] + 1e-3 * torch.randn(200, 4)

@@ -56,7 +56,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Train a tokenizer and a generator on drawn shapes or on your own images.",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--tokenizer", choices=["vae"], required=True, help="stage 1: how an image becomes tokens")
-    p.add_argument("--generator", choices=["ar", "none"], default="ar", help="stage 2: the model of the tokens; none: stage 1 only")
+    p.add_argument("--generator", choices=["ar", "none"], default="ar", help="stage 2, models the tokens; none: stop after stage 1")
     p.add_argument("--head", choices=["gmm", "categorical"], default="gmm", help="the distribution of one token")
     g = p.add_argument_group("data")
     g.add_argument("--data", help="`shapes` (drawn, no download), or a folder / .tar[.gz] / .zip of class folders, or an .npz")
@@ -70,7 +70,7 @@ def parse_args(argv=None):
     g.add_argument("--tok_batch_size", type=int, help="images per step, over all processes")
     g.add_argument("--tok_lr", type=float, help="peak learning rate")
     g.add_argument("--token_dim", type=int, help="numbers in one token (default: that of the size)")
-    g.add_argument("--beta", type=float, help="weight of the KL, in nats per image, against the summed squared error; 0: plain AE")
+    g.add_argument("--beta", type=float, help="weight of the KL in nats per image against the summed squared error; 0: AE")
     g.add_argument("--corrupt", type=float, help="standard deviation of noise on the input pixels: a denoising autoencoder")
     g = p.add_argument_group("stage 2, the generator")
     g.add_argument("--size", choices=list(ar_transformer.SIZES), help="size of the generator, from SIZES in its file")
@@ -94,7 +94,8 @@ def parse_args(argv=None):
     g.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     g.add_argument("--overwrite", action="store_true", help="train anew where a run folder exists already")
     g.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: CUDA if there is one)")
-    g.add_argument("--dtype", choices=["fp32", "bf16"], help="bf16: autocast (default: on CUDA, and for stage 2 on CPUs that multiply it natively)")
+    g.add_argument("--dtype", choices=["fp32", "bf16"],
+                   help="bf16: autocast (default: on CUDA, and for stage 2 on CPUs that multiply it natively)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: on CUDA)")
     g.add_argument("--log_every", type=int, default=50, help="steps between printed lines")
     g.add_argument("--eval_every", type=int, default=500, help="steps between validation losses, each with a checkpoint")
@@ -358,8 +359,9 @@ def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finis
 
     def save(step, done=False):
         if world.rank == 0:
-            save_atomically(dict(stage=stage, step=step, done=done, flags=vars(args), model=raw.state_dict(), ema=ema.state_dict(),
-                                 optimizers=[o.state_dict() for o in optimizers], **extra), folder / "ckpt.pt")
+            state = dict(stage=stage, step=step, done=done, flags=vars(args), model=raw.state_dict(), ema=ema.state_dict(),
+                         optimizers=[o.state_dict() for o in optimizers])
+            save_atomically(state | extra, folder / "ckpt.pt")
 
     log = Log(folder, first) if world.rank == 0 else None
     if checkpoint is None:
@@ -368,8 +370,8 @@ def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finis
     since, timer = first, time.perf_counter()
     for step in range(first, steps):
         index = data.order(len(source), batch_size, step, args.seed)
-        # One seed per step, so that no generator state needs saving. The batch is drawn whole on every process and then
-        # divided, so that n processes see what one would have seen.
+        # One seed per step, so that no generator state needs saving. Every process draws the whole batch and takes
+        # its share, so that n processes see what one would have seen.
         torch.manual_seed(args.seed * 1_000_003 + 2 * step + stage)
         x, labels = (v[world.rank::world.size] for v in source.batch(index))
         torch.manual_seed((args.seed * 1_000_003 + 2 * step + stage) * 4096 + 1 + world.rank)
@@ -465,7 +467,8 @@ class Log:
             points = [(int(r["step"]), float(r[key])) for r in self.rows if r.get(key) not in (None, "")]
             points = [p for p in points if p[0] > 1] or points
             if points:
-                ax.plot(*zip(*points), style, ms=4, label={"loss": "training batch", "val_loss": "validation, averaged weights"}[key])
+                label = "training batch" if key == "loss" else "validation, averaged weights"
+                ax.plot(*zip(*points), style, ms=4, label=label)
         ax.set(xlabel="training step", ylabel=unit, title=self.path.parent.name)
         ax.grid(alpha=0.3)
         ax.legend()
