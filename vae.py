@@ -18,7 +18,7 @@ Shapes:  B batch, H W pixels, T = h * w tokens (h = H / 2^(levels - 1)), D numbe
     python vae.py              # AE, DAE and VAE side by side, writes vae.png; about 1 minute on 2 CPU cores
 
 Try it yourself:
-  1. Set --beta 30: the KL falls to nothing, and so does the picture ("posterior collapse"). And --beta 0.01?
+  1. Set --beta 30: the KL falls to nothing, and so does the picture ("posterior collapse"). And --beta 0.02?
   2. Decode z = 2 * noise and 0.5 * noise in main(). Where does each model still draw shapes?
   3. Replace the nearest-neighbour Upsample by a transposed convolution and look for a checkerboard.
 """
@@ -307,7 +307,7 @@ def fit(model, images, steps, batch_size=32, lr=4e-3):
 def main():
     parser = argparse.ArgumentParser(description="Three autoencoders: which of them can draw from noise?")
     parser.add_argument("--steps", type=int, default=200, help="training steps of each of the three models")
-    parser.add_argument("--beta", type=float, default=0.3, help="weight of the VAE's KL against the squared error")
+    parser.add_argument("--beta", type=float, default=2.0, help="weight of the VAE's KL against the squared error")
     args = parser.parse_args()
     import data
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -330,7 +330,7 @@ def main():
         print(f"{name:4s} PSNR {psnr:4.1f} dB   latents: mean {mean.mean():+5.2f}, std {spread.min():.2f} to {spread.max():.2f} "
               f"by channel (N(0, 1) is 0 and 1)   {kl}   {seconds:.0f} s")
         rows += [(f"{name}: reconstructed", x_hat), (f"{name}: decoded N(0, 1) noise", prior)]
-    data.save_rows("vae.png", rows, "vae.py: all three reconstruct; decoding noise asks whether they know where images lie")
+    data.save_rows("vae.png", rows, "vae.py: all three reconstruct, but only the VAE turns N(0, 1) noise into one thing on a dark ground")
     print("wrote vae.png")
 
 
