@@ -31,6 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ar_transformer
 import data
+import flow_adapter
 import gmm_head
 import sample
 import vae
@@ -38,11 +39,11 @@ from data import BadInput
 
 STAGE1 = ("data", "image_size", "flip", "n_shapes", "seed", "tokenizer", "tok_size", "tok_steps", "tok_batch_size", "tok_lr",
           "token_dim", "beta", "corrupt")
-STAGE2 = STAGE1 + ("generator", "head", "size", "steps", "batch_size", "lr", "optimizer", "n_mix", "label_drop", "dropout")
+STAGE2 = STAGE1 + ("adapter", "generator", "head", "size", "steps", "batch_size", "lr", "optimizer", "n_mix", "label_drop", "dropout")
 BOTH = ("weight_decay", "warmup", "grad_clip", "ema")
 
 DEFAULTS = {                                                # what a flag is when nobody says it
-    "any": dict(data="shapes", image_size=32, flip=False, n_shapes=20_000, seed=0, corrupt=0.0, n_mix=8, label_drop=0.1,
+    "any": dict(data="shapes", image_size=32, flip=False, n_shapes=20_000, seed=0, corrupt=0.0, adapter="none", n_mix=8, label_drop=0.1,
                 dropout=0.0, weight_decay=0.02, warmup=50, grad_clip=1.0, optimizer="muon"),
     "cpu": dict(tok_size="small", tok_steps=1000, tok_batch_size=32, tok_lr=4e-3, beta=0.02,
                 size="small", steps=1600, batch_size=64, lr=4e-3),
@@ -73,6 +74,7 @@ def parse_args(argv=None):
     g.add_argument("--beta", type=float, help="weight of the KL in nats per image against the summed squared error; 0: AE")
     g.add_argument("--corrupt", type=float, help="standard deviation of noise on the input pixels: a denoising autoencoder")
     g = p.add_argument_group("stage 2, the generator")
+    g.add_argument("--adapter", choices=["none", "flow"], help="flow: bend the tokens by a volume-preserving flow first (GIVT)")
     g.add_argument("--size", choices=list(ar_transformer.SIZES), help="size of the generator, from SIZES in its file")
     g.add_argument("--steps", type=int, help="training steps")
     g.add_argument("--batch_size", type=int, help="images per step, over all processes")
@@ -89,7 +91,7 @@ def parse_args(argv=None):
     g.add_argument("--ema", type=float, help="decay per step of the averaged weights (default: a memory of 1/20 of the run)")
     g = p.add_argument_group("machine and run")
     g.add_argument("--runs", default="runs", help="folder that holds the run folders")
-    g.add_argument("--name", help="name of the stage 2 run folder (default: data-tokenizer-generator-head)")
+    g.add_argument("--name", help="name of the stage 2 run folder (default: data-tokenizer[-adapter]-generator-head)")
     g.add_argument("--tok_name", help="name of the stage 1 run folder (default: data-tokenizer)")
     g.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     g.add_argument("--overwrite", action="store_true", help="train anew where a run folder exists already")
@@ -185,10 +187,14 @@ def build_tokenizer(args):
 
 
 def build_generator(args, tokenizer, num_classes):
+    """The generator that the flags name, behind the flow where --adapter flow asks for it."""
     size = ar_transformer.SIZES[args.size]
     head = gmm_head.GMMHead(size["n_embd"], tokenizer.token_dim, args.n_mix)
-    return ar_transformer.ARTransformer(head, tokenizer.seq_len, num_classes, tokenizer.token_dim, tokenizer.vocab_size,
-                                        tokenizer.grid, dropout=args.dropout, label_drop=args.label_drop, **size)
+    model = ar_transformer.ARTransformer(head, tokenizer.seq_len, num_classes, tokenizer.token_dim, tokenizer.vocab_size,
+                                         tokenizer.grid, dropout=args.dropout, label_drop=args.label_drop, **size)
+    if args.adapter == "flow":
+        model = flow_adapter.Adapted(flow_adapter.FlowAdapter(tokenizer.token_dim, tokenizer.grid), model)
+    return model
 
 
 def read_checkpoint(folder):
@@ -315,7 +321,7 @@ def save_atomically(state, path):
 
 def make_optimizers(model, args, lr, matrices):
     """AdamW for everything, or Muon (Jordan et al. 2024) for the matrices inside the transformer blocks where asked."""
-    muon = [p for n, p in model.named_parameters() if matrices and p.ndim == 2 and n.startswith("blocks.")]
+    muon = [p for n, p in model.named_parameters() if matrices and p.ndim == 2 and "blocks." in n]
     rest = [p for p in model.parameters() if all(p is not q for q in muon)]
     decay, plain = [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim <= 1]
     groups = [dict(params=decay, weight_decay=args.weight_decay), dict(params=plain, weight_decay=0.0)]
@@ -600,7 +606,8 @@ def main(argv=None):
                             compile=device.type == "cuda" if given.compile is None else given.compile)
     data_name = Path(given.data or "shapes").name.split(".")[0] or "data"
     tok_folder = Path(given.runs) / (given.tok_name or f"{data_name}-{given.tokenizer}")
-    folder = Path(given.runs) / (given.name or f"{data_name}-{given.tokenizer}-{given.generator}-{given.head}")
+    parts = [data_name, given.tokenizer, given.adapter if given.adapter == "flow" else None, given.generator, given.head]
+    folder = Path(given.runs) / (given.name or "-".join(p for p in parts if p))
     if given.resume and not any((f / "ckpt.pt").exists() for f in (folder, tok_folder)):
         raise BadInput(f"--resume: there is no run in {folder} or {tok_folder}; leave --resume out to start one")
     try:
