@@ -279,7 +279,7 @@ def bars_and_stripes(n, device, side=4):
     return all_[torch.randint(len(all_), (n,), device=device)]
 
 
-def fit(model, batches, steps, lr=2e-3):
+def fit_ids(model, batches, steps, lr=2e-3):
     """Train on batches(step) -> tokens, labels; returns the losses."""
     opt, losses = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05), []
     for step in range(steps):
@@ -307,7 +307,7 @@ def main():
 
     bars = ARTransformer(CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=2, n_embd=64, label_drop=0).to(device)
     zeros = torch.zeros(256, dtype=torch.long, device=device)
-    curve = [16 * v for v in fit(bars, lambda step: (bars_and_stripes(256, device), zeros), 400, 5e-3)]
+    curve = [16 * v for v in fit_ids(bars, lambda step: (bars_and_stripes(256, device), zeros), 400, 5e-3)]
     with torch.no_grad():
         nll = 16 * bars.eval()(bars_and_stripes(20_000, device), zeros.repeat(79)[:20_000])[0]
     print(f"bars-and-stripes: {nll:.3f} nats per picture, the optimum is ln 30 = {math.log(30):.3f}")
@@ -318,7 +318,7 @@ def main():
     model = ARTransformer(CategoricalHead(96, levels), side * side, 10, vocab_size=levels, n_layer=3, n_head=3, n_embd=96).to(device)
     pick = lambda step: torch.randint(8000, (32,), device=device)
     start = time.perf_counter()
-    losses = fit(model, lambda step: (lambda i: (greys[i], labels[i]))(pick(step)), args.steps)
+    losses = fit_ids(model, lambda step: (lambda i: (greys[i], labels[i]))(pick(step)), args.steps)
     print(f"drawn shapes in {levels} greys: {losses[-1]:.3f} nats per pixel after {time.perf_counter() - start:.0f} s "
           f"(uniform guessing: ln {levels} = {math.log(levels):.3f})")
     model.eval()

@@ -127,7 +127,7 @@ def banana(n):
     return torch.stack([a, a * a * 0.8 + b - 1.2], 1)
 
 
-def fit(flow, steps, side=32, lr=3e-3):
+def fit_banana(flow, steps, side=32, lr=3e-3):
     """Train a flow and one diagonal Gaussian on bananas -> mu, sigma, NLL in nats per point."""
     mu, log_sigma = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     opt = torch.optim.Adam([mu, log_sigma, *(flow.parameters() if flow else ())], lr=lr)
@@ -160,8 +160,8 @@ def main():
         for conv in block.convs:
             conv.weight.register_hook(lambda g: g * F.pad(torch.ones(1, 1, 1, 1), (1, 1, 1, 1)))
             conv.weight.data *= F.pad(torch.ones(1, 1, 1, 1), (1, 1, 1, 1))
-    plain_mu, plain_sigma, plain = fit(None, args.steps)
-    mu, sigma, adapted = fit(flow, args.steps)
+    plain_mu, plain_sigma, plain = fit_banana(None, args.steps)
+    mu, sigma, adapted = fit_banana(flow, args.steps)
     optimum = math.log(1.2 * 0.25) + math.log(2 * math.pi * math.e)
     x = banana(side * side).view(1, -1, 2)
     with torch.no_grad():

@@ -19,7 +19,7 @@ Try it yourself:
   1. Run with --n_mix 1. Why is the ring filled in? What does that say about a plain MSE loss?
   2. Zero the head at the start, as the authors' code does (nn.init.zeros_ on proj.weight and proj.bias): all K
      components then get the same gradient for ever. Compare the nll of K = 32 with that of K = 1.
-  3. Set min_scale to 1e-6 in fit() and train on eight fixed points: what does the loss tend to?
+  3. Set min_scale to 1e-6 in fit_toy() and train on eight fixed points: what does the loss tend to?
 """
 import argparse
 import math
@@ -132,7 +132,7 @@ def toy_tokens(label):
     return torch.stack([ring + thick, spiral + thick, board, eight], 1)[torch.arange(len(label), device=label.device), label]
 
 
-def fit(n_mix, steps, device, classes=4, batch_size=1024):
+def fit_toy(n_mix, steps, device, classes=4, batch_size=1024):
     """Train a lookup table and a head on toy_tokens -> table, head, held-out nll per class in nats (a tensor)."""
     table = nn.Embedding(classes, 64).to(device)
     head = GMMHead(64, token_dim=2, n_mix=n_mix).to(device)
@@ -166,7 +166,7 @@ def main():
     columns = [("the data", toy_tokens(label))]
     for n_mix in args.n_mix:
         start = time.perf_counter()
-        table, head, nll = fit(n_mix, args.steps, device)
+        table, head, nll = fit_toy(n_mix, args.steps, device)
         print(f"K = {n_mix:3d}: nll in nats  " + "  ".join(f"{n} {v:.3f}" for n, v in zip(names, nll))
               + f"   ({time.perf_counter() - start:.0f} s)")
         columns.append((f"K = {n_mix}", head.sample(table(label))[0]))

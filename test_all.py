@@ -321,7 +321,7 @@ def test_ar_reaches_the_exact_optimum_on_bars_and_stripes():
     model = ar_transformer.ARTransformer(ar_transformer.CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=2,
                                          n_embd=64, label_drop=0)
     zeros = torch.zeros(128, dtype=torch.long)
-    ar_transformer.fit(model, lambda step: (ar_transformer.bars_and_stripes(128, "cpu"), zeros), 400, 5e-3)
+    ar_transformer.fit_ids(model, lambda step: (ar_transformer.bars_and_stripes(128, "cpu"), zeros), 400, 5e-3)
     everything = ar_transformer.bars_and_stripes(5000, "cpu").unique(dim=0)
     assert len(everything) == 30
     with torch.no_grad():
@@ -411,9 +411,8 @@ def test_drawn_shapes_have_the_area_and_place_they_should():
     assert (masks.flatten(1).amax(1) == labels + 1).all() and set(labels.tolist()) == set(range(10))
     border = torch.cat([masks[:, 0], masks[:, -1], masks[:, :, 0], masks[:, :, -1]], 1)
     assert (border > 0).float().mean() < 0.01, "shapes leave the picture"
-    inside = (d < -0.1)[:, None].expand_as(images)
     far = (images[0][:, d[0] < -0.1] / 2 + 0.5 - s["rgb"][0][:, None]).abs().max()
-    assert far < 1e-5 and inside.any()
+    assert far < 1e-5
 
 
 def test_captions_say_what_is_drawn():
@@ -718,18 +717,18 @@ def test_an_unfinished_run_is_not_overwritten_by_accident(tiny_run, tmp_path):
 
 
 def test_the_token_cache_is_remade_when_the_tokenizer_changes(tmp_path):
-    images, args = data.load(n_shapes=60), None
+    images = data.load(n_shapes=60)
     tokenizer = vae.VAE().eval()
-    first = train.token_cache(tokenizer, images, args, tmp_path, "train", True)
+    first = train.token_cache(tokenizer, images, tmp_path, "train", True)
     stamp = (tmp_path / "tokens-train.pt").stat().st_mtime_ns
-    train.token_cache(tokenizer, images, args, tmp_path, "train", True)
+    train.token_cache(tokenizer, images, tmp_path, "train", True)
     assert (tmp_path / "tokens-train.pt").stat().st_mtime_ns == stamp, "an unchanged tokenizer reads the cache"
     with torch.no_grad():
         tokenizer.quant_conv.bias += 1
-    second = train.token_cache(tokenizer, images, args, tmp_path, "train", True)
+    second = train.token_cache(tokenizer, images, tmp_path, "train", True)
     assert torch.allclose(second.arrays["mean"], first.arrays["mean"] + 1, atol=1e-4)
     images.flip = True
-    flipped = train.token_cache(tokenizer, images, args, tmp_path, "train", True)
+    flipped = train.token_cache(tokenizer, images, tmp_path, "train", True)
     mean = tokenizer.posterior(images.images.float().flip(-1) / 127.5 - 1)[0]
     assert len(flipped.arrays["mean"]) == 120 and torch.allclose(flipped.arrays["mean"][60:], mean, atol=1e-4)
     assert flipped.batch(torch.arange(60))[0].shape == (60, 16, 8)
@@ -763,7 +762,7 @@ def test_same_name_means_same_code():
     seen = {}
     for name in MODELS:
         for node in tree_of(name).body:
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name not in ("main", "fit"):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name != "main":
                 other, code = seen.setdefault(node.name, (name, ast.dump(node)))
                 assert code == ast.dump(node), f"{node.name} differs between {other}.py and {name}.py"
 

@@ -264,7 +264,7 @@ class Tokens:
 
 
 @torch.no_grad()
-def encode_all(tokenizer, images, args):
+def encode_all(tokenizer, images):
     """Encode a whole ImageSet: -> dict of arrays on the device, plus the mirrored images where --flip is on."""
     arrays, flip, images.flip = {}, images.flip, False
     for turn in ([False, True] if flip else [False]):
@@ -278,7 +278,7 @@ def encode_all(tokenizer, images, args):
     return {k: torch.cat(v) for k, v in arrays.items()} | ({"flipped": torch.ones(1)} if flip else {})
 
 
-def token_cache(tokenizer, images, args, folder, split, main_process):
+def token_cache(tokenizer, images, folder, split, main_process):
     """Tokens of a set, read from `folder` if they were made from this tokenizer and these images, else made and saved."""
     digest = hashlib.sha1()
     for v in tokenizer.state_dict().values():
@@ -294,7 +294,7 @@ def token_cache(tokenizer, images, args, folder, split, main_process):
         with contextlib.suppress(Exception):                # a damaged cache is made anew
             saved = torch.load(path, map_location=images.device, weights_only=True)
     if saved is None or saved["key"] != digest.hexdigest():
-        saved = dict(encode_all(tokenizer, images, args), key=digest.hexdigest())
+        saved = dict(encode_all(tokenizer, images), key=digest.hexdigest())
         if main_process:
             save_atomically(saved, path)
     arrays = {k: v for k, v in saved.items() if k != "key"}
@@ -526,7 +526,7 @@ def train_tokenizer(given, folder, world):
         folder.mkdir(parents=True, exist_ok=True)
 
         def finish(model):
-            measured = encode_all(model, images, args)
+            measured = encode_all(model, images)
             model.measure(measured["mean"], measured["std"])
             if world.rank == 0:
                 torch.manual_seed(args.seed)
@@ -557,7 +557,7 @@ def train_generator(given, folder, tokenizer, tok_args, tok_folder, world):
     weights = {k: v.cpu() for k, v in tokenizer.state_dict().items()}
     if checkpoint and any(not torch.equal(v, checkpoint["tokenizer"][k]) for k, v in weights.items()):
         raise BadInput(f"{folder} was begun on the tokens of another tokenizer than {tok_folder}: start again with --overwrite")
-    tokens = {s: token_cache(tokenizer, images, args, tok_folder, s, world.rank == 0) for s, images in sets.items()}
+    tokens = {s: token_cache(tokenizer, images, tok_folder, s, world.rank == 0) for s, images in sets.items()}
     classes = sets["train"].classes
     torch.manual_seed(args.seed)
     try:

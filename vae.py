@@ -290,7 +290,7 @@ def load_weights(path):
 # ---------------------------------------------------------------------------------------------------
 # Demo
 
-def fit(model, images, steps, batch_size=32, lr=4e-3):
+def fit_autoencoder(model, images, steps, batch_size=32, lr=4e-3):
     """Train on a fixed set of images (N, 3, H, W) -> seconds."""
     opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
     start = time.perf_counter()
@@ -318,7 +318,7 @@ def main():
     for name, options in (("AE", dict(beta=0)), ("DAE", dict(beta=0, corrupt=0.5)), ("VAE", dict(beta=args.beta))):
         torch.manual_seed(0)
         model = VAE(**SIZES["small"], **options).to(device, memory_format=torch.channels_last)   # faster on a CPU
-        seconds = fit(model, images, args.steps)
+        seconds = fit_autoencoder(model, images, args.steps)
         model.eval()
         with torch.no_grad():
             mean, std = model.posterior(images[:1000])
