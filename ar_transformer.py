@@ -169,10 +169,13 @@ class CategoricalHead(nn.Module):
 
 
 class ARTransformer(nn.Module):
-    """p(tokens | class) for tokens in raster order. Give vocab_size for ids or token_dim for real vectors."""
+    """p(tokens | cond) for tokens in raster order. Give vocab_size for ids or token_dim for real vectors.
+
+    cond is a class, or with prefix = (P, E) a sequence of P vectors: the tokens of another image, features of a text.
+    """
 
     def __init__(self, head, seq_len, num_classes, token_dim=None, vocab_size=None, grid=None, n_layer=6, n_head=4,
-                 n_embd=192, dropout=0.0, label_drop=0.1, rope_base=10000.0):
+                 n_embd=192, dropout=0.0, label_drop=0.1, rope_base=10000.0, prefix=None):
         super().__init__()
         side = math.isqrt(seq_len)
         grid = tuple(grid or ((side, side) if side * side == seq_len else (seq_len,)))
@@ -181,9 +184,14 @@ class ARTransformer(nn.Module):
         if n_embd % n_head or n_embd // n_head % 2:
             raise ValueError(f"n_embd {n_embd} over n_head {n_head} must be an even head width")
         self.seq_len, self.num_classes, self.token_dim, self.vocab_size = seq_len, num_classes, token_dim, vocab_size
-        self.n_prefix, self.n_head, self.label_drop = 1, n_head, label_drop
+        self.n_prefix, self.n_head, self.label_drop = prefix[0] if prefix else 1, n_head, label_drop
         self.tok_embed = nn.Embedding(vocab_size, n_embd) if vocab_size else nn.Linear(token_dim, n_embd)
-        self.cls_embed = nn.Embedding(num_classes + 1, n_embd)                              # the last row: "no class"
+        if prefix:
+            self.pre_embed = nn.Linear(prefix[1], n_embd)
+            self.pre_place = nn.Parameter(torch.zeros(prefix[0], n_embd))
+            self.pre_none = nn.Parameter(torch.zeros(n_embd))                               # stands for every vector of "no prefix"
+        else:
+            self.cls_embed = nn.Embedding(num_classes + 1, n_embd)                          # the last row: "no class"
         self.pos_embed = nn.Parameter(torch.zeros(seq_len, n_embd))                         # absolute places, as in GIVT
         self.blocks = nn.ModuleList([Block(n_embd, n_head, dropout) for _ in range(n_layer)])
         self.norm = RMSNorm(n_embd)
@@ -192,67 +200,81 @@ class ARTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
-        nn.init.normal_(self.pos_embed, std=0.02)
+        for place in [self.pos_embed] + ([self.pre_place, self.pre_none] if prefix else []):
+            nn.init.normal_(place, std=0.02)
         self.head = head                                    # last, so that it keeps its own initialisation
 
     def embed(self, tokens, start=0):
         """tokens (B, n[, D]) standing at start .. start + n - 1 -> (B, n, C). The line that knows the token type."""
         return self.tok_embed(tokens) + self.pos_embed[start:start + tokens.shape[1]]
 
-    def prefix(self, cond):
-        """cond (B,) int64 labels, num_classes meaning "no class" -> (B, P, C)."""
-        return self.cls_embed(cond)[:, None]
+    def prefix(self, cond, drop=None):
+        """cond: (B,) int64 labels (num_classes means "no class"), or vectors (B, P, E) -> (B, P, C).
+        drop (B,) bool: True where the condition is to be hidden."""
+        if cond.ndim == 1:
+            cond = cond if drop is None else torch.where(drop, self.num_classes, cond)
+            return self.cls_embed(cond)[:, None]
+        x = self.pre_embed(cond)
+        x = x if drop is None else torch.where(drop[:, None, None], self.pre_none.type_as(x), x)
+        return x + self.pre_place
 
-    def hidden(self, tokens, cond):
-        """tokens (B, T[, D]), cond (B,) -> h (B, T, C), where h[:, t] has seen cond and tokens before t only."""
-        x = torch.cat([self.prefix(cond), self.embed(tokens[:, :-1])], 1)                   # (B, P + T - 1, C)
+    def hidden(self, tokens, cond, drop=None):
+        """tokens (B, T[, D]), cond as in prefix() -> h (B, T, C), where h[:, t] has seen cond and tokens before t only."""
+        x = torch.cat([self.prefix(cond, drop), self.embed(tokens[:, :-1])], 1)             # (B, P + T - 1, C)
         x, rope = self.dropout(x), self.rope[:x.shape[1]]
         for block in self.blocks:
             x = block(x, rope)
         return self.norm(x[:, self.n_prefix - 1:])
 
     def logits(self, tokens, cond):
-        """tokens (B, T) int64, cond (B,) -> (B, T, V): position t predicts token t. For a categorical head."""
+        """tokens (B, T) int64, cond as in prefix() -> (B, T, V): position t predicts token t. For a categorical head."""
         return self.head.logits(self.hidden(tokens, cond))
 
     def forward(self, tokens, cond):
-        """tokens (B, T[, D]), cond (B,) int64 -> mean loss in nats per token (), logs.
+        """tokens (B, T[, D]), cond as in prefix() -> mean loss in nats per token (), logs.
 
-        While training, a tenth of the labels become "no class", so that one network knows both p(x | c) and p(x),
-        which guidance needs. (The authors' released GIVT code forgets this.)
+        While training, a tenth of the conditions is hidden, so that one network knows both p(x | c) and p(x), which
+        guidance needs. (The authors' released GIVT code forgets this.)
         """
-        if self.training and self.label_drop > 0:
-            drop = torch.rand(cond.shape, device=cond.device) < self.label_drop
-            cond = torch.where(drop, self.num_classes, cond)
-        loss = self.head.loss(self.hidden(tokens, cond), tokens).mean()
+        drop = torch.rand(len(cond), device=cond.device) < self.label_drop if self.training and self.label_drop > 0 else None
+        loss = self.head.loss(self.hidden(tokens, cond, drop), tokens).mean()
         return loss, {"nll": loss.detach()}
+
+    def caches(self, x):
+        """Room for the keys and values of len(x) whole sequences, for each block: x (B, P, C)."""
+        return [x.new_zeros(2, len(x), self.n_head, self.n_prefix + self.seq_len, x.shape[-1] // self.n_head) for _ in self.blocks]
+
+    def advance(self, x, caches, start):
+        """Rows x (B, S, C) that stand at start .. start + S - 1 (cached: S = 1, or start = 0) -> h of the last one (B, C)."""
+        rope = self.rope[start:start + x.shape[1]]
+        for block, cache in zip(self.blocks, caches):
+            x = block(x, rope, cache, start)
+        return self.norm(x[:, -1])
+
+    def blank(self, n, device):
+        """n sequences of nothing yet -> (n, T[, D])."""
+        shape, dtype = ((n, self.seq_len), torch.long) if self.vocab_size else ((n, self.seq_len, self.token_dim), torch.float32)
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     @torch.no_grad()
     def sample(self, cond, steps=None, cfg=1.0, temperature=1.0, known=None, known_mask=None, on_step=None,
                use_cache=True, **tricks):
-        """cond (B,) int64 labels -> tokens (B, T[, D]), drawn one after the other.
+        """cond as in prefix() -> tokens (B, T[, D]), drawn one after the other.
 
         cfg is the guidance scale s of p(x|c)^s p(x)^(1-s), 1 is off. known (B, T[, D]) with known_mask (B, T) True
         where a token is given: it is kept, and later ones see it (earlier ones cannot: the model is causal).
         on_step(t, tokens, mask) is called after each token, mask True where still unknown. tricks go to the head.
         """
-        B, T, device = len(cond), self.seq_len, cond.device
+        B, T, guided = len(cond), self.seq_len, cfg != 1.0
         if steps not in (None, T):
             raise ValueError(f"an autoregressive model draws one token per step: steps must be {T}, not {steps}")
-        guided = cfg != 1.0
-        rows = torch.cat([cond, torch.full_like(cond, self.num_classes)]) if guided else cond
-        shape = (B, T) if self.vocab_size else (B, T, self.token_dim)
-        tokens = torch.zeros(shape, device=device, dtype=torch.long if self.vocab_size else torch.float32)
-        unknown = torch.ones(B, T, dtype=torch.bool, device=device)
-        x = self.prefix(rows)                                                               # (B or 2B, P, C)
-        caches = [x.new_zeros(2, len(rows), self.n_head, self.n_prefix + T, x.shape[-1] // self.n_head)
-                  for _ in self.blocks] if use_cache else [None] * len(self.blocks)
+        tokens, unknown = self.blank(B, cond.device), torch.ones(B, T, dtype=torch.bool, device=cond.device)
+        x = self.prefix(cond)                                                               # (B, P, C)
+        if guided:
+            x = torch.cat([x, self.prefix(cond, torch.ones_like(unknown[:, 0]))])           # (2B, P, C)
+        caches = self.caches(x) if use_cache else [None] * len(self.blocks)
         for t in range(T):
-            y, start = (x, 0) if not use_cache or t == 0 else (x[:, -1:], self.n_prefix + t - 1)
-            rope = self.rope[start:start + y.shape[1]]
-            for block, cache in zip(self.blocks, caches):
-                y = block(y, rope, cache, start)
-            h = self.norm(y[:, -1])                                                         # (B or 2B, C)
+            h = self.advance(x, caches, self.n_prefix + t - 1 if use_cache and t else 0)    # (B or 2B, C)
             h, h_uncond = h.chunk(2) if guided else (h, None)
             new, _ = self.head.sample(h, h_uncond, cfg, temperature, **tricks)              # (B[, D])
             if known is not None:
@@ -265,6 +287,36 @@ class ARTransformer(nn.Module):
             e = torch.cat([e, e]) if guided else e
             x = e if use_cache else torch.cat([x, e], 1)
         return tokens
+
+    @torch.no_grad()
+    def beam_search(self, cond, beam=4, fan=8, temperature=1.0, **tricks):
+        """cond as in prefix() -> tokens (B, T[, D]) of high probability, log p(tokens | cond) in nats (B,).
+
+        Each of `beam` sequences draws `fan` next tokens; of all candidates the `beam` likeliest go on (GIVT section 4.3).
+        The score is the model's own log p, whatever temperature and tricks drew the candidates. T steps: the authors' code
+        makes one more and ranks the beams by a token that does not exist (47% of their results change by it).
+        """
+        B, T, device = len(cond), self.seq_len, cond.device
+        if not 1 <= beam <= fan:
+            raise ValueError(f"beam {beam} must be 1 to fan {fan}: at first there is one sequence to fan out")
+        first = torch.arange(B, device=device)[:, None] * beam                              # (B, 1)
+        tokens = self.blank(B * beam, device)
+        total = torch.full((B, beam), -math.inf, device=device).index_fill(1, torch.zeros(1, dtype=torch.long, device=device), 0.0)
+        x = self.prefix(cond.repeat_interleave(beam, 0))
+        caches = self.caches(x)
+        for t in range(T):
+            h = self.advance(x, caches, self.n_prefix + t - 1 if t else 0)
+            h = h[:, None].expand(-1, fan, -1)                                              # (B beam, fan, C)
+            new, _ = self.head.sample(h, temperature=temperature, **tricks)                 # (B beam, fan[, D])
+            log_p = -self.head.loss(h, new)                                                 # (B beam, fan)
+            same = (new[:, :, None] == new[:, None]).flatten(3).all(-1) if new.ndim > 2 else new[:, :, None] == new[:, None]
+            log_p = log_p.masked_fill(same.tril(-1).any(-1), -math.inf)                     # an id drawn twice counts once
+            total, best = (total[..., None] + log_p.view(B, beam, fan)).flatten(1).topk(beam)                   # (B, beam)
+            parent = (first + best // fan).flatten()
+            tokens, caches = tokens[parent], [cache[:, parent] for cache in caches]
+            tokens[:, t] = new.flatten(0, 1)[parent * fan + (best % fan).flatten()]
+            x = self.embed(tokens[:, t:t + 1], t)
+        return tokens[first[:, 0]], total[:, 0]                                             # topk sorts: the first is the best
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -218,10 +218,11 @@ class ImageSet:
     """N images with class labels, ready to be drawn in batches.
 
     images: (N, 3, H, W) uint8 tensor, on the device where it fits, or a StreamedFiles; labels: (N,) int64 on `device`.
+    With one_hot = n, images are maps (N, 1, H, W) of values 0 .. n - 1, and batch() gives n channels of -1 and 1.
     """
 
-    def __init__(self, images, labels, classes, device, flip=False, texts=None):
-        self.images, self.labels, self.classes = images, labels.to(device), list(classes)
+    def __init__(self, images, labels, classes, device, flip=False, texts=None, one_hot=0):
+        self.images, self.labels, self.classes, self.one_hot = images, labels.to(device), list(classes), one_hot
         self.device, self.flip, self.texts = torch.device(device), flip, texts
 
     def __len__(self):
@@ -238,7 +239,10 @@ class ImageSet:
                 images, index = images.pin_memory(), index.pin_memory()
             images = images.to(self.device, non_blocking=True)
             labels = self.labels[index.to(self.device, non_blocking=True)]
-        images = images.float() / 127.5 - 1
+        if self.one_hot:
+            images = 2.0 * (images == torch.arange(self.one_hot, device=self.device).view(-1, 1, 1)) - 1
+        else:
+            images = images.float() / 127.5 - 1
         if self.flip:
             turned = torch.rand(len(images), 1, 1, 1, device=self.device) < 0.5
             images = torch.where(turned, images.flip(-1), images)
@@ -269,11 +273,13 @@ def order(n, batch_size, step, seed=0, _cache={}):
 
 
 def load(data="shapes", image_size=32, split="train", device="cpu", seed=0, flip=False, skip_bad=False,
-         n_shapes=None, max_bytes=None):
+         n_shapes=None, max_bytes=None, task="class"):
     """The training or validation set named by --data, as an ImageSet.
 
     data: "shapes", or a path to class folders / a .tar, .tar.gz or .zip of them / an .npz with `images` (N, H, W, 3)
     uint8 and `labels` (N,). max_bytes: a larger set is decoded while training (default: half of the free memory).
+    task: "class" gives images; of the drawn world also their maps, in the same order: "segment", one channel for the
+    ground and one for each class, or "depth", the signed distance to the outline in half image widths, cut off at -1 and 1.
     Raises BadInput, in one sentence, for a path that is absent, empty, has an empty class or an unreadable image.
     """
     if data == "shapes":
@@ -281,10 +287,14 @@ def load(data="shapes", image_size=32, split="train", device="cpu", seed=0, flip
         start = 0 if split == "train" else VAL_INDEX
         images, labels = [], []
         for i in range(0, n, 1000):
-            x, y, _, _ = draw(torch.arange(start + i, start + min(i + 1000, n), device=device), image_size, seed)
-            images.append(to_uint8(x))
+            x, y, masks, distances = draw(torch.arange(start + i, start + min(i + 1000, n), device=device), image_size, seed)
+            images.append({"class": lambda: to_uint8(x), "segment": lambda: masks[:, None].to(torch.uint8),
+                           "depth": lambda: to_uint8(distances)[:, None].expand(-1, 3, -1, -1)}[task]())
             labels.append(y)
-        return ImageSet(torch.cat(images), torch.cat(labels), SHAPES, device, flip)
+        one_hot = 1 + len(SHAPES) if task == "segment" else 0
+        return ImageSet(torch.cat(images), torch.cat(labels), SHAPES, device, flip, one_hot=one_hot)
+    if task != "class":
+        raise BadInput(f"--task {task}: only the drawn world (--data shapes) comes with such maps, not {data}")
     path = Path(data)
     if not path.exists():
         raise BadInput(f"--data {data}: there is no such file or folder (use `shapes` for the drawn world)")
@@ -475,6 +485,14 @@ def load_npz(path, image_size, split, device, flip):
 
 # ---------------------------------------------------------------------------------------------------
 # Pictures: what the programs and the demos save
+
+def colour_maps(maps):
+    """Label maps (B, n, H, W), the largest channel wins -> pictures (B, 3, H, W) in [-1, 1]; channel 0, the ground, is black."""
+    hue = torch.arange(maps.shape[1] - 1, device=maps.device) * 0.618 % 1                   # neighbours far apart on the wheel
+    wheel = ((hue[:, None] + torch.tensor([0, 1 / 3, 2 / 3], device=maps.device)) % 1 * 6 - 3).abs() - 1
+    palette = torch.cat([-torch.ones(1, 3, device=maps.device), wheel.clamp(0, 1) * 1.5 - 0.5])            # (n, 3)
+    return palette[maps.argmax(1)].permute(0, 3, 1, 2)
+
 
 def tile(images, columns, gap=1, scale=1):
     """images (N, 3, H, W) in [-1, 1] -> one (H', W', 3) uint8 array, row by row, enlarged `scale` times."""

@@ -13,6 +13,7 @@ with the floor printed below it (real training images), but not with any paper.
 
     python evaluate.py runs/shapes-vae-ar-gmm         # a table, and metrics.json in the run folder
     python evaluate.py runs/shapes-vae-ar-gmm --fid   # the real FID too; needs `pip install clean-fid`
+    python evaluate.py runs/shapes-vae-ar-gmm --probe # what each layer knows about the class: probe.png, and nothing else
 
 The first run on a data set also trains the classifier: 40 s for the shapes on one core of an AMD EPYC.
 
@@ -27,6 +28,7 @@ import inspect
 import json
 import math
 import platform
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -39,6 +41,7 @@ from PIL import Image
 import data
 import sample
 import train
+import vae
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -236,6 +239,63 @@ def measure_reconstruction(tokenizer, net, val_set, index, batch_size):
 
 
 @torch.no_grad()
+def measure_bound(run, val_set, index, batch_size, seed):
+    """Bits per pixel value that VAE and generator need for an image at most, with likelihood="logistic" -> rows."""
+    torch.manual_seed(seed)
+    bits = []
+    for i in index.split(max(1, min(batch_size, len(index) // 20))):
+        loss, logs = vae.bound(run.tokenizer, run.generator, *val_set.batch(i))
+        bits.append(torch.stack([loss, *logs.values()]))
+    bits = torch.stack(bits).double()                           # (batches, 4): bound, pixels, prior, entropy
+    mean, error = bits.mean(0), bits.std(0) / len(bits) ** 0.5
+    texts = ("bound on bits per dimension", "of it: pixels, given the tokens", "the tokens, under the generator", "entropy of q, taken off")
+    keys = ("bound_bits_per_dim", "bound_pixels", "bound_prior", "bound_entropy")
+    return [(key, text, (m.item(), e.item()), "bits", "lower is better" if key == keys[0] else "a part of the bound")
+            for key, text, m, e in zip(keys, texts, mean, error)]
+
+
+@torch.no_grad()
+def measure_maps(args, run, device):
+    """A --task run: maps drawn for args.n validation images against the true ones -> rows.
+
+    Mean IoU: over the ground and the ten classes, intersection over union of all pixels of the set (as PASCAL VOC
+    counts it). RMSE of distances in half image widths. "From nothing" hides the image from the same model.
+    """
+    flags = argparse.Namespace(**vars(run.args) | dict(task="class"))
+    images, truth = train.open_data(flags, "val", device), train.open_data(run.args, "val", device)
+    if args.fid or args.n < 10:
+        raise data.BadInput("--fid, --n: of maps at least 10 are needed, and they have no FID")
+    index = torch.randperm(len(truth), generator=torch.Generator().manual_seed(args.seed))[:args.n]
+    cond = torch.cat([sample.image_tokens(run, images.batch(i)[0]) for i in index.split(args.batch_size)])
+    true = torch.cat([truth.batch(i)[0].cpu() for i in index.split(args.batch_size)])
+    draw = lambda **k: sample.draw_samples(run, cond, temperature=args.temperature, batch_size=args.batch_size, seed=args.seed, **k)
+    copy = torch.cat([run.tokenizer.decode(run.tokenizer.normalise(run.tokenizer.posterior(x.to(device))[0])).cpu()
+                      for x in true.split(args.batch_size)])
+    start = time.perf_counter()
+    drawn, seconds = draw(cfg=args.cfg), (time.perf_counter() - start) / len(index)
+    arms = [("", "maps of images", drawn), ("_from_nothing", "the image hidden", draw(cfg=0.0)),
+            ("_tokenizer", "true maps, encoded and decoded", copy)]
+    if run.args.task == "segment":
+        arms.insert(2, ("_ground", "ground everywhere", torch.eye(true.shape[1])[0].view(1, -1, 1, 1).expand_as(true)))
+        rows = [("miou" + key, f"mean IoU, {text}", mean_iou(x.argmax(1), true.argmax(1), true.shape[1]), "", "higher is better")
+                for key, text, x in arms]
+        right = (drawn.argmax(1) == true.argmax(1)).float().mean().item()
+        rows.append(("pixel_accuracy", "pixels right", 100 * right, "%", "higher is better"))
+    else:
+        arms.insert(2, ("_mean_map", "the mean map everywhere", true.mean(0, keepdim=True).expand_as(true)))
+        rows = [("rmse" + key, f"RMSE, {text}", (x - true)[:, 0].square().mean().sqrt().item(), "half widths", "lower is better")
+                for key, text, x in arms]
+    return rows + [("seconds_per_map", "seconds per map", seconds, "s", f"batches of {args.batch_size}")]
+
+
+def mean_iou(predicted, true, num_classes):
+    """Label maps (N, H, W) -> mean over classes of intersection / union of their pixels, in [0, 1]; absent classes left out."""
+    counts = (true * num_classes + predicted).flatten().bincount(minlength=num_classes**2).view(num_classes, num_classes).double()
+    union = counts.sum(0) + counts.sum(1) - counts.diagonal()
+    return (counts.diagonal() / union)[union > 0].mean().item()
+
+
+@torch.no_grad()
 def measure_likelihood(run, val_set, index, batch_size, seed):
     """Validation loss of the generator, posterior samples and masks drawn from seed -> rows.
 
@@ -297,6 +357,130 @@ def real_fid(cleanfid, images, val_set, index, device):
 
 
 # ---------------------------------------------------------------------------------------------------
+# The linear probe: what has the generator learned about the class of an image that nobody told it?
+
+@torch.no_grad()
+def layer_features(generator, tokens, cond, mask=None):
+    """Mean-pooled hidden states: tokens (B, T[, D]), cond (B,) -> list of n_layer + 1 tensors (B, C), float32.
+
+    [0] is what enters the first block, [i] what leaves block i. Hooks read them while generator.hidden runs as it is
+    (GIVT's own probe, predict_fn_rep, stops at an undefined name). mask (B, T): given on to a model that wants one,
+    True where a token is hidden. An autoregressive model never looks at the last token.
+    """
+    if hasattr(generator, "adapter"):
+        tokens, generator = generator.adapter(tokens), generator.generator
+    pooled = []
+
+    def keep(block, inputs, output):                            # x, output: (B, S, C), the prefix among the S
+        if not pooled:
+            pooled.append(inputs[0].float().mean(1))
+        pooled.append(output.float().mean(1))
+    hooks = [block.register_forward_hook(keep) for block in generator.blocks]
+    try:
+        generator.hidden(tokens, cond) if mask is None else generator.hidden(tokens, cond, mask)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return pooled
+
+
+@torch.no_grad()
+def representations(run, image_set, index, batch_size):
+    """Images by index (N,) -> {name: features (N, F)}, labels (N,). The generator is told "no class", so no label leaks."""
+    features, labels = {}, []
+    for i in index.split(batch_size):
+        images, y = image_set.batch(i)
+        small = F.adaptive_avg_pool2d(images, 32) if images.shape[-1] > 32 else images     # 3072 numbers are enough
+        parts = {"pixels": small.flatten(1)}
+        if hasattr(run.tokenizer, "posterior"):                 # a VAE: take its mean, for a sample adds noise
+            tokens = run.tokenizer.normalise(run.tokenizer.posterior(images)[0].float())   # (B, T, D)
+            parts |= {"latents": tokens.flatten(1), "latents, mean": tokens.mean(1)}
+        else:
+            tokens = run.tokenizer.encode(images)
+        known = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)      # nothing is hidden
+        mask = None if run.args.generator == "ar" else known
+        states = layer_features(run.generator, tokens, torch.full_like(y, run.generator.num_classes), mask)
+        for name, x in (parts | {f"layer {k}": h for k, h in enumerate(states)}).items():
+            features.setdefault(name, []).append(x)
+        labels.append(y)
+    return {name: torch.cat(x) for name, x in features.items()}, torch.cat(labels)
+
+
+def fit_linear(x, y, decay, num_classes):
+    """Logistic regression by L-BFGS, penalty decay / 2 * |W|^2: x (N, F), y (N,) -> W (F, num_classes), bias."""
+    weight, bias = x.new_zeros(x.shape[1], num_classes), x.new_zeros(num_classes)
+    weight.requires_grad_(), bias.requires_grad_()
+    opt = torch.optim.LBFGS([weight, bias], max_iter=50, line_search_fn="strong_wolfe")
+
+    def closure():
+        opt.zero_grad()
+        loss = F.cross_entropy(x @ weight + bias, y) + decay / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+    opt.step(closure)
+    return weight.detach(), bias.detach()
+
+
+def probe_accuracy(x, y, val_x, val_y, decays=(1e-3, 1e-2, 1e-1)):
+    """Accuracy in [0, 1] of a linear classifier of features: x (N, F), y (N,); the val ones only judge.
+
+    Features are standardised first. The decay is the one that is best on a fifth of x, held out; then all of x is fitted.
+    """
+    std, mean = torch.std_mean(x, 0)
+    scale = torch.where(std > 1e-3 * std.max(), 1 / std, 0)     # a pixel that never changes tells nothing
+    x, val_x = (x - mean) * scale, (val_x - mean) * scale
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
+    held, rest = order[:len(x) // 5], order[len(x) // 5:]
+    num_classes = int(max(y.max(), val_y.max())) + 1
+
+    def accuracy(fitted, decay, judged, truth):
+        weight, bias = fit_linear(*fitted, decay, num_classes)
+        return ((judged @ weight + bias).argmax(-1) == truth).float().mean().item()
+    best = max(decays, key=lambda d: accuracy((x[rest], y[rest]), d, x[held], y[held]))
+    return accuracy((x, y), best, val_x, val_y)
+
+
+def probe(args, run, device, most=5000):
+    """Probes of every layer, of the pixels and of the latents, on `most` images -> rows; writes RUN/probe.png."""
+    if run.source is not None:
+        raise data.BadInput(f"--probe: {args.run} makes maps of images, and no class is hidden from it")
+    if run.generator is None:
+        raise data.BadInput(f"--probe: {args.run} is a tokenizer without a generator, so it has no layers")
+    if not hasattr(run.generator, "blocks"):
+        raise data.BadInput(f"--probe: {args.run} has a generator without .blocks, whose layers cannot be read")
+    sets = [train.open_data(run.args, split, device) for split in ("train", "val")]
+    check(args, run, sets[1])
+    torch.manual_seed(args.seed)
+    (x, y), (val_x, val_y) = (representations(run, s, torch.randperm(len(s))[:most], args.batch_size) for s in sets)
+    result = {name: 100 * probe_accuracy(x[name], y, val_x[name], val_y) for name in x}
+    save_probe(Path(run.folder) / "probe.png", result, f"{Path(run.folder).name}: linear probes of {len(y)} training images",
+               100 * (val_y.bincount().max() / len(val_y)).item())
+    return [("probe_" + re.sub(r"\W+", "_", name), f"linear probe, {name}", accuracy, "%", f"of {x[name].shape[1]} numbers")
+            for name, accuracy in result.items()]
+
+
+def save_probe(path, result, title, chance):
+    """{name: accuracy in %} -> a PNG: the layers as a curve, everything else as a horizontal line."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    curve = [v for name, v in result.items() if name.startswith("layer ")]
+    lines = {name: v for name, v in result.items() if not name.startswith("layer ")} | {"always the commonest class": chance}
+    fig, ax = plt.subplots(figsize=(7, 4.5))
+    ax.plot(range(len(curve)), curve, "o-", lw=2, label="generator, hidden states averaged over positions")
+    for k, (name, v) in enumerate(lines.items()):
+        ax.axhline(v, color=f"C{k + 1}", ls="--", label=f"{name}: {v:.1f}%")
+    for k, v in enumerate(curve):
+        ax.annotate(f"{v:.1f}", (k, v), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=9)
+    ax.set(xlabel="layer (0: what enters the first block)", ylabel="accuracy on validation images (%)", title=title,
+           xticks=range(len(curve)), ylim=(0, 105))
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, fontsize=9, frameon=False)
+    fig.tight_layout()
+    fig.savefig(path, dpi=80)
+    plt.close(fig)
+
+
+# ---------------------------------------------------------------------------------------------------
 # The program
 
 def parse_args():
@@ -309,6 +493,7 @@ def parse_args():
     parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples and of the choice of real images")
     parser.add_argument("--fid", action="store_true", help="the FID with Inception too; needs `pip install clean-fid`")
+    parser.add_argument("--probe", action="store_true", help="only this: a linear probe of every layer, on up to 5000 images")
     return parser.parse_args()
 
 
@@ -340,6 +525,8 @@ def check(args, run, val_set):
 
 def measure(args, run, device):
     """All that applies to this run -> rows."""
+    if run.source is not None:
+        return measure_maps(args, run, device)
     train_set, val_set = (train.open_data(run.args, split, device) for split in ("train", "val"))
     cleanfid = check(args, run, val_set)
     net, accuracy = classifier_for(run, device, train_set, val_set)
@@ -352,6 +539,8 @@ def measure(args, run, device):
     rows.append(("classifier_accuracy", "class accuracy, real images", 100 * accuracy, "%", "the classifier's limit"))
     if run.generator is not None:
         rows += measure_likelihood(run, val_set, index, args.batch_size, args.seed)
+        if run.args.likelihood == "logistic" and run.args.generator == "ar":
+            rows += measure_bound(run, val_set, index, args.batch_size, args.seed)
         labels = torch.arange(args.n) % len(run.classes)
         images = sample.draw_samples(run, labels, cfg=args.cfg, temperature=args.temperature,
                                      batch_size=args.batch_size, seed=args.seed).clamp(-1, 1)
@@ -371,22 +560,26 @@ def main():
     device = train.pick_device(args.device)
     run = train.load_run(args.run, device)
     metrics, lines = {}, []
-    for key, name, value, unit, remark in measure(args, run, device):
+    for key, name, value, unit, remark in (probe if args.probe else measure)(args, run, device):
         value, *error = value if isinstance(value, tuple) else (value,)
         metrics.update({key: value}, **{f"{key}_error": e for e in error})
         lines.append((name, f"{value:.3f}" + "".join(f" +- {e:.3f}" for e in error), unit, remark))
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else \
-        f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads"
-    metrics.update(n=args.n, seed=args.seed)
-    if run.generator is not None:
-        metrics.update({k: v if getattr(args, k) is None else getattr(args, k) for k, v in sample.DEFAULTS[run.args.head].items()})
-    metrics.update(device=str(device), machine=machine)
     path = Path(run.folder) / "metrics.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if args.probe:
+        metrics = before | metrics
+    else:
+        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else \
+            f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads"
+        metrics.update(n=args.n, seed=args.seed)
+        if run.generator is not None:
+            metrics.update({k: v if getattr(args, k) is None else getattr(args, k) for k, v in sample.default_of(run).items()})
+        metrics.update(device=str(device), machine=machine, **{k: v for k, v in before.items() if k.startswith("probe_")})
     path.write_text(json.dumps(metrics, indent=1) + "\n")
     wide = [max(len(line[c]) for line in lines) for c in range(3)]
     for name, number, unit, remark in lines:
         print(f"{name:{wide[0]}}  {number:>{wide[1]}}  {unit:{wide[2]}}  {remark}")
-    print(f"wrote {path}")
+    print(f"wrote {path}" + f" and {path.with_name('probe.png')}" * args.probe)
 
 
 if __name__ == "__main__":

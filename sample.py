@@ -6,43 +6,134 @@ Draw from a trained run: a labelled grid, an .npz batch for evaluators, an anima
     python sample.py runs/shapes-vae-ar-gmm --npz out.npz --n 5000  # uint8 (N, H, W, 3) `arr_0`: what ADM's evaluator reads
     python sample.py runs/shapes-vae-ar-gmm --gif                   # RUN/samples.gif, token by token
 
+    python sample.py RUN --image x.png --mask right                 # the rest of an image: repaint where the mask is
+    python sample.py RUN --top_p 0.9 --clip 2 --guidance closed     # GIVT's sampling tricks; --beam 4: a likely image
+
 Without --cfg and --temperature the defaults below are used; evaluate.py and train.py use the same ones.
 """
 import argparse
+import inspect
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
 from data import BadInput
+from maskgit import SCHEDULES
 
-DEFAULTS = {"gmm": dict(cfg=2.5, temperature=0.9), "categorical": dict(cfg=1.5, temperature=1.0)}
+DEFAULTS = {"ar-gmm": dict(cfg=2.5, temperature=0.9), "maskgit-gmm": dict(cfg=2.5, temperature=0.9),
+            "segment": dict(cfg=1.0, temperature=0.5), "depth": dict(cfg=1.0, temperature=0.5)}
+TRICKS = ("steps", "schedule", "choice_temperature", "guidance", "top_p", "clip", "beam", "fan")
 
 
 @torch.no_grad()
-def draw_tokens(run, labels, cfg=None, temperature=None, on_step=None, **tricks):
-    """labels (B,) int64 -> tokens (B, T[, D]) on the run's device; None means this head's default."""
-    default = DEFAULTS[run.args.head]
-    return run.generator.sample(labels.to(run.device), cfg=default["cfg"] if cfg is None else cfg,
-                                temperature=default["temperature"] if temperature is None else temperature,
+def draw_tokens(run, cond, cfg=None, temperature=None, on_step=None, beam=1, fan=8, **tricks):
+    """cond (B,) labels or (B, P, E) vectors -> tokens (B, T[, D]) on the run's device; None: the default of this run.
+    beam > 1: the likeliest of a beam search, without guidance. tricks: keywords of the generator's and the head's sample."""
+    default = default_of(run)
+    temperature = default["temperature"] if temperature is None else temperature
+    if beam > 1:
+        return run.generator.beam_search(cond.to(run.device), beam, fan, temperature, **tricks)[0]
+    return run.generator.sample(cond.to(run.device), cfg=default["cfg"] if cfg is None else cfg, temperature=temperature,
                                 on_step=on_step, **tricks)
 
 
+def default_of(run):
+    return DEFAULTS[run.args.task if run.source is not None else f"{run.args.generator}-{run.args.head}"]
+
+
 @torch.no_grad()
-def draw_samples(run, labels, cfg=None, temperature=None, batch_size=250, seed=0, **tricks):
-    """labels (N,) int64 -> images (N, 3, H, W) float32 in [-1, 1] on the CPU, in batches; a function of seed."""
+def draw_samples(run, cond, cfg=None, temperature=None, batch_size=250, seed=0, known=None, known_mask=None, **tricks):
+    """cond (N,) labels or (N, P, E) vectors -> images (N, C, H, W) float32 in [-1, 1] on the CPU, in batches; a function of
+    seed. known (N, T[, D]), known_mask (N, T): tokens that are given and stay."""
     images = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for part in labels.split(batch_size):
-            images.append(run.tokenizer.decode(draw_tokens(run, part, cfg, temperature, **tricks)).float().cpu())
+        for i in range(0, len(cond), batch_size):
+            if known is not None:
+                tricks.update(known=known[i:i + batch_size], known_mask=known_mask[i:i + batch_size])
+            images.append(run.tokenizer.decode(draw_tokens(run, cond[i:i + batch_size], cfg, temperature, **tricks)).float().cpu())
     return torch.cat(images)
 
 
-def save_gif(path, run, labels, columns, cfg, temperature, seed):
+# ---------------------------------------------------------------------------------------------------
+# Dense prediction: an image in, a map out (--task of train.py)
+
+@torch.no_grad()
+def image_tokens(run, images):
+    """images (N, 3, H, W) -> the mean tokens (N, P, E) of the run's image tokenizer: the prefix of its maps."""
+    return torch.cat([run.source.normalise(run.source.posterior(x.to(run.device))[0]) for x in images.split(250)])
+
+
+def save_maps(path, run, n=10, seed=0, **options):
+    """Picture of a --task run on n validation images: image, truth, prediction, and where 16 samples disagree."""
+    from train import open_data
+    index = torch.linspace(0, 1999, n).long()
+    flags = argparse.Namespace(**vars(run.args) | dict(task="class"))
+    images, truth = (open_data(f, "val", run.device).batch(index)[0].cpu() for f in (flags, run.args))
+    cond = image_tokens(run, images)
+    many = draw_samples(run, cond.repeat_interleave(16, 0), cfg=1.0, temperature=1.0, seed=seed)
+    many = many.clamp(-1, 1).unflatten(0, (n, 16))
+    spread = many.std(1).mean(1, keepdim=True).expand(-1, 3, -1, -1)                        # (n, 3, H, W), 0 .. about 1
+    show = data.colour_maps if run.args.task == "segment" else lambda x: x
+    rows = [("image", images), ("true map", show(truth)), ("prediction", show(draw_samples(run, cond, seed=seed, **options))),
+            ("one sample", show(many[:, 0])), ("spread of 16", 2 * spread / spread.max().clamp(min=1e-3) - 1)]
+    data.save_rows(path, rows, f"{run.folder.name}: validation images")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Editing: some tokens are given, the rest is painted (--image, --mask)
+
+def parse_mask(text, grid):
+    """--mask -> (T,) bool over the token grid, True where to repaint: left, right, top, bottom, centre, border, a box
+    y0,x0,y1,x1 in fractions of the image, or a PNG, white where to repaint."""
+    rows, cols = grid
+    y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(cols) + 0.5) / cols, indexing="ij")
+    centre = ((y - 0.5).abs() < 0.26) & ((x - 0.5).abs() < 0.26)
+    named = dict(left=x < 0.5, right=x > 0.5, top=y < 0.5, bottom=y > 0.5, centre=centre, border=~centre,
+                 all=torch.ones_like(centre))
+    if text in named:
+        return named[text].flatten()
+    try:
+        if text.lower().endswith(".png"):
+            with Image.open(text) as picture:
+                return torch.from_numpy(np.array(picture.convert("L").resize((cols, rows), Image.BOX))).flatten() > 127
+        y0, x0, y1, x1 = (float(v) for v in text.split(","))
+    except (OSError, ValueError):
+        raise BadInput(f"--mask {text}: {', '.join(named)}, a box y0,x0,y1,x1 in fractions of the image, or a readable .png") from None
+    return ((y > y0) & (y < y1) & (x > x0) & (x < x1)).flatten()
+
+
+def edit(run, args, labels, tricks):
+    """--image and --mask -> images (N, 3, H, W): the tokens of the image outside the mask stay, the rest is drawn."""
+    if len(run.tokenizer.grid) != 2:
+        raise BadInput("--mask: the tokens of this run have no place in the image")
+    repaint = parse_mask(args.mask, run.tokenizer.grid)
+    if not repaint.any():
+        raise BadInput(f"--mask {args.mask}: covers no token of the {run.tokenizer.grid[0]} x {run.tokenizer.grid[1]} grid")
+    if run.args.generator == "ar" and repaint.any() and (~repaint[repaint.nonzero()[0, 0]:]).any():
+        print("note: this model is causal, so tokens that it paints do not see known ones that come later (--generator maskgit does)")
+    if not Path(args.image).is_file():
+        raise BadInput(f"--image {args.image}: there is no such file")
+    image = data.read_image(args.image, Path(args.image).read_bytes, run.args.image_size)[None].float() / 127.5 - 1
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        known = run.tokenizer.encode(image.to(run.device)).expand(len(labels), *[-1] * (2 if run.tokenizer.token_dim else 1))
+    mask = ~repaint.to(run.device).expand(len(labels), -1)
+    images = draw_samples(run, labels, args.cfg, args.temperature, args.batch_size, args.seed, known=known, known_mask=mask, **tricks)
+    side = run.args.image_size
+    hole = F.interpolate(repaint.view(1, 1, *run.tokenizer.grid).float(), (side, side), mode="nearest")
+    given = torch.cat([image, torch.where(hole > 0, 0.4, image)])
+    names = [str(run.classes[k]) for k in labels.unique()]
+    rows = [("given", given)] + [(name, images[labels == run.classes.index(name)][:12]) for name in names]
+    return images, rows
+
+
+def save_gif(path, run, labels, columns, cfg, temperature, seed, **tricks):
     """Decode the half-written token grids too: unknown tokens are 0, the mean of all tokens."""
     frames = []
 
@@ -50,7 +141,7 @@ def save_gif(path, run, labels, columns, cfg, temperature, seed):
         shown = tokens.masked_fill(unknown.view(*unknown.shape, *[1] * (tokens.ndim - 2)), 0)
         frames.append(data.tile(run.tokenizer.decode(shown), columns, scale=max(1, 64 // run.args.image_size)))
     torch.manual_seed(seed)
-    draw_tokens(run, labels, cfg, temperature, on_step)
+    draw_tokens(run, labels, cfg, temperature, on_step, **tricks)
     pictures = [Image.fromarray(f) for f in frames]
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=[150] * (len(pictures) - 1) + [2000], loop=0)
 
@@ -77,6 +168,16 @@ def parse_args(argv=None):
     p.add_argument("--cfg", type=float, help="guidance scale; 1 is off")
     p.add_argument("--temperature", type=float, help="below 1: closer to the mode; gmm: scales every sigma")
     p.add_argument("--batch_size", type=int, default=250, help="samples drawn at once")
+    p.add_argument("--steps", type=int, help="maskgit: passes in which all tokens are drawn (default: 12)")
+    p.add_argument("--schedule", choices=list(SCHEDULES), help="maskgit: how many tokens are revealed when (default: cosine)")
+    p.add_argument("--choice_temperature", type=float, help="maskgit: noise in the choice of the tokens that stay")
+    p.add_argument("--guidance", choices=["closed", "importance", "rejection", "official"], help="gmm: how p(x|c)^s p(x)^(1-s) is drawn from")
+    p.add_argument("--top_p", type=float, help="gmm: keep the likeliest components whose weights reach this sum")
+    p.add_argument("--clip", type=float, help="gmm: cut every component off at so many sigmas")
+    p.add_argument("--beam", type=int, help="ar: keep so many sequences and return the likeliest (no guidance); 1 is off")
+    p.add_argument("--fan", type=int, help="ar: candidates for each next token of each sequence of the beam (default: 8)")
+    p.add_argument("--image", help="an image to edit; --mask says where it is repainted")
+    p.add_argument("--mask", help="left, right, top, bottom, centre, border, all, a box y0,x0,y1,x1 in fractions, or a .png")
     p.add_argument("--seed", type=int, default=0, help="the same seed gives the same samples")
     p.add_argument("--device", help="cpu, cuda, mps (default: CUDA if there is one)")
     p.add_argument("--out", help="the PNG to write (default: RUN/samples.png)")
@@ -85,34 +186,76 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
+def check(args, run):
+    """Refuse in a sentence what this run cannot do -> the tricks that were asked for, as keywords."""
+    for name in ("n", "batch_size", "beam", "fan", "steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise BadInput(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name in ("temperature", "choice_temperature"):
+        if getattr(args, name) is not None and getattr(args, name) < 0:
+            raise BadInput(f"--{name} {getattr(args, name)}: must not be negative")
+    for name in ("top_p", "clip"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise BadInput(f"--{name} {getattr(args, name)}: must be above 0")
+    if run.generator is None:
+        raise BadInput(f"{args.run}: a tokenizer alone cannot draw; name the run folder of a generator")
+    if (args.image is None) != (args.mask is None):
+        raise BadInput("--image and --mask belong together: which image, and where to repaint it")
+    if run.source is not None and (args.image or args.cls or args.gif is not None):
+        raise BadInput("--image, --class, --gif: this run makes maps of images, it knows no classes")
+    tricks = {name: getattr(args, name) for name in TRICKS if getattr(args, name) is not None}
+    beam = tricks.get("beam", 1) > 1
+    if beam and (args.image or args.gif is not None or args.cfg not in (None, 1)):
+        raise BadInput("--beam looks for one likely image of a class: leave out --image, --gif and --cfg")
+    if beam and tricks.get("fan", 8) < args.beam:
+        raise BadInput(f"--fan {tricks.get('fan', 8)}: must be at least --beam {args.beam}")
+    inner = getattr(run.generator, "generator", run.generator)                              # behind a flow adapter
+    known = set(inspect.signature(inner.head.sample).parameters) | set(inspect.signature(inner.sample).parameters)
+    known |= {"beam", "fan"} if hasattr(inner, "beam_search") else set()
+    for name in tricks:
+        if name not in known:
+            raise BadInput(f"--{name}: not for --generator {run.args.generator} --head {run.args.head} --mix {run.args.mix}")
+    if tricks.get("steps") and run.args.generator == "ar" and args.steps != run.tokenizer.seq_len:
+        raise BadInput(f"--steps {args.steps}: an autoregressive model draws one token per step, {run.tokenizer.seq_len} in all")
+    if tricks.get("steps", 1) > run.tokenizer.seq_len:
+        raise BadInput(f"--steps {args.steps}: there are only {run.tokenizer.seq_len} tokens to reveal")
+    return tricks
+
+
 def main(argv=None):
     from train import load_run, pick_device
     args = parse_args(argv)
-    for name in ("n", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise BadInput(f"--{name} {getattr(args, name)}: must be at least 1")
-    if args.temperature is not None and args.temperature < 0:
-        raise BadInput(f"--temperature {args.temperature}: must not be negative")
     run = load_run(args.run, pick_device(args.device))
-    if run.generator is None:
-        raise BadInput(f"{args.run}: a tokenizer alone cannot draw; name the run folder of a generator")
-    labels = class_labels(args, run.classes)
-    start = time.perf_counter()
-    images = draw_samples(run, labels, args.cfg, args.temperature, args.batch_size, args.seed)
-    seconds = time.perf_counter() - start
-    print(f"{len(labels)} samples in {seconds:.2f} s: {seconds / len(labels):.4f} s per image at batch "
-          f"{min(args.batch_size, len(labels))}, fp32, {run.device.type}")
+    tricks = check(args, run)
     out = Path(args.out or run.folder / "samples.png")
+    start, rows = time.perf_counter(), None
     try:
+        if run.source is not None:
+            n = args.n or 10
+            save_maps(out, run, n, args.seed, cfg=args.cfg, temperature=args.temperature, **tricks)
+            print(f"wrote {out}: {n} validation images and their maps, {time.perf_counter() - start:.1f} s")
+            return
+        labels = class_labels(args, run.classes)
+        if args.image:
+            images, rows = edit(run, args, labels, tricks)
+        else:
+            images = draw_samples(run, labels, args.cfg, args.temperature, args.batch_size, args.seed, **tricks)
+        seconds = time.perf_counter() - start
+        print(f"{len(labels)} samples in {seconds:.2f} s: {seconds / len(labels):.4f} s per image at batch "
+              f"{min(args.batch_size, len(labels))}, fp32, {run.device.type}")
         if args.npz:
             np.savez(args.npz, arr_0=data.to_uint8(images).permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
             print(f"wrote {args.npz}")
-        shown = torch.cat([(labels == k).nonzero()[:12 if args.cls is None else None, 0] for k in labels.unique()])
-        data.save_class_grid(out, images[shown], labels[shown], run.classes, f"{run.folder.name}: samples")
+        if rows:
+            data.save_rows(out, rows, f"{run.folder.name}: {Path(args.image).name}, repainted {args.mask}")
+        else:
+            shown = torch.cat([(labels == k).nonzero()[:12 if args.cls is None else None, 0] for k in labels.unique()])
+            data.save_class_grid(out, images[shown], labels[shown], run.classes, f"{run.folder.name}: samples")
         print(f"wrote {out}")
         if args.gif is not None:
             path = Path(args.gif or run.folder / "samples.gif")
-            save_gif(path, run, labels[shown][:80], 8, args.cfg, args.temperature, args.seed)
+            some = torch.cat([(labels == k).nonzero()[:8, 0] for k in labels.unique()])[:80]
+            save_gif(path, run, labels[some], 8, args.cfg, args.temperature, args.seed, **tricks)
             print(f"wrote {path}")
     except OSError as e:
         raise BadInput(f"could not write ({e})") from None

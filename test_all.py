@@ -32,6 +32,7 @@ import data
 import evaluate
 import flow_adapter
 import gmm_head
+import maskgit
 import sample
 import train
 import vae
@@ -331,6 +332,187 @@ def test_ar_reaches_the_exact_optimum_on_bars_and_stripes():
     assert math.log(30) - 1e-4 <= nll.mean() <= 1.02 * math.log(30), f"{nll.mean():.3f} nats, the optimum is {math.log(30):.3f}"
     good = (drawn[:, None] == everything[None]).all(-1).any(1).float().mean()
     assert good > 0.95, f"{good:.0%} of the samples are bars or stripes"
+
+
+@pytest.mark.parametrize("continuous", [True, False])
+def test_ar_beam_search_returns_the_models_own_log_probability(continuous):
+    model, cond = small_ar(continuous).eval(), torch.tensor([0, 3, 4])
+    if not continuous:
+        nn.init.normal_(model.head.proj.weight, std=0.3)
+    tokens, log_p = model.beam_search(cond, beam=4, fan=8)
+    exact = lambda x: -model.head.loss(model.hidden(x, cond), x).sum(1)
+    assert torch.allclose(log_p, exact(tokens), atol=1e-3), "a beam's score is log p of its tokens, T factors and no more"
+    plain = torch.stack([exact(model.sample(cond)) for _ in range(20)])
+    assert (log_p > plain.mean(0)).all()
+    with pytest.raises(ValueError, match="fan"):
+        model.beam_search(cond, beam=9, fan=8)
+
+
+def test_ar_wide_beam_finds_the_likeliest_sequence():
+    model = ar_transformer.ARTransformer(ar_transformer.CategoricalHead(16, 3), 4, 1, vocab_size=3, n_layer=1, n_head=2, n_embd=16).eval()
+    nn.init.normal_(model.head.proj.weight)
+    all_ = torch.cartesian_prod(*[torch.arange(3)] * 4)                                     # (81, 4): every sequence
+    zeros = torch.zeros(81, dtype=torch.long)
+    log_p = -model.head.loss(model.hidden(all_, zeros), all_).sum(1)
+    tokens, best = model.beam_search(zeros[:1], beam=81, fan=200)                           # 200 draws miss no id in practice
+    assert torch.allclose(best, log_p.max(), atol=1e-4) and torch.equal(tokens[0], all_[log_p.argmax()])
+
+
+def test_ar_with_a_prefix_of_vectors_sees_all_of_it_and_drops_it():
+    size = dict(n_layer=2, n_head=2, n_embd=32, label_drop=0.5, prefix=(6, 5))
+    model = ar_transformer.ARTransformer(gmm_head.GMMHead(32, 3, 4), 12, 1, token_dim=3, grid=(3, 4), **size)
+    x, cond = torch.randn(4, 12, 3), torch.randn(4, 6, 5)
+    model(x, cond)[0].backward()
+    assert model.pre_none.grad.abs().sum() > 0 and model.pre_embed.weight.grad.abs().sum() > 0
+    model.eval()
+    h = model.hidden(x, cond)
+    for p in range(6):
+        other = cond.clone()
+        other[:, p] += 1
+        assert ((model.hidden(x, other) - h).abs().amax((0, 2)) > 1e-6).all(), "every token sees every vector of the prefix"
+    everyone = torch.ones(4, dtype=torch.bool)
+    assert torch.equal(model.hidden(x, cond, everyone), model.hidden(x, -cond, everyone))
+    drawn = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        drawn.append(model.sample(cond, cfg=2.0, use_cache=use_cache))
+    assert torch.allclose(*drawn, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------
+# maskgit.py
+
+def official_givt_maskgit():
+    """The authors' tiny masked GIVT ("concat" embedding) in our layout -> MaskGIT, arrays."""
+    g = golden("givt/givt_masked_concat_tiny")
+    p = {k.removeprefix("param/"): v for k, v in g.items() if k.startswith("param/")}
+    head = gmm_head.GMMHead(32, 4, 3, min_scale=1e-6)
+    model = maskgit.MaskGIT(head, 16, 10, token_dim=4, n_layer=2, n_head=2, n_embd=32, hidden=48)
+    labels = p["EmbedLabels/embedding"]                     # ten classes, hidden, seen, stand-in for the value, no class
+    with torch.no_grad():
+        model.cls_embed.weight.copy_(labels[[*range(10), 13]])
+        model.hid_embed.weight.copy_(labels[[11, 10], ::2])                                 # they keep every second entry only
+        model.hid_value.copy_(labels[12, ::2])
+        model.tok_embed.weight.copy_(p["EmbedTargets/kernel"][:, ::2].T)
+        model.tok_embed.bias.copy_(p["EmbedTargets/bias"][::2])
+        model.pos_embed.copy_(p["decoder/pos_emb"][0])
+        for i, block in enumerate(model.blocks):
+            q = {k.removeprefix(f"decoder/EncDecBlock{i}/"): v for k, v in p.items() if f"EncDecBlock{i}/" in k}
+            block.norm1.weight.copy_(q["LayerNorm1/scale"]), block.norm2.weight.copy_(q["LayerNorm3/scale"])
+            block.wqkv.weight.copy_(torch.cat([q[f"SelfAttn/{n}/kernel"].flatten(1).T for n in ("query", "key", "value")]))
+            block.wo.weight.copy_(q["SelfAttn/out/kernel"].flatten(0, 1).T)
+            for ours, theirs in ((block.fc1, "MLP/Dense_0"), (block.fc2, "MLP/Dense_1")):
+                ours.weight.copy_(q[f"{theirs}/kernel"].T), ours.bias.copy_(q[f"{theirs}/bias"])
+        model.norm.weight.copy_(p["decoder/LayerNorm/scale"]), model.norm.bias.copy_(p["decoder/LayerNorm/bias"])
+        head.proj.weight.copy_(p["decoder/LogitsDense/kernel"].T), head.proj.bias.copy_(p["decoder/LogitsDense/bias"])
+    return model.eval(), g
+
+
+def test_maskgit_is_the_authors_masked_givt():
+    model, g = official_givt_maskgit()
+    mask = g["input_mask"].bool()
+    h = model.hidden(g["x"], g["labels"].long(), mask)
+    close(model.head.proj(h), g["logits"])
+    close(model.head.proj(model.hidden(g["x"], torch.full((2,), 10), mask)), g["logits_uncond"])
+    nll = model.head.loss(h, g["x"])
+    close(nll, g["nll"])
+    close((nll * mask).sum() / mask.sum(), g["loss"])
+
+
+@pytest.mark.parametrize("L, T", [(256, 16), (256, 8), (256, 12), (256, 32), (1024, 16), (6, 4), (16, 64)])
+def test_maskgit_schedule_is_the_authors_to_the_integer(L, T):
+    g, unknown = golden("givt/mask_schedule"), torch.tensor([[L]])
+    for t in range(T):
+        n = torch.minimum(maskgit.still_hidden(torch.tensor([[L]]), t, T), unknown - 1).clamp(min=0)
+        assert n == g[f"mask_len_L{L}_T{T}"][t] and unknown - n == g[f"uncovered_L{L}_T{T}"][t]
+        unknown = n
+    assert unknown == 0, "a token is still hidden after the last step"
+
+
+def test_maskgit_choice_is_the_authors():
+    g = golden("givt/mask_schedule")
+    score = g["topk_probs"].log() + g["topk_temperature"] * g["topk_gumbel"]
+    assert torch.equal(maskgit.keep_hidden(score, g["topk_mask_len"].long()), g["topk_mask"].bool())
+
+
+@pytest.mark.parametrize("name", ["w0p0", "w0p5"])
+def test_maskgit_replays_the_authors_parallel_decoding(name, monkeypatch):
+    """The recorded values of each pass are put in the head's place, and the recorded noise in that of torch.rand."""
+    g, (model, _) = golden(f"givt/parallel_decode_trace_{name}"), official_givt_maskgit()
+    steps, passes, seen, raw = int(g["num_steps"]), iter(range(99)), [], []
+
+    def recorded(h, h_uncond=None, cfg=1.0, temperature=1.0):
+        t = next(passes)
+        raw.append((model.head.proj(h), None if h_uncond is None else model.head.proj(h_uncond)))
+        drawn = torch.where((g["uncovered"][t] > 0)[..., None], g["inputs"][t + 1], torch.zeros(()))
+        return drawn, g["prob"][t].log()
+    uniform = iter(torch.exp(-torch.exp(-g["gumbel"].double())).float())
+    noise = lambda *a, **k: next(uniform)
+    monkeypatch.setattr(model.head, "sample", recorded)
+    monkeypatch.setattr(torch, "rand", noise)
+    weight = g["choice_temperature"].item()
+    model.sample(g["labels"].long(), steps=steps, cfg=1 + g["w"].item(), choice_temperature=weight,
+                 on_step=lambda i, x, m: seen.append((x, m)))
+    known = torch.zeros(2, 16, dtype=torch.bool)
+    for t, (x, mask) in enumerate(seen):
+        known = known | (g["uncovered"][t] > 0)
+        assert torch.equal(~mask, known), f"pass {t} reveals other tokens than the authors'"
+        close(raw[t][0], g["logits"][t], 2e-4)
+        if raw[t][1] is not None:
+            close(raw[t][1], g["logits_uncond"][t], 2e-4)
+
+
+def small_maskgit(continuous=True, **options):
+    size = dict(n_layer=2, n_head=2, n_embd=32) | options
+    if continuous:
+        return maskgit.MaskGIT(gmm_head.GMMHead(32, 3, 4), 12, 5, token_dim=3, **size)
+    return maskgit.MaskGIT(maskgit.CategoricalHead(32, 11), 12, 5, vocab_size=11, **size)
+
+
+@pytest.mark.parametrize("continuous", [True, False])
+def test_maskgit_never_sees_hidden_tokens_and_keeps_known_ones(continuous):
+    model, cond = small_maskgit(continuous).eval(), torch.tensor([1, 2])
+    draw = (lambda: torch.randn(2, 12, 3)) if continuous else (lambda: torch.randint(11, (2, 12)))
+    x, other, mask = draw(), draw(), torch.rand(2, 12) < 0.5
+    mixed = torch.where(mask.view(2, 12, *[1] * (x.ndim - 2)), other, x)
+    assert torch.equal(model.hidden(x, cond, mask), model.hidden(mixed, cond, mask)), "a hidden token leaks"
+    assert not torch.equal(model.hidden(x, cond, ~mask), model.hidden(mixed, cond, ~mask))
+    hidden = []
+    y = model.sample(cond, steps=5, cfg=2.0, known=x, known_mask=~mask, on_step=lambda i, t, m: hidden.append(m))
+    assert torch.equal(y[~mask], x[~mask]) and not torch.equal(y[mask], x[mask])
+    assert len(hidden) == 5 and not hidden[-1].any() and all((b <= a).all() for a, b in zip(hidden, hidden[1:]))
+    with pytest.raises(ValueError, match="1 to 12"):
+        model.sample(cond, steps=13)
+
+
+def test_maskgit_loss_is_the_mean_over_masked_tokens_only():
+    model, x, cond = small_maskgit(label_drop=0).eval(), torch.randn(3, 12, 3), torch.arange(3)
+    torch.manual_seed(5)
+    loss, _ = model(x, cond)
+    torch.manual_seed(5)
+    mask = model.training_mask(3, "cpu")
+    terms = [model.head.loss(model.hidden(x, cond, mask), x)[b, t].item() for b in range(3) for t in range(12) if mask[b, t]]
+    assert abs(loss.item() - sum(terms) / len(terms)) < 1e-4
+
+
+def test_maskgit_training_masks_have_the_authors_counts():
+    g, model = golden("givt/mask_schedule"), small_maskgit(u_max=0.7)
+    assert torch.equal(maskgit.n_hidden(g["train_keep"], 256).long(), g["train_num_masked_L256"].long())
+    counts = model.training_mask(4000, "cpu").sum(1)
+    u = torch.linspace(0, 0.7, 4001)
+    assert counts.min() == math.ceil(12 * math.cos(0.35 * math.pi)) and counts.max() == 12
+    assert abs(counts.float().mean() - (12 * torch.cos(math.pi / 2 * u)).ceil().mean()) < 0.1
+    mean = model.training_mask(4000, "cpu").float().mean(0)
+    assert mean.std() < 0.03, "some places are hidden more often than others"
+
+
+def test_maskgit_one_token_per_pass_comes_close_to_bars_and_stripes():
+    model = maskgit.MaskGIT(maskgit.CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=4, n_embd=64, label_drop=0)
+    zeros = torch.zeros(256, dtype=torch.long)
+    maskgit.fit_ids(model, lambda step: (maskgit.bars_and_stripes(256, "cpu"), zeros), 400, 5e-3)
+    model.eval()
+    few, many = (maskgit.error_of_parallel_decoding(model, n, 1500) for n in (2, 16))
+    assert many[0] > 0.8 and many[1] < few[1], (few, many)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@ Train any tokenizer, and any generator with any head on top of it.
 
     python train.py --tokenizer vae --head gmm                 # GIVT on the drawn shapes, CPU or CUDA
     python train.py --tokenizer vae --head gmm --data PATH     # ... on your images: class folders, .tar[.gz], .zip, .npz
+    python train.py --tokenizer vae --generator maskgit        # ... tokens in parallel: GIVT-MaskGIT
+    python train.py --tokenizer vae --task segment             # ... image in, label map out (GIVT section 4.3)
     torchrun --standalone --nproc_per_node=2 train.py ...      # ... on several GPUs (or CPU processes), same global batch
 
 There are two stages and one loop. Stage 1 trains the tokenizer (images -> tokens -> images) unless its run folder is
@@ -33,22 +35,29 @@ import ar_transformer
 import data
 import flow_adapter
 import gmm_head
+import maskgit
 import sample
 import vae
 from data import BadInput
 
-STAGE1 = ("data", "image_size", "flip", "n_shapes", "seed", "tokenizer", "tok_size", "tok_steps", "tok_batch_size", "tok_lr",
-          "token_dim", "beta", "corrupt")
-STAGE2 = STAGE1 + ("adapter", "generator", "head", "size", "steps", "batch_size", "lr", "optimizer", "n_mix", "label_drop", "dropout")
+STAGE1 = ("data", "image_size", "flip", "n_shapes", "seed", "task", "tokenizer", "tok_size", "tok_steps", "tok_batch_size",
+          "tok_lr", "token_dim", "channels", "likelihood", "beta", "corrupt")
+STAGE2 = STAGE1 + ("adapter", "generator", "head", "mix", "n_mix", "joint", "size", "steps", "batch_size", "lr", "optimizer",
+                   "label_drop", "dropout")
 BOTH = ("weight_decay", "warmup", "grad_clip", "ema")
 
+GENERATORS = {"ar": (ar_transformer.ARTransformer, ar_transformer.SIZES), "maskgit": (maskgit.MaskGIT, maskgit.SIZES)}
+
 DEFAULTS = {                                                # what a flag is when nobody says it
-    "any": dict(data="shapes", image_size=32, flip=False, n_shapes=20_000, seed=0, corrupt=0.0, adapter="none", n_mix=8, label_drop=0.1,
-                dropout=0.0, weight_decay=0.02, warmup=50, grad_clip=1.0, optimizer="muon"),
+    "any": dict(data="shapes", image_size=32, flip=False, n_shapes=20_000, seed=0, task="class", channels=3, likelihood="mse",
+                corrupt=0.0, adapter="none", mix="vector", n_mix=8, joint=False, label_drop=0.1, weight_decay=0.02, warmup=50,
+                grad_clip=1.0, optimizer="muon"),
     "cpu": dict(tok_size="small", tok_steps=1000, tok_batch_size=32, tok_lr=4e-3, beta=0.02,
                 size="small", steps=1600, batch_size=64, lr=4e-3),
     "cuda": dict(tok_size="medium", tok_steps=4000, tok_batch_size=128, tok_lr=1e-3, beta=0.02,
                  size="medium", steps=8000, batch_size=256, lr=1e-3),
+    "cpu-maskgit": dict(steps=3000),                        # a pass teaches the hidden tokens only, so it needs more of them
+    "cuda-maskgit": dict(steps=16_000),
 }
 
 
@@ -57,7 +66,8 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Train a tokenizer and a generator on drawn shapes or on your own images.",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--tokenizer", choices=["vae"], required=True, help="stage 1: how an image becomes tokens")
-    p.add_argument("--generator", choices=["ar", "none"], default="ar", help="stage 2, models the tokens; none: stop after stage 1")
+    p.add_argument("--generator", choices=["ar", "maskgit", "none"], default="ar",
+                   help="stage 2: one token after the other, or masked tokens in parallel; none: stop after stage 1")
     p.add_argument("--head", choices=["gmm", "categorical"], default="gmm", help="the distribution of one token")
     g = p.add_argument_group("data")
     g.add_argument("--data", help="`shapes` (drawn, no download), or a folder / .tar[.gz] / .zip of class folders, or an .npz")
@@ -71,18 +81,28 @@ def parse_args(argv=None):
     g.add_argument("--tok_batch_size", type=int, help="images per step, over all processes")
     g.add_argument("--tok_lr", type=float, help="peak learning rate")
     g.add_argument("--token_dim", type=int, help="numbers in one token (default: that of the size)")
-    g.add_argument("--beta", type=float, help="weight of the KL in nats per image against the summed squared error; 0: AE")
+    g.add_argument("--task", choices=["class", "segment", "depth"],
+                   help="what to generate: images of a class, or from an image of the drawn world its label map or distances")
+    g.add_argument("--channels", type=int, choices=[1, 3], help="1: grey images (colours are averaged), 3: RGB")
+    g.add_argument("--likelihood", choices=["mse", "logistic"],
+                   help="of a pixel: Gaussian, or discretised logistic, with which losses are exact bounds in bits per dimension")
+    g.add_argument("--beta", type=float, help="weight of the KL in nats per image against the summed squared error (logistic: "
+                                              "against the nats of the pixels, default 1); 0: AE")
     g.add_argument("--corrupt", type=float, help="standard deviation of noise on the input pixels: a denoising autoencoder")
     g = p.add_argument_group("stage 2, the generator")
     g.add_argument("--adapter", choices=["none", "flow"], help="flow: bend the tokens by a volume-preserving flow first (GIVT)")
-    g.add_argument("--size", choices=list(ar_transformer.SIZES), help="size of the generator, from SIZES in its file")
+    g.add_argument("--size", choices=list(ar_transformer.SIZES | maskgit.SIZES),
+                   help="size of the generator, from SIZES in its file")
     g.add_argument("--steps", type=int, help="training steps")
     g.add_argument("--batch_size", type=int, help="images per step, over all processes")
     g.add_argument("--lr", type=float, help="peak learning rate")
     g.add_argument("--optimizer", choices=["muon", "adamw"], help="muon: for the matrices of the blocks, AdamW for the rest")
+    g.add_argument("--mix", choices=list(gmm_head.HEADS), help="gmm head: one mixture per token vector, one per channel, or "
+                                                               "a single Gaussian with full covariance")
     g.add_argument("--n_mix", type=int, help="mixture components K of the gmm head")
+    g.add_argument("--joint", action="store_const", const=True, help="train VAE and transformer together by the exact bound")
     g.add_argument("--label_drop", type=float, help="fraction of labels hidden in training, for guidance")
-    g.add_argument("--dropout", type=float, help="dropout in the transformer, 0 to 1")
+    g.add_argument("--dropout", type=float, help="dropout in the transformer, 0 to 1 (default: that of the size)")
     g = p.add_argument_group("both stages")
     g.add_argument("--seed", type=int, help="seed of the drawn images, the initial weights and everything random")
     g.add_argument("--weight_decay", type=float, help="decoupled weight decay of matrices")
@@ -91,7 +111,7 @@ def parse_args(argv=None):
     g.add_argument("--ema", type=float, help="decay per step of the averaged weights (default: a memory of 1/20 of the run)")
     g = p.add_argument_group("machine and run")
     g.add_argument("--runs", default="runs", help="folder that holds the run folders")
-    g.add_argument("--name", help="name of the stage 2 run folder (default: data-tokenizer[-adapter]-generator-head)")
+    g.add_argument("--name", help="name of the stage 2 run folder (default: data-tokenizer[-task][-adapter]-generator-head)")
     g.add_argument("--tok_name", help="name of the stage 1 run folder (default: data-tokenizer)")
     g.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     g.add_argument("--overwrite", action="store_true", help="train anew where a run folder exists already")
@@ -108,7 +128,12 @@ def parse_args(argv=None):
 def resolve(given, names, saved, device, folder):
     """Fill in the flags `names`: what was given, else what the checkpoint in `folder` says, else the defaults.
     Refuses a given flag that contradicts the checkpoint."""
-    defaults = DEFAULTS["any"] | DEFAULTS["cuda" if device.type == "cuda" else "cpu"]
+    machine = "cuda" if device.type == "cuda" else "cpu"
+    defaults = DEFAULTS["any"] | DEFAULTS[machine] | DEFAULTS.get(f"{machine}-{given.generator}", {})
+    if given.mix == "full":
+        defaults |= dict(n_mix=1)
+    if "logistic" in (given.likelihood, saved and saved.get("likelihood")) or given.joint:
+        defaults |= dict(beta=1.0, likelihood="logistic")   # the bound itself
     flags = {}
     for name in names:
         value = getattr(given, name)
@@ -138,6 +163,14 @@ def check(args):
     for name in ("label_drop", "dropout", "ema"):
         if getattr(args, name) is not None and getattr(args, name) >= 1:
             raise BadInput(f"--{name} {getattr(args, name)}: must be below 1")
+    if args.size is not None and args.generator in GENERATORS and args.size not in GENERATORS[args.generator][1]:
+        raise BadInput(f"--size {args.size}: --generator {args.generator} has {', '.join(GENERATORS[args.generator][1])}")
+    if args.task not in (None, "class") and args.generator == "maskgit":
+        raise BadInput(f"--task {args.task}: only --generator ar takes an image as its prefix")
+    if args.joint and (args.generator != "ar" or args.task not in (None, "class") or args.likelihood == "mse" or args.beta not in (None, 1)):
+        raise BadInput("--joint maximises a bound on the likelihood: it needs --generator ar and no --task, --likelihood mse or --beta")
+    if args.mix == "full" and args.n_mix not in (None, 1):
+        raise BadInput(f"--mix full is one Gaussian: give --n_mix 1, not {args.n_mix}")
     if args.resume and args.overwrite:
         raise BadInput("--resume goes on and --overwrite starts anew: give one of them")
 
@@ -173,25 +206,30 @@ def open_data(args, split, device):
     """The training or validation images that the flags name -> data.ImageSet."""
     n = args.n_shapes if split == "train" else None
     return load_once(args.data, args.image_size, split, device, args.seed, bool(args.flip) and split == "train",
-                     getattr(args, "skip_bad", False), n)
+                     getattr(args, "skip_bad", False), n, None, getattr(args, "task", "class"))
 
 
 def build_tokenizer(args):
     size = vae.SIZES[args.tok_size] | dict(image_size=args.image_size)
     if args.token_dim:
         size["token_dim"] = args.token_dim
+    channels = 1 + len(data.SHAPES) if args.task == "segment" else args.channels
     try:
-        return vae.VAE(beta=args.beta, corrupt=args.corrupt, **size)
+        return vae.VAE(beta=args.beta, corrupt=args.corrupt, channels=channels, likelihood=args.likelihood, **size)
     except ValueError as e:
         raise BadInput(f"--image_size {args.image_size} with --tok_size {args.tok_size}: {e}") from None
 
 
-def build_generator(args, tokenizer, num_classes):
-    """The generator that the flags name, behind the flow where --adapter flow asks for it."""
-    size = ar_transformer.SIZES[args.size]
-    head = gmm_head.GMMHead(size["n_embd"], tokenizer.token_dim, args.n_mix)
-    model = ar_transformer.ARTransformer(head, tokenizer.seq_len, num_classes, tokenizer.token_dim, tokenizer.vocab_size,
-                                         tokenizer.grid, dropout=args.dropout, label_drop=args.label_drop, **size)
+def build_generator(args, tokenizer, num_classes, source=None):
+    """The generator that the flags name, behind the flow where --adapter flow asks for it. source: the tokenizer of
+    the images on which maps are conditioned (--task)."""
+    model_class, sizes = GENERATORS[args.generator]
+    size = sizes[args.size] | (dict(dropout=args.dropout) if args.dropout is not None else {})
+    if source is not None:
+        size["prefix"] = (source.seq_len, source.token_dim)
+    head = gmm_head.HEADS[args.mix](size["n_embd"], tokenizer.token_dim, args.n_mix)
+    model = model_class(head, tokenizer.seq_len, num_classes, tokenizer.token_dim, tokenizer.vocab_size, tokenizer.grid,
+                        label_drop=args.label_drop, **size)
     if args.adapter == "flow":
         model = flow_adapter.Adapted(flow_adapter.FlowAdapter(tokenizer.token_dim, tokenizer.grid), model)
     return model
@@ -214,7 +252,8 @@ def averaged(checkpoint):
 
 
 def load_run(folder, device="cpu"):
-    """A run folder -> namespace with folder, args, tokenizer, generator (None for a stage 1 run), classes, device.
+    """A run folder -> namespace with folder, args, tokenizer, generator (None for a stage 1 run), source (the tokenizer of
+    the images that a map is made from, with --task), classes, device.
 
     The models carry the averaged weights and are in eval mode. Raises BadInput for anything but a finished run.
     """
@@ -224,17 +263,24 @@ def load_run(folder, device="cpu"):
         raise BadInput(f"{folder}: no ckpt.pt in it; name a run folder such as runs/shapes-vae-ar-gmm")
     if not checkpoint["done"]:
         raise BadInput(f"{folder}: this run stopped at step {checkpoint['step']}; finish it with train.py --resume")
-    args, classes = argparse.Namespace(**checkpoint["flags"]), checkpoint["classes"]
-    tokenizer, generator = build_tokenizer(args), None
+    args, classes = argparse.Namespace(**DEFAULTS["any"] | checkpoint["flags"]), checkpoint["classes"]
+    tokenizer, generator, source = build_tokenizer(args), None, None
     if checkpoint["stage"] == 1:
         tokenizer.load_state_dict(averaged(checkpoint))
-    else:
-        tokenizer.load_state_dict(checkpoint["tokenizer"])  # a stage 2 checkpoint is complete in itself
-        generator = build_generator(args, tokenizer, len(classes))
-        generator.load_state_dict(averaged(checkpoint))
+    else:                                                   # a stage 2 checkpoint is complete in itself
+        if "source" in checkpoint:
+            source = build_tokenizer(argparse.Namespace(**checkpoint["source_flags"]))
+            source.load_state_dict(checkpoint["source"])
+            source = source.to(device).eval()
+        generator = build_generator(args, tokenizer, len(classes), source)
+        if args.joint:
+            vae.Joint(tokenizer, generator).load_state_dict(averaged(checkpoint))
+        else:
+            tokenizer.load_state_dict(checkpoint["tokenizer"])
+            generator.load_state_dict(averaged(checkpoint))
         generator = generator.to(device).eval()
     return SimpleNamespace(folder=folder, args=args, tokenizer=tokenizer.to(device).eval(), generator=generator,
-                           classes=classes, device=device)
+                           source=source, classes=classes, device=device)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -263,6 +309,19 @@ class Tokens:
         return self.tokenizer.normalise(z), self.labels[index]
 
 
+class Pairs:
+    """Maps and the images they belong to, both as tokens: the image is the condition (--task)."""
+
+    def __init__(self, maps, images):
+        self.maps, self.images = maps, images
+
+    def __len__(self):
+        return len(self.maps)
+
+    def batch(self, index):                                 # (B,) -> the map's tokens (B, T, D), the image's (B, P, E)
+        return self.maps.batch(index)[0], self.images.batch(index)[0]
+
+
 @torch.no_grad()
 def encode_all(tokenizer, images):
     """Encode a whole ImageSet: -> dict of arrays on the device, plus the mirrored images where --flip is on."""
@@ -284,7 +343,7 @@ def token_cache(tokenizer, images, folder, split, main_process):
     for v in tokenizer.state_dict().values():
         digest.update(v.cpu().numpy().tobytes())
     if isinstance(images.images, torch.Tensor):
-        digest.update(images.images.cpu().numpy().tobytes())
+        digest.update(images.images.contiguous().cpu().numpy().tobytes())
     else:
         digest.update(repr([(n, os.path.getmtime(n)) for n, _ in images.images.files]).encode())
     digest.update(f"{split} {images.flip}".encode())
@@ -336,17 +395,18 @@ def learning_rate(step, steps, warmup, peak):
     return peak * min((step + 1) / max(1, warmup), 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finish):
+def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finish, unit):
     """Train `model` on batches of `source` and leave checkpoint, log and curve in `folder`.
 
-    source.batch(index) -> x, labels; val: a function (model) -> validation loss; extra: more entries for the checkpoint;
-    finish(averaged model) runs once after the last step, before the run counts as done.
+    source.batch(index) -> x, cond; val: a function (model) -> validation loss; extra: more entries for the checkpoint;
+    finish(averaged model) runs once after the last step, before the run counts as done; unit: that of the loss.
     """
     steps, batch_size, lr = ((args.tok_steps, args.tok_batch_size, args.tok_lr) if stage == 1 else
                              (args.steps, args.batch_size, args.lr))
     model = raw = model.to(world.device, memory_format=torch.channels_last)   # twice as fast for convolutions on a CPU
     ema = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(1 - 20 / max(steps, 40) if args.ema is None else args.ema))
     optimizers = make_optimizers(raw, args, lr, matrices=stage == 2 and args.optimizer == "muon")
+    small_net = stage == 1 or args.joint                    # convolutions of 16 channels gain nothing from bf16 on a CPU
     first = 0
     if checkpoint is not None:
         raw.load_state_dict(checkpoint["model"])
@@ -358,7 +418,7 @@ def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finis
         model = torch.compile(model)
     if world.size > 1:
         model = DistributedDataParallel(model)
-    use_bf16 = world.dtype == "bf16" if world.dtype else world.native_bf16 and (world.device.type == "cuda" or stage == 2)
+    use_bf16 = world.dtype == "bf16" if world.dtype else world.native_bf16 and (world.device.type == "cuda" or not small_net)
     params = sum(p.numel() for p in raw.parameters())
     say(world, f"stage {stage}: {folder}, {params / 1e6:.2f}M parameters, {len(source)} images, steps {first} to {steps} of "
                f"{batch_size} images, {world.device.type} x {world.size}, {'bf16' if use_bf16 else 'fp32'}")
@@ -379,13 +439,13 @@ def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finis
         # One seed per step, so that no generator state needs saving. Every process draws the whole batch and takes
         # its share, so that n processes see what one would have seen.
         torch.manual_seed(args.seed * 1_000_003 + 2 * step + stage)
-        x, labels = (v[world.rank::world.size] for v in source.batch(index))
+        x, cond = (v[world.rank::world.size] for v in source.batch(index))
         torch.manual_seed((args.seed * 1_000_003 + 2 * step + stage) * 4096 + 1 + world.rank)
         for opt in optimizers:
             for group in opt.param_groups:
                 group["lr"] = learning_rate(step, steps, args.warmup, lr)
         with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=use_bf16):
-            loss, logs = model(x, labels)
+            loss, logs = model(x, cond)
         for opt in optimizers:
             opt.zero_grad(set_to_none=True)
         loss.backward()
@@ -414,7 +474,7 @@ def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finis
             save(step + 1)
     finish(ema.module.eval())
     if world.rank == 0:
-        log.plot("nats per token" if stage == 2 else "loss per pixel value")
+        log.plot(unit)
     save(steps, done=True)                                  # last, so that a run killed before goes on with --resume
 
 
@@ -513,6 +573,9 @@ def start(given, names, folder, world):
     return args, checkpoint, checkpoint is not None and checkpoint["done"]
 
 
+UNITS = {"mse": "squared error per pixel value + beta KL", "logistic": "bits per dimension"}
+
+
 def train_tokenizer(given, folder, world):
     """Stage 1 -> the tokenizer, in eval mode, and its flags."""
     args, checkpoint, done = start(given, STAGE1, folder, world)
@@ -532,18 +595,19 @@ def train_tokenizer(given, folder, world):
                 torch.manual_seed(args.seed)
                 x, _ = held_out.batch(torch.linspace(0, len(held_out) - 1, 12).long())      # folders come sorted by class
                 rows = [("validation images", x), ("reconstructed", model.decode(model.encode(x)))]
+                rows = [(text, data.colour_maps(x) if args.task == "segment" else x) for text, x in rows]
                 data.save_rows(folder / "reconstructions.png", rows, folder.name)
 
         loop_args = argparse.Namespace(**vars(args), **loop_flags(given))
         fit(1, tokenizer, images, validate(held_out, 100, args, world), loop_args, folder, world, checkpoint,
-            dict(classes=images.classes), finish)
+            dict(classes=images.classes), finish, UNITS[args.likelihood])
         barrier(world)                                      # until process 0 has written the checkpoint
     run = load_run(folder, world.device)
     return run.tokenizer, run.args
 
 
-def train_generator(given, folder, tokenizer, tok_args, tok_folder, world):
-    """Stage 2, on the tokens of a trained tokenizer."""
+def train_generator(given, folder, tokenizer, tok_args, tok_folder, world, source=None):
+    """Stage 2, on the tokens of a trained tokenizer. source: tokenizer, flags and folder of the images of --task."""
     for name in STAGE1:                                     # stage 2 inherits what stage 1 was trained with
         setattr(given, name, getattr(tok_args, name))
     args, checkpoint, done = start(given, STAGE2, folder, world)
@@ -557,25 +621,64 @@ def train_generator(given, folder, tokenizer, tok_args, tok_folder, world):
     weights = {k: v.cpu() for k, v in tokenizer.state_dict().items()}
     if checkpoint and any(not torch.equal(v, checkpoint["tokenizer"][k]) for k, v in weights.items()):
         raise BadInput(f"{folder} was begun on the tokens of another tokenizer than {tok_folder}: start again with --overwrite")
+    extra = dict(classes=sets["train"].classes, tokenizer=weights)
     tokens = {s: token_cache(tokenizer, images, tok_folder, s, world.rank == 0) for s, images in sets.items()}
-    classes = sets["train"].classes
+    if source is not None:
+        image_tokenizer, image_args, image_folder = source
+        extra |= dict(source={k: v.cpu() for k, v in image_tokenizer.state_dict().items()}, source_flags=vars(image_args))
+        tokens = {s: Pairs(maps, token_cache(image_tokenizer, open_data(image_args, s, world.device), image_folder, s, world.rank == 0))
+                  for s, maps in tokens.items()}
     torch.manual_seed(args.seed)
-    try:
-        generator = build_generator(args, tokenizer, len(classes))
-    except ValueError as e:
-        raise BadInput(f"--size {args.size}: {e}") from None
+    generator = named_generator(args, tokenizer, sets["train"].classes, source and source[0])
     folder.mkdir(parents=True, exist_ok=True)
     loop_args = argparse.Namespace(**vars(args), **loop_flags(given))
-    extra = dict(classes=classes, tokenizer=weights)
+    run = SimpleNamespace(folder=folder, args=args, tokenizer=tokenizer, classes=sets["train"].classes, device=world.device,
+                          source=source and source[0])
+    fit(2, generator, tokens["train"], validate(tokens["val"], 250, args, world), loop_args, folder, world, checkpoint, extra,
+        lambda model: save_samples(run, model, world), "nats per token")
+
+
+def train_joint(given, folder, world):
+    """Both stages in one: VAE and transformer from scratch, by the exact bound (--joint)."""
+    args, checkpoint, done = start(given, STAGE2, folder, world)
+    check(argparse.Namespace(**vars(given) | vars(args)))
+    if done:
+        say(world, f"{folder} is trained already: look at samples.png in it, or start again with --overwrite")
+        return
+    divisible(args.batch_size, "--batch_size", world)
+    args_io = argparse.Namespace(**vars(args), skip_bad=given.skip_bad)
+    sets = {split: open_data(args_io, split, world.device) for split in ("train", "val")}
+    torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer(args)
+    model = vae.Joint(tokenizer, named_generator(args, tokenizer, sets["train"].classes))
+    folder.mkdir(parents=True, exist_ok=True)
+    loop_args = argparse.Namespace(**vars(args), **loop_flags(given))
+    run = SimpleNamespace(folder=folder, args=args, classes=sets["train"].classes, device=world.device, source=None)
 
     def finish(model):
-        if world.rank == 0:
-            run = SimpleNamespace(args=args, tokenizer=tokenizer, generator=model, device=world.device)
-            labels = torch.arange(min(len(classes), 20)).repeat_interleave(8)
-            images = sample.draw_samples(run, labels, seed=args.seed)
-            data.save_class_grid(folder / "samples.png", images, labels, classes, f"{folder.name}: samples")
-    fit(2, generator, tokens["train"], validate(tokens["val"], 250, args, world), loop_args, folder, world, checkpoint, extra,
-        finish)
+        run.tokenizer = model.vae
+        save_samples(run, model.generator, world)
+    fit(2, model, sets["train"], validate(sets["val"], 250, args, world), loop_args, folder, world, checkpoint,
+        dict(classes=sets["train"].classes), finish, UNITS["logistic"])
+
+
+def named_generator(args, tokenizer, classes, source=None):
+    try:
+        return build_generator(args, tokenizer, len(classes), source)
+    except ValueError as e:
+        raise BadInput(f"--size {args.size}: {e}") from None
+
+
+def save_samples(run, generator, world):
+    """The picture at the end of stage 2: a row per class, or images with their maps."""
+    if world.rank == 0:
+        run.generator = generator
+        if run.source is not None:
+            sample.save_maps(run.folder / "samples.png", run, n=10, seed=run.args.seed)
+        else:
+            labels = torch.arange(min(len(run.classes), 20)).repeat_interleave(8)
+            images = sample.draw_samples(run, labels, seed=run.args.seed)
+            data.save_class_grid(run.folder / "samples.png", images, labels, run.classes, f"{run.folder.name}: samples")
 
 
 def loop_flags(given):
@@ -606,18 +709,30 @@ def main(argv=None):
                             compile=device.type == "cuda" if given.compile is None else given.compile)
     data_name = Path(given.data or "shapes").name.split(".")[0] or "data"
     tok_folder = Path(given.runs) / (given.tok_name or f"{data_name}-{given.tokenizer}")
-    parts = [data_name, given.tokenizer, given.adapter if given.adapter == "flow" else None, given.generator, given.head]
+    task = given.task if given.task not in (None, "class") else None
+    parts = [data_name, given.tokenizer, task, "joint" if given.joint else None, given.adapter if given.adapter == "flow" else None,
+             given.generator, given.head]
     folder = Path(given.runs) / (given.name or "-".join(p for p in parts if p))
     if given.resume and not any((f / "ckpt.pt").exists() for f in (folder, tok_folder)):
         raise BadInput(f"--resume: there is no run in {folder} or {tok_folder}; leave --resume out to start one")
+
+    def stage1(folder, **changed):
+        keep = argparse.Namespace(**vars(given) | changed)
+        if (folder / "ckpt.pt").exists() and given.overwrite and given.generator != "none":
+            keep.overwrite = contradicts(keep, folder)      # --overwrite of stage 2 keeps a tokenizer that still fits
+        return *train_tokenizer(keep, folder, world), folder
+
     try:
-        keep = argparse.Namespace(**vars(given))
-        if (tok_folder / "ckpt.pt").exists() and given.overwrite and given.generator != "none":
-            keep.overwrite = contradicts(given, tok_folder)  # --overwrite of stage 2 keeps a tokenizer that still fits
-        tokenizer, tok_args = train_tokenizer(keep, tok_folder, world)
-        if given.generator != "none":
-            train_generator(given, folder, tokenizer, tok_args, tok_folder, world)
-        shown = folder if given.generator != "none" else tok_folder
+        shown = folder
+        if given.joint:
+            train_joint(given, folder, world)
+        else:
+            source = stage1(tok_folder, task="class") if task else None
+            tokenizer = stage1(tok_folder.with_name(f"{tok_folder.name}-{task}") if task else tok_folder)
+            if given.generator != "none":
+                train_generator(given, folder, *tokenizer, world, source)
+            else:
+                shown = tokenizer[2]
         say(world, f"done in {(time.perf_counter() - begun) / 60:.1f} minutes: {shown}")
     except KeyboardInterrupt:
         raise BadInput("stopped; the same command with --resume goes on from the last checkpoint") from None

@@ -8,7 +8,8 @@ encodes each image as a little Gaussian cloud and pays for every nat by which th
     loss = |x - decoder(z)|^2 + beta * KL( N(mean, std^2) || N(0, 1) ),     z = mean + std * noise
 
 Small beta (GIVT, MAR, latent diffusion) keeps pictures sharp and leaves it to a second model to learn where the
-tokens lie. The network is the published one of LDM and MAR ("KL-16"): attention only at the lowest resolution.
+tokens lie; Joint, below, trains the two together by the exact bound on log p(image). The network is the published one
+of LDM and MAR ("KL-16"): attention only at the lowest resolution.
 
 Shapes:  B batch, H W pixels, T = h * w tokens (h = H / 2^(levels - 1)), D numbers in one token
 
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 SIZES = {
     "kl16": dict(image_size=256, token_dim=16, ch=128, ch_mult=(1, 1, 2, 2, 4), n_res=2, groups=32),   # 66.46M, GIVT and MAR
     "small": dict(image_size=32, token_dim=8, ch=16, ch_mult=(1, 2, 4, 4), n_res=1, groups=8),         # 32 x 32 on a CPU
+    "mnist28": dict(image_size=28, token_dim=4, ch=16, ch_mult=(1, 2, 2), n_res=1, groups=8),          # true MNIST
     "medium": dict(image_size=32, token_dim=8, ch=64, ch_mult=(1, 2, 2, 4), n_res=2, groups=16),       # 32 x 32 on a GPU
 }
 
@@ -92,10 +94,10 @@ class Upsample(nn.Module):
 
 
 class Encoder(nn.Sequential):
-    """images (B, 3, H, W) -> features (B, c_out, h, w). Attention after the blocks of the levels in attn_levels."""
+    """images (B, channels, H, W) -> features (B, c_out, h, w). Attention after the blocks of the levels in attn_levels."""
 
-    def __init__(self, c_out, ch=128, ch_mult=(1, 1, 2, 2, 4), n_res=2, attn_levels=(4,), groups=32):
-        c, layers = ch, [nn.Conv2d(3, ch, 3, padding=1)]
+    def __init__(self, c_out, ch=128, ch_mult=(1, 1, 2, 2, 4), n_res=2, attn_levels=(4,), groups=32, channels=3):
+        c, layers = ch, [nn.Conv2d(channels, ch, 3, padding=1)]
         for level, mult in enumerate(ch_mult):
             for _ in range(n_res):
                 layers.append(ResBlock(c, ch * mult, groups))
@@ -109,9 +111,9 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """features (B, c_in, h, w) -> images (B, 3, H, W); mirrors Encoder with one more block per level."""
+    """features (B, c_in, h, w) -> images (B, channels, H, W); mirrors Encoder with one more block per level."""
 
-    def __init__(self, c_in, ch=128, ch_mult=(1, 1, 2, 2, 4), n_res=2, attn_levels=(), groups=32):
+    def __init__(self, c_in, ch=128, ch_mult=(1, 1, 2, 2, 4), n_res=2, attn_levels=(), groups=32, channels=3):
         c = ch * ch_mult[-1]
         layers = [nn.Conv2d(c_in, c, 3, padding=1), ResBlock(c, c, groups), AttnBlock(c, groups), ResBlock(c, c, groups)]
         for level in reversed(range(len(ch_mult))):
@@ -122,7 +124,7 @@ class Decoder(nn.Sequential):
                     layers.append(AttnBlock(c, groups))
             if level > 0:
                 layers.append(Upsample(c))
-        super().__init__(*layers, nn.GroupNorm(groups, c, eps=1e-6), nn.SiLU(), nn.Conv2d(c, 3, 3, padding=1))
+        super().__init__(*layers, nn.GroupNorm(groups, c, eps=1e-6), nn.SiLU(), nn.Conv2d(c, channels, 3, padding=1))
 
 
 class VAE(nn.Module):
@@ -131,23 +133,30 @@ class VAE(nn.Module):
 
     beta weighs the KL in nats against the squared error summed over the image, both in [-1, 1] pixel units: twice
     the variance of the decoder's pixel noise makes the loss a multiple of the exact bound on -log p(image).
+    With likelihood="logistic" the decoder gives a probability to each of 256 values of a pixel and the loss is in
+    bits per dimension; with beta=1 it is that bound itself, and tells how long a file the model would make of an image.
+
+    channels=1: grey. Images still come and go as (B, 3, H, W), the network in between sees their average. Any other
+    number: images are (B, channels, H, W), such as one-hot label maps.
     """
 
     vocab_size = None                                       # tokens are continuous
 
     def __init__(self, image_size=32, token_dim=8, beta=1e-2, corrupt=0.0, ch=16, ch_mult=(1, 2, 4, 4), n_res=1,
-                 enc_attn=None, dec_attn=(), groups=8):
+                 enc_attn=None, dec_attn=(), groups=8, channels=3, likelihood="mse"):
         super().__init__()
         side, D = image_size >> (len(ch_mult) - 1), token_dim
         if image_size % (1 << (len(ch_mult) - 1)):
             raise ValueError(f"image_size {image_size} is not a multiple of {1 << (len(ch_mult) - 1)}, the stride of this VAE")
+        if likelihood not in ("mse", "logistic"):
+            raise ValueError(f"likelihood {likelihood!r} must be 'mse' or 'logistic'")
         self.grid, self.seq_len, self.token_dim = (side, side), side * side, D
-        self.beta, self.corrupt = beta, corrupt
+        self.beta, self.corrupt, self.channels, self.likelihood = beta, corrupt, channels, likelihood
         enc_attn = (len(ch_mult) - 1,) if enc_attn is None else enc_attn
-        self.encoder = Encoder(2 * D, ch, ch_mult, n_res, enc_attn, groups)
+        self.encoder = Encoder(2 * D, ch, ch_mult, n_res, enc_attn, groups, channels)
         self.quant_conv = nn.Conv2d(2 * D, 2 * D, 1)
         self.post_quant_conv = nn.Conv2d(D, D, 1)
-        self.decoder = Decoder(D, ch, ch_mult, n_res, dec_attn, groups)
+        self.decoder = Decoder(D, ch, ch_mult, n_res, dec_attn, groups, channels)
         for module in self.modules():                       # each block starts as the identity: 4 dB more after 300 steps
             if isinstance(module, nn.Conv2d):               # of a small model than PyTorch's default initialisation
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
@@ -155,12 +164,18 @@ class VAE(nn.Module):
         for module in self.modules():
             if isinstance(module, (ResBlock, AttnBlock)):
                 nn.init.zeros_((module.conv2 if isinstance(module, ResBlock) else module.proj_out).weight)
+        if likelihood == "logistic":                        # s of log_likelihood, e^-2: about 17 of the 256 steps
+            self.log_scale = nn.Parameter(torch.full((channels,), -2.0))
         self.register_buffer("latent_mean", torch.zeros(D))  # set by measure() at the end of training
         self.register_buffer("latent_scale", torch.ones(D))  # tokens = (latents - mean) * scale
 
+    def pixels(self, images):
+        """What the network sees of images: (B, 3, H, W) -> (B, 1, H, W) where it is grey, else the images themselves."""
+        return images.mean(1, keepdim=True) if self.channels == 1 else images
+
     def posterior(self, images):
         """q(z | image), a Gaussian per token: images (B, 3, H, W) -> mean, std, each (B, T, D), raw latent units."""
-        moments = self.quant_conv(self.encoder(images)).float().flatten(2).transpose(1, 2)  # (B, T, 2D)
+        moments = self.quant_conv(self.encoder(self.pixels(images))).float().flatten(2).transpose(1, 2)  # (B, T, 2D)
         mean, logvar = moments.chunk(2, dim=-1)
         if self.beta == 0:                                  # an autoencoder knows no uncertainty
             return mean, torch.zeros_like(mean)
@@ -180,24 +195,56 @@ class VAE(nn.Module):
         return mean + std * torch.randn_like(std)
 
     def decode_raw(self, z):
-        """z (B, T, D) in raw latent units -> images (B, 3, H, W), not clamped."""
+        """z (B, T, D) in raw latent units -> images (B, channels, H, W), not clamped; a grey one has 1 channel."""
         z = z.transpose(1, 2).unflatten(2, self.grid)                                       # (B, D, h, w)
         return self.decoder(self.post_quant_conv(z)).float()
 
+    def as_images(self, raw):
+        """The decoder's output -> images of as many channels as came in: (B, 1, H, W) -> (B, 3, H, W) if grey."""
+        return raw.expand(-1, 3, -1, -1) if self.channels == 1 else raw
+
+    def log_likelihood(self, images, raw):
+        """log p(image | z) in nats under likelihood="logistic": images, raw, both (B, channels or 3, H, W) -> (B,).
+
+        A pixel has 256 values v, at x = v / 127.5 - 1. Its probability is what a logistic distribution with mean m =
+        raw and scale s, learned per channel, has within half a step of x; the outermost bins are open (PixelCNN++,
+        Salimans et al. 2017, 1701.05517):
+
+            P(v) = sigmoid(a) - sigmoid(b),   a = (x + 1/255 - m) / s,   b = (x - 1/255 - m) / s
+                 = sigmoid(a) * sigmoid(-b) * (1 - exp(b - a))
+
+        Far from the mean the difference is 0 in float32 and its log -inf; the log of the product never is.
+        """
+        v = ((self.pixels(images).float() + 1) * 127.5).round()                             # (B, channels, H, W)
+        log_s = self.log_scale.clamp(min=-7)[:, None, None]                                 # PixelCNN++'s floor: 0.04 bit
+        a = (v / 127.5 - 1 + 1 / 255 - self.pixels(raw).float()) * torch.exp(-log_s)
+        step = 2 / 255 * torch.exp(-log_s)                                                  # a - b, the same everywhere
+        below = torch.where(v < 255, F.logsigmoid(a), 0)                                    # log P(value <= v)
+        above = torch.where(v > 0, F.logsigmoid(step - a), 0)                               # log P(value >= v)
+        inside = torch.where((v > 0) & (v < 255), torch.log(-torch.expm1(-step)), 0)
+        return (below + above + inside).sum((1, 2, 3))
+
     def reconstruct(self, images):
-        """images (B, 3, H, W) -> recon (B, 3, H, W), beta * KL per pixel value (), logs."""
+        """images (B, 3, H, W) -> recon (B, 3, H, W), beta * KL per pixel value () (in bits if logistic), logs."""
         noisy = images + self.corrupt * torch.randn_like(images) if self.corrupt and self.training else images
         mean, std = self.posterior(noisy)
         if self.beta == 0:
-            return self.decode_raw(mean), images.new_zeros(()), {}
+            return self.as_images(self.decode_raw(mean)), images.new_zeros(()), {}
         kl = self.kl(mean, std).mean()                                                      # nats per token
-        recon = self.decode_raw(self.reparameterise(mean, std))
-        return recon, self.beta * kl * (self.seq_len / images[0].numel()), {"kl": kl.detach()}
+        recon = self.as_images(self.decode_raw(self.reparameterise(mean, std)))
+        unit = math.log(2) if self.likelihood == "logistic" else 1
+        return recon, self.beta * kl * (self.seq_len / (unit * self.pixels(images)[0].numel())), {"kl": kl.detach()}
 
     def forward(self, images, labels=None):
-        """images (B, 3, H, W) in [-1, 1] -> loss (), logs: mse per pixel value, kl in nats per token."""
+        """images (B, 3, H, W) in [-1, 1] -> loss (), logs: kl in nats per token, and mse per pixel value, or, with
+        likelihood="logistic", bits per dimension (pixel value): of the pixels given z, and of the whole bound."""
         recon, auxiliary, logs = self.reconstruct(images)
-        mse = F.mse_loss(recon, images)
+        if self.likelihood == "logistic":
+            dims = math.log(2) * self.pixels(images)[0].numel()
+            bits = -self.log_likelihood(images, recon).mean() / dims
+            rate = logs["kl"] * self.seq_len / dims if logs else 0
+            return bits + auxiliary, {"pixel_bits_per_dim": bits.detach(), "bits_per_dim": bits.detach() + rate, **logs}
+        mse = F.mse_loss(self.pixels(recon), self.pixels(images))
         return mse + auxiliary, {"mse": mse.detach(), **logs}
 
     def normalise(self, z):
@@ -212,7 +259,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def decode(self, tokens):
         """tokens (B, T, D) of unit variance -> images (B, 3, H, W) in [-1, 1]."""
-        return self.decode_raw(tokens / self.latent_scale + self.latent_mean).clamp(-1, 1)
+        return self.as_images(self.decode_raw(tokens / self.latent_scale + self.latent_mean)).clamp(-1, 1)
 
     @torch.no_grad()
     def measure(self, mean, std):
@@ -261,6 +308,45 @@ class VAE(nn.Module):
         model.load_state_dict(ours, strict=False)           # latent_mean stays 0
         model.latent_scale.fill_(0.2325)
         return model.eval()
+
+
+def bound(vae, generator, images, cond):
+    """How many bits per dimension (pixel value) VAE and generator need at most: -> loss (), logs. A bound on -log p(image).
+
+        -log p(image | c)  <=  E[ -log p(image | z) ]  +  E[ -log p(z | c) ]  -  H( q(z | image) ),   z ~ q(z | image)
+
+    The prior is the generator, whose forward gives -log p(tokens | c) in nats per token, exactly, so it must be
+    autoregressive with a density head. The vae has likelihood="logistic". Putting N(0, 1) in the prior's place gives
+    back -log p(image | z) + KL, the VAE's own bound. It holds however the two were trained, and a sharper q is paid
+    for by H, so that nothing is gained by shrinking std. One draw of z per image; images are never corrupted here.
+    """
+    if vae.likelihood != "logistic" or vae.beta == 0:
+        raise ValueError('a bound on the likelihood needs VAE(likelihood="logistic") and a beta above 0')
+    mean, std = vae.posterior(images)
+    z = vae.reparameterise(mean, std)
+    T, dims = vae.seq_len, math.log(2) * vae.pixels(images)[0].numel()
+    pixels = -vae.log_likelihood(images, vae.decode_raw(z)).mean()                          # nats per image
+    # The generator's density is one of normalised tokens: squeezed by latent_scale, a cloud is the denser.
+    prior = T * (generator(vae.normalise(z), cond)[0] - vae.latent_scale.log().sum())
+    entropy = T * (std.log() + 0.5 * math.log(2 * math.pi * math.e)).mean((0, 1)).sum()
+    logs = {"pixels": pixels / dims, "prior": prior / dims, "entropy": entropy / dims}
+    return logs["pixels"] + logs["prior"] - logs["entropy"], {k: v.detach() for k, v in logs.items()}
+
+
+class Joint(nn.Module):
+    """VAE and generator trained together by the exact bound above: z has no N(0, 1) to obey, only a generator to suit.
+
+    GIVT (2312.02116) trains them in turn and leaves this to future work. Call vae.measure() before training or never:
+    afterwards the generator would meet tokens that it does not know. beta and corrupt of the VAE play no part.
+    """
+
+    def __init__(self, vae, generator):
+        super().__init__()
+        self.vae, self.generator = vae, generator
+
+    def forward(self, images, cond):
+        """images (B, 3, H, W), cond (B,) -> loss in bits per dimension (), logs: its three terms in the same unit."""
+        return bound(self.vae, self.generator, images, cond)
 
 
 def ldm_names(levels, n_res, attn, decoder=False):

@@ -46,6 +46,7 @@ SYSTEMS = [  # name, devices, classes, flags of train.py; --generator none times
     ("vae medium", "cuda", 10, "--tokenizer vae --tok_size medium --generator none"),
     ("vae kl16 256px", "cuda", 1000, f"{KL16} --tok_batch_size 8 --generator none"),
     ("givt", "cpu cuda", 10, "--tokenizer vae --head gmm"),
+    ("givt-maskgit", "cpu cuda", 10, "--tokenizer vae --generator maskgit --head gmm"),
     ("givt gpt-b 256px", "cuda", 1000, f"{KL16} --head gmm --n_mix 16 --size gpt-b --batch_size 64"),
 ]
 BATCHES = (1, 64)                                           # images drawn at once
@@ -172,7 +173,7 @@ def time_sampling(systems, device, rounds):
     jobs = {}
     for s in (s for s in systems if s.stage == 2):
         s.tokenizer.eval()
-        run = SimpleNamespace(args=s.args, generator=s.ema.module.eval(), device=device)
+        run = SimpleNamespace(args=s.args, generator=s.ema.module.eval(), source=None, device=device)
         for B in BATCHES:
             index = torch.arange(B)
             jobs[s.name, B, "tokens"] = partial(sample.draw_tokens, run, index % s.classes)

@@ -1,0 +1,356 @@
+"""
+A bidirectional transformer that fills in masked tokens, many at a time.
+
+An autoregressive model needs one pass per token. MaskGIT (Chang et al. 2022, https://arxiv.org/abs/2202.04200) hides a
+random part of the tokens and learns to predict every hidden one from all that are seen,
+
+    loss = mean over masked t of  -log p(x_t | c, x_seen),
+
+and so can write an image in a few passes: draw ALL hidden tokens at once, keep those it is most confident of, hide the
+rest again, repeat. The confidence of a token is log p of the value drawn plus noise that fades (without noise, all
+pictures look alike). With a softmax head this is MaskGIT; with real vectors and a Gaussian mixture, whose density is
+the confidence, it is GIVT-MaskGIT (https://arxiv.org/abs/2312.02116, section 3.5). Only the input line and the head differ.
+
+Shapes:  B batch, T tokens, D numbers in a token or V ids, C width (n_embd); mask is True where a token is NOT known
+
+    tokens (B, T[, D]), mask (B, T) --embed--> (B, T, C) --class in front, n_layer EncoderBlocks--> h (B, T, C) --head--> p(x_t | h_t)
+    after step i of n, floor(T cos(pi/2 (i+1)/n)) tokens are still hidden: few are revealed at first, many at the end
+
+    python maskgit.py          # masks and pictures step by step, exact error against steps; writes maskgit.png; about 1 minute
+
+Try it yourself:
+  1. Set choice_temperature to 0 in main(): the most confident tokens first, no noise. What do all pictures share?
+  2. Take the loss on all tokens instead of the masked ones. It falls faster. Why does that say nothing?
+  3. Sample with schedule="linear" and 4 steps. Why is it worse to reveal many tokens in the first step?
+"""
+import argparse
+import math
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+SIZES = {
+    "tiny": dict(n_layer=4, n_head=4, n_embd=128),
+    "small": dict(n_layer=6, n_head=4, n_embd=192),          # the default on a CPU
+    "medium": dict(n_layer=12, n_head=6, n_embd=384),        # the default on a GPU
+    "givt": dict(n_layer=24, n_head=16, n_embd=1024, dropout=0.4),                          # GIVT-MaskGIT, 304M with its head
+    "maskgit": dict(n_layer=24, n_head=16, n_embd=768, dropout=0.1, post_norm=True),        # MaskGIT, 24 x 768
+}
+SCHEDULES = {                                               # share of the tokens still hidden at progress r in [0, 1]
+    "cosine": lambda r: torch.cos(math.pi / 2 * r),
+    "linear": lambda r: 1 - r,
+    "square": lambda r: 1 - r * r,
+    "arccos": lambda r: torch.acos(r) / (math.pi / 2),
+}
+
+
+class EncoderBlock(nn.Module):
+    """Bidirectional transformer block: pre-norm as in GIVT, or post-norm with biases everywhere as in BERT and MaskGIT."""
+
+    def __init__(self, n_embd, n_head, hidden=None, dropout=0.0, post_norm=False):
+        super().__init__()
+        hidden, eps, self.n_head, self.post_norm = hidden or 4 * n_embd, 1e-12 if post_norm else 1e-6, n_head, post_norm
+        self.norm1, self.norm2 = (nn.LayerNorm(n_embd, eps, bias=post_norm) for _ in range(2))
+        self.wqkv = nn.Linear(n_embd, 3 * n_embd, bias=post_norm)
+        self.wo = nn.Linear(n_embd, n_embd, bias=post_norm)
+        self.fc1, self.fc2 = nn.Linear(n_embd, hidden), nn.Linear(hidden, n_embd)
+        self.gelu, self.dropout = nn.GELU("none" if post_norm else "tanh"), nn.Dropout(dropout)
+
+    def attend(self, x):                                    # (B, S, C) -> (B, S, C): every position sees every other
+        q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)   # (B, n_head, S, head_dim)
+        return self.dropout(self.wo(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+
+    def mlp(self, x):                                       # (B, S, C) -> (B, S, C)
+        return self.fc2(self.dropout(self.gelu(self.fc1(x))))
+
+    def forward(self, x):                                   # (B, S, C) -> (B, S, C)
+        if self.post_norm:
+            x = self.norm1(x + self.attend(x))
+            return self.norm2(x + self.mlp(x))
+        x = x + self.attend(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def n_hidden(u, T):
+    """How many of T tokens training hides: u in [0, 1] -> ceil(T cos(pi/2 u)), at least 1."""
+    return (T * torch.cos(math.pi / 2 * u)).ceil().clamp(1, T)
+
+
+def still_hidden(n_start, step, steps, schedule="cosine"):
+    """How many tokens stay hidden after step 0 .. steps - 1: n_start (B, 1) int64, hidden at the start -> (B, 1) int64.
+
+    In float32 as the authors' code: at r = 2/3 it gives floor(127.99..) = 127 of 256 where exact arithmetic gives 128,
+    and without the clamp cos(pi / 2) is a little below 0 and floor makes -1 of it.
+    """
+    r = torch.tensor((step + 1) / steps, dtype=torch.float32, device=n_start.device)
+    return (n_start * SCHEDULES[schedule](r).clamp(1e-6, 1)).floor().long()
+
+
+def keep_hidden(score, n):
+    """The n (B, 1) positions of lowest score (B, T) -> mask (B, T), True where hidden again. Ties: the earlier position."""
+    rank = score.argsort(dim=1, stable=True).argsort(dim=1)                                 # 0 for the lowest
+    return rank < n
+
+
+class CategoricalHead(nn.Module):
+    """p(id | h) as a softmax over a vocabulary. Starts at zero, so the first loss is exactly ln V."""
+
+    def __init__(self, n_embd, vocab_size):
+        super().__init__()
+        self.proj = nn.Linear(n_embd, vocab_size, bias=False)
+        nn.init.zeros_(self.proj.weight)
+
+    def logits(self, h):                                    # (..., C) -> (..., V), float32
+        return self.proj(h).float()
+
+    def loss(self, h, x):
+        """Cross-entropy in nats per token, not reduced: h (..., C), x (...) int64 -> (...)."""
+        logits = self.logits(h)
+        return F.cross_entropy(logits.flatten(0, -2), x.flatten(), reduction="none").view(x.shape)
+
+    @torch.no_grad()
+    def sample(self, h, h_uncond=None, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0):
+        """Draw one id per position: h (..., C) -> ids (...) int64, log p (...) under the distribution drawn from.
+
+        Guidance mixes logits: u + cfg * (c - u). Then temperature, then the top_k likeliest ids (0: all), then the
+        smallest set whose probability reaches top_p (LlamaGen's order).
+        """
+        logits = self.logits(h)
+        if h_uncond is not None and cfg != 1.0:
+            logits_u = self.logits(h_uncond)
+            logits = logits_u + cfg * (logits - logits_u)
+        logits = logits / max(temperature, 1e-5)
+        if top_k:
+            kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
+            logits = logits.masked_fill(logits < kth, -math.inf)
+        if top_p < 1:
+            p, index = logits.softmax(-1).sort(-1, descending=True)
+            drop = (p.cumsum(-1) - p >= top_p).scatter(-1, index, p.cumsum(-1) - p >= top_p)
+            logits = logits.masked_fill(drop, -math.inf)
+        log_p = logits.log_softmax(-1)                                                      # (..., V)
+        ids = torch.multinomial(log_p.exp().flatten(0, -2), 1).view(log_p.shape[:-1])
+        return ids, log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+class MaskGIT(nn.Module):
+    """p(hidden tokens | seen tokens, class), each on its own. Give vocab_size for ids or token_dim for real vectors.
+
+    u_max: training hides ceil(T cos(pi/2 u)) tokens, u ~ U(0, u_max). MaskGIT's 1; GIVT has 0.7, which never hides less
+    than 45%. choice_temperature weighs the noise of the choice: 4.5 for ids (MaskGIT). Log densities of real vectors
+    spread much wider: GIVT takes 35 for 16 numbers per token; 2 per number is the default here.
+    """
+
+    def __init__(self, head, seq_len, num_classes, token_dim=None, vocab_size=None, grid=None, n_layer=6, n_head=4, n_embd=192,
+                 hidden=None, dropout=0.0, label_drop=0.1, u_max=1.0, choice_temperature=None, post_norm=False):
+        super().__init__()
+        if n_embd % n_head:
+            raise ValueError(f"n_embd {n_embd} over n_head {n_head} must be a whole head width")
+        self.seq_len, self.num_classes, self.token_dim, self.vocab_size = seq_len, num_classes, token_dim, vocab_size
+        self.grid, self.label_drop, self.u_max = tuple(grid or (seq_len,)), label_drop, u_max
+        self.choice_temperature = choice_temperature or (4.5 if vocab_size else 2.0 * token_dim)
+        if vocab_size:
+            self.tok_embed = nn.Embedding(vocab_size + 1, n_embd)                           # the last row: "hidden"
+        else:                                               # a hidden vector has no value, so half of the width says which is
+            self.tok_embed = nn.Linear(token_dim, n_embd // 2)                              # hidden ("concat" in GIVT's code)
+            self.hid_embed = nn.Embedding(2, n_embd - n_embd // 2)                          # seen, hidden
+            self.hid_value = nn.Parameter(torch.zeros(n_embd // 2))                         # what stands for the value
+        self.cls_embed = nn.Embedding(num_classes + 1, n_embd)                              # the last row: "no class"
+        self.pos_embed = nn.Parameter(torch.zeros(1 + seq_len, n_embd))
+        self.norm_in = nn.LayerNorm(n_embd, 1e-12) if post_norm else nn.Identity()
+        self.blocks = nn.ModuleList([EncoderBlock(n_embd, n_head, hidden, dropout, post_norm) for _ in range(n_layer)])
+        self.norm = nn.Identity() if post_norm else nn.LayerNorm(n_embd, 1e-6)
+        self.dropout = nn.Dropout(dropout)
+        for module in self.modules():                       # embeddings as large as GIVT's: with 0.02 a small model needs
+            if isinstance(module, nn.Embedding):            # several times the steps to find out where its tokens stand
+                nn.init.normal_(module.weight, std=n_embd ** -0.5)
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.pos_embed, std=n_embd ** -0.5)
+        self.head = head                                    # last, so that it keeps its own initialisation
+
+    def embed(self, tokens, mask):
+        """tokens (B, T[, D]), of which hidden ones are not looked at -> (B, T, C). The lines that know the token type."""
+        if self.vocab_size:
+            return self.tok_embed(torch.where(mask, self.vocab_size, tokens))
+        value = self.tok_embed(tokens)
+        value = torch.where(mask[..., None], self.hid_value.type_as(value), value)
+        return torch.cat([self.hid_embed(mask.long()).type_as(value), value], -1)
+
+    def hidden(self, tokens, cond, mask):
+        """tokens (B, T[, D]), cond (B,), mask (B, T) True = hidden -> h (B, T, C). Hidden tokens' values have no influence."""
+        x = torch.cat([self.cls_embed(cond)[:, None], self.embed(tokens, mask)], 1) + self.pos_embed   # (B, 1 + T, C)
+        x = self.dropout(self.norm_in(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x[:, 1:])
+
+    def logits(self, tokens, cond, mask):
+        """tokens (B, T) int64, cond (B,), mask (B, T) -> (B, T, V). For a categorical head."""
+        return self.head.logits(self.hidden(tokens, cond, mask))
+
+    def training_mask(self, B, device):
+        """-> mask (B, T): ceil(T cos(pi/2 u)) tokens of each row, drawn without replacement. GIVT section 3.5."""
+        n = n_hidden(torch.rand(B, 1, device=device) * self.u_max, self.seq_len)
+        return torch.rand(B, self.seq_len, device=device).argsort(1).argsort(1) < n
+
+    def forward(self, tokens, cond):
+        """tokens (B, T[, D]), cond (B,) int64 -> mean loss in nats per masked token of the whole batch (), logs.
+
+        While training, a tenth of the labels become "no class" for guidance. Not a likelihood of the image: the tokens
+        hidden together are predicted each on its own.
+        """
+        if self.training and self.label_drop > 0:
+            drop = torch.rand(cond.shape, device=cond.device) < self.label_drop
+            cond = torch.where(drop, self.num_classes, cond)
+        mask = self.training_mask(len(tokens), tokens.device)
+        loss = self.head.loss(self.hidden(tokens, cond, mask), tokens)                      # (B, T): static shapes
+        loss = (loss * mask).sum() / mask.sum()
+        return loss, {"nll": loss.detach()}
+
+    @torch.no_grad()
+    def sample(self, cond, steps=None, cfg=1.0, temperature=1.0, known=None, known_mask=None, on_step=None,
+               schedule="cosine", choice_temperature=None, **tricks):
+        """cond (B,) int64 labels -> tokens (B, T[, D]), drawn in `steps` passes (default: 12, or T if that is less).
+
+        known (B, T[, D]) with known_mask (B, T) True where a token is given: it stays and all others see it, so holes
+        anywhere can be filled. cfg is the guidance scale of the head, 1 is off; both branches share one forward pass.
+        on_step(i, tokens, mask) after each step, mask True where still hidden. tricks go to the head.
+        """
+        B, T, device = len(cond), self.seq_len, cond.device
+        steps = min(12, T) if steps is None else steps
+        if not 1 <= steps <= T:
+            raise ValueError(f"steps must be 1 to {T}, the number of tokens, not {steps}")
+        weight = self.choice_temperature if choice_temperature is None else choice_temperature
+        shape = (B, T) if self.vocab_size else (B, T, self.token_dim)
+        tokens = torch.zeros(shape, device=device, dtype=torch.long if self.vocab_size else torch.float32)
+        mask = torch.ones(B, T, dtype=torch.bool, device=device)
+        if known is not None:
+            tokens, mask = known.to(tokens), ~known_mask
+        n_start, guided = mask.sum(1, keepdim=True), cfg != 1.0
+        rows = torch.cat([cond, torch.full_like(cond, self.num_classes)]) if guided else cond
+        for i in range(steps):
+            seen = (torch.cat([tokens, tokens]), torch.cat([mask, mask])) if guided else (tokens, mask)
+            h = self.hidden(seen[0], rows, seen[1])                                         # (B or 2B, T, C)
+            h, h_uncond = h.chunk(2) if guided else (h, None)
+            new, log_p = self.head.sample(h, h_uncond, cfg, temperature, **tricks)          # (B, T[, D]), (B, T)
+            tokens = torch.where(mask.view(B, T, *[1] * (new.ndim - 2)), new, tokens)
+            # Confidence stays in log space: exp of a log density in 16 dimensions overflows (and then the authors' code
+            # hides known tokens again). The noise fades to 0 with the last step, which reveals everything.
+            gumbel = -torch.log(-torch.log(torch.rand(B, T, device=device).clamp(1e-20, 1 - 1e-7)))
+            score = log_p + weight * (1 - (i + 1) / steps) * gumbel
+            n = torch.minimum(still_hidden(n_start, i, steps, schedule), mask.sum(1, keepdim=True) - 1)   # one at least
+            mask = mask & keep_hidden(score.masked_fill(~mask, math.inf), n)
+            if on_step is not None:
+                on_step(i, tokens, mask)
+        return tokens
+
+
+# ---------------------------------------------------------------------------------------------------
+# Demo: two worlds of ids. Of bars-and-stripes every probability is known, so the error of drawing many tokens at once can
+# be measured exactly; small drawn shapes in four greys show the masks and the pictures that grow behind them.
+
+def bars_and_stripes(n, device, side=4):
+    """n pictures uniform over the 2 (2^side - 1) distinct ones with full rows or full columns -> (n, side^2) int64."""
+    bits = torch.arange(1 << side, device=device)[:, None] >> torch.arange(side, device=device) & 1
+    rows = bits[:, :, None].expand(-1, -1, side)
+    all_ = torch.cat([rows, rows.transpose(1, 2)[1:-1]]).flatten(1)                         # blank and full only once
+    return all_[torch.randint(len(all_), (n,), device=device)]
+
+
+def fit_ids(model, batches, steps, lr=2e-3):
+    """Train on batches(step) -> tokens, labels; returns the losses."""
+    opt, losses = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05), []
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = lr * min(1, (step + 1) / 30) * (1 - step / steps)
+        loss, _ = model(*batches(step))
+        opt.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        losses.append(loss.item())
+    return losses
+
+
+def error_of_parallel_decoding(model, steps, n=6000):
+    """Draw n bars-and-stripes in `steps` passes -> share that are valid, total variation to uniform over the 30."""
+    device = model.pos_embed.device
+    drawn = model.sample(torch.zeros(n, dtype=torch.long, device=device), steps=steps)
+    all_ = bars_and_stripes(5000, device).unique(dim=0)                                     # (30, 16)
+    p = (drawn[:, None] == all_[None]).all(-1).float().mean(0)                              # (30,)
+    return p.sum().item(), 0.5 * ((p - 1 / 30).abs().sum() + 1 - p.sum()).item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Masked tokens filled in, many at a time.")
+    parser.add_argument("--image_size", type=int, default=10, help="side of the little drawn shapes, in pixels")
+    parser.add_argument("--steps", type=int, default=600, help="training steps on the drawn shapes")
+    args = parser.parse_args()
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import data
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+
+    bars = MaskGIT(CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=3, n_head=2, n_embd=64, label_drop=0).to(device)
+    zeros = torch.zeros(256, dtype=torch.long, device=device)
+    fit_ids(bars, lambda step: (bars_and_stripes(256, device), zeros), 600, 5e-3)
+    passes = (1, 2, 4, 8, 16)
+    exact = [error_of_parallel_decoding(bars.eval(), n) for n in passes]
+    for n, (valid, tv) in zip(passes, exact):
+        print(f"bars-and-stripes in {n:2d} passes: {valid:.1%} valid, total variation to the truth {tv:.3f}")
+
+    side, levels = args.image_size, 4
+    images, labels, _, _ = data.draw(torch.arange(8000, device=device), side)
+    greys = ((images.amax(1) + 1) / 2 * levels).long().clamp(0, levels - 1).flatten(1)      # (N, side^2) ids
+    model = MaskGIT(CategoricalHead(96, levels), side * side, 10, vocab_size=levels, n_layer=4, n_head=3, n_embd=96).to(device)
+    pick = lambda step: torch.randint(8000, (48,), device=device)
+    start = time.perf_counter()
+    losses = fit_ids(model, lambda step: (lambda i: (greys[i], labels[i]))(pick(step)), args.steps)
+    print(f"drawn shapes in {levels} greys: {sum(losses[-20:]) / 20:.3f} nats per hidden pixel after {time.perf_counter() - start:.0f} s")
+    model.eval()
+    cond, n_pass, maps = torch.arange(10, device=device), 8, []
+    start = time.perf_counter()
+    model.sample(cond, steps=n_pass, cfg=2.0, on_step=lambda i, x, m: maps.append((f"after pass {i + 1}", torch.where(m, -1, x)))
+                 if i in (0, 1, 3, 5, 7) else None)
+    print(f"10 samples of {side * side} tokens in {n_pass} passes with guidance: {time.perf_counter() - start:.2f} s")
+    whole = greys[[int((labels == k).nonzero()[0]) for k in range(10)]]                     # one picture of each class
+    hole = (torch.arange(side * side, device=device) % side >= side // 2).expand(10, -1)    # the right half
+    maps.append(("the left half is given", torch.where(hole, -1, whole)))
+    maps.append(("the right half painted", model.sample(cond, steps=n_pass, cfg=2.0, known=whole, known_mask=~hole)))
+
+    fig = plt.figure(figsize=(12, 7.4))
+    left, right = fig.add_gridspec(1, 2, width_ratios=[2.2, 1], left=0.15, right=0.98, top=0.9, bottom=0.08, wspace=0.2)
+    rows = left.subgridspec(len(maps), 10, wspace=0.08, hspace=0.08)
+    for r, (text, values) in enumerate(maps):
+        for c in range(10):
+            ax = fig.add_subplot(rows[r, c])
+            shown = values[c].view(side, side).float().cpu()
+            ax.imshow(shown.masked_fill(shown < 0, torch.nan), cmap="gray", vmin=0, vmax=3)
+            ax.set(xticks=[], yticks=[], facecolor="#b9d4ee")
+            if r == 0:
+                ax.set_title(data.SHAPES[c], fontsize=8)
+            if c == 0:
+                ax.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
+    top, bottom = right.subgridspec(2, 1, hspace=0.35)
+    ax = fig.add_subplot(top)
+    ax.plot(passes, [100 * v for v, _ in exact], "o-", label="% of samples that are bars or stripes")
+    ax.plot(passes, [100 * tv for _, tv in exact], "s-", label="100 x total variation to the truth")
+    ax.set(xscale="log", xticks=passes, xticklabels=passes, xlabel="passes for 16 tokens", ylim=(0, 102), title="bars-and-stripes 4 x 4")
+    ax.legend(fontsize=8)
+    ax, r = fig.add_subplot(bottom), torch.linspace(0, 1, 100)
+    for name, share in SCHEDULES.items():
+        ax.plot(r, share(r), label=name)
+    ax.set(xlabel="progress", ylabel="share of tokens still hidden", title="schedules")
+    ax.legend(fontsize=8)
+    fig.suptitle("maskgit.py: all hidden tokens are drawn at once, the most confident stay (blue: still hidden)")
+    fig.savefig("maskgit.png", dpi=80)
+    print("wrote maskgit.png")
+
+
+if __name__ == "__main__":
+    main()
