@@ -244,7 +244,9 @@ class GMMHead(nn.Module):
         guidance says how: "closed" draws from guide()'s mixture. "importance" draws n_tries (8) tokens from it and
         keeps one with probability in proportion to target / guide(), which mends what guide() approximates.
         "rejection" is GIVT's per-component sampler (n_tries 128) made valid, "official" theirs as released (1000).
-        TODO numbers
+        Measured on two mixtures of three, error of the mean at w = cfg - 1 = 3 in a target of std 1.8: importance 0.00,
+        closed 0.00 (its std 1% low), rejection and official -1.21; milliseconds for 512 tokens, K = D = 8, one core:
+        12, 4, 8, 293. So importance is the default.
         """
         model = self.mixture(h)
         cooled = lambda mixture: (*mixture[:2], mixture[2] * temperature)
@@ -407,10 +409,11 @@ def draw_tricks(axes, n=10_000):
     def panel(ax, title, log_p, samples):
         p = log_p.exp() / torch.trapezoid(log_p.exp(), fine)
         ax.fill_between(fine, p, color="0.85", label=title[1])
-        for name, x in samples:
-            ax.stairs(torch.histogram(x.flatten(), bins, density=True)[0], bins, label=name, lw=1.1)
+        heights = [torch.histogram(x.flatten(), bins, density=True)[0] for _, x in samples]
+        for (name, _), height in zip(samples, heights):
+            ax.stairs(height, bins, label=name, lw=1.1)
         ax.set_title(title[0], fontsize=10)
-        ax.set(xlim=(-4, 4), yticks=[], ylim=(0, 1.75 * p.max()), xlabel="x")
+        ax.set(xlim=(-4, 4), yticks=[], ylim=(0, 1.55 * max(float(h.max()) for h in [p, *heights])), xlabel="x")
         ax.legend(fontsize=7, loc="upper left", frameon=False, labelspacing=0.2)
         mean = torch.trapezoid(p * fine, fine)
         return mean, torch.trapezoid(p * (fine - mean) ** 2, fine).sqrt()
@@ -441,7 +444,7 @@ def main():
     torch.manual_seed(0)
     names = ("ring", "spiral", "checkerboard", "eight Gaussians")
     optimum = math.log(8) + 2 * 0.5 * math.log(2 * math.pi * math.e * 0.1**2)               # the eight never overlap
-    label = torch.arange(4, device=device).repeat_interleave(4000)
+    label = torch.arange(4, device=device).repeat_interleave(2000)
     columns = [("the data", toy_tokens(label))]
     for n_mix in args.n_mix:
         start = time.perf_counter()
@@ -451,10 +454,13 @@ def main():
         columns.append((f"K = {n_mix}", head.sample(table(label))[0]))
     print(f"lowest possible:             checkerboard {math.log(8):.3f}  eight Gaussians {optimum:.3f}")
     columns.append((f"K = {n_mix}, temperature 0.5", head.sample(table(label), temperature=0.5)[0]))
-    other = table(label.roll(4000))                                                         # guide away from another class
+    other = table(label.roll(2000))                                                         # guide away from another class
     columns.append((f"K = {n_mix}, guidance 3", head.sample(table(label), other, cfg=3.0)[0]))
 
-    fig, axes = plt.subplots(5, 6, figsize=(14, 11), height_ratios=[1, 1, 1, 1, 1.25])
+    wide = max(6, len(columns))
+    fig, axes = plt.subplots(5, wide, figsize=(2.35 * wide, 11), height_ratios=[1, 1, 1, 1, 1.25], squeeze=False)
+    for ax in [*axes[4][6:], *axes[:4, len(columns):].flat]:
+        ax.set_axis_off()
     for row in range(4):
         for ax, (title, x) in zip(axes[row], columns):
             x = x.view(4, -1, 2)[row].cpu()
@@ -463,11 +469,11 @@ def main():
             if row == 0:
                 ax.set_title(title, fontsize=10)
         axes[row][0].set_ylabel(names[row])
-    draw_tricks(axes[4])
+    draw_tricks(axes[4][:6])
     fig.suptitle("gmm_head.py: tokens drawn for four classes (guidance pushes each class away from the one above it); "
                  "below, each trick on one channel")
     fig.tight_layout()
-    fig.savefig("gmm_head.png", dpi=80)
+    fig.savefig("gmm_head.png", dpi=72)
     print("wrote gmm_head.png")
 
 

@@ -142,6 +142,134 @@ def test_gmm_guidance_follows_the_guided_density():
     assert abs(x.mean() - 1.6) < 0.04 and abs(x.std() - 1) < 0.04
 
 
+@pytest.mark.parametrize("name", ["w0p4", "w0p95"])
+def test_gmm_replays_the_authors_rejection_sampler(name):
+    g = golden(f"givt/cfg_density_{name}")
+    pair, cfg = [g[k] for k in ("loc_c", "scale_c", "loc_u", "scale_u")], 1 + g["w"].item()
+    normal = gmm_head.log_normal
+    close(cfg * normal(g["xs"], *pair[:2]) + (1 - cfg) * normal(g["xs"], *pair[2:]), g["log_p"])
+    scale, log_bound = gmm_head.GMMHead.envelope(*pair, cfg, official=True)
+    close(scale, g["prop_scale"])
+    finite = torch.isfinite(g["fac"])
+    assert torch.allclose(log_bound[finite], g["fac"][finite].log(), atol=1e-4) and torch.isinf(log_bound[~finite]).all()
+    accepted = gmm_head.GMMHead.accept(g["prop_samples"], g["prop_uniform01"], *pair, cfg, scale, log_bound)
+    assert torch.equal(accepted, g["accept"].bool())
+    early = (g["first_accept"] >= 0) & (g["first_accept"] < len(accepted))                  # 40 of 200 proposals are recorded
+    ours = gmm_head.GMMHead.first_accepted(g["prop_samples"], accepted, torch.zeros(()))
+    assert early.sum() > 12 and torch.equal(ours[early], g["sample"][early])
+    never = gmm_head.GMMHead.first_accepted(g["prop_samples"], torch.zeros_like(accepted), pair[0])
+    assert torch.equal(never, pair[0]), "no accepted try: the fallback"
+
+
+def one_channel(pi, mu, sigma):
+    """A mixture of one channel, on rows."""
+    return torch.tensor(pi).log(), torch.tensor(mu)[:, None], torch.tensor(sigma)[:, None]
+
+
+def integrate_guided(c, u, cfg):
+    """Mean and std of p_c^cfg p_u^(1 - cfg) on a fine grid, with torch.distributions."""
+    x = torch.linspace(-30, 30, 600_001, dtype=torch.float64)
+    log_p = lambda m: D.MixtureSameFamily(D.Categorical(logits=m[0].double()), D.Normal(*(v[:, 0].double() for v in m[1:]))).log_prob(x)
+    weight = (cfg * log_p(c) + (1 - cfg) * log_p(u)).softmax(0)
+    mean = (weight * x).sum()
+    return mean, (weight * (x - mean) ** 2).sum().sqrt()
+
+
+SINGLE = [one_channel([1.0], [0.8], [0.7]), one_channel([1.0], [-0.5], [1.2])]
+THREE = [one_channel([0.5, 0.3, 0.2], [-1.5, 0.3, 2.2], [0.5, 0.4, 0.3]), one_channel([0.2, 0.5, 0.3], [1.0, -1.0, 0.5], [1.5, 1.2, 1.0])]
+
+
+@pytest.mark.parametrize("w", [0.4, 1.0, 3.0])
+@pytest.mark.parametrize("guidance, pair", [("closed", SINGLE), ("rejection", SINGLE), ("importance", SINGLE), ("importance", THREE)])
+def test_gmm_guidance_equals_numerical_integration(guidance, pair, w):
+    c, u = ([v.expand(200_000, *v.shape) for v in m] for m in pair)
+    n_tries = 64 if pair is THREE else None
+    x = torch.cat([gmm_head.GMMHead.draw_guided([v[:50_000] for v in c], [v[:50_000] for v in u], 1 + w, guidance, n_tries=n_tries)
+                   for _ in range(4)])
+    mean, std = integrate_guided(*pair, 1 + w)
+    assert abs(x.mean() - mean) < 0.02 * max(std, abs(mean)) and abs(x.std() - std) < 0.02 * std, (x.mean(), mean, x.std(), std)
+
+
+def test_gmm_guidance_towards_nothing_is_the_other_mixture():
+    c, u = ([v.expand(100_000, *v.shape) for v in m] for m in THREE)
+    x = gmm_head.GMMHead.draw_guided(c, u, 0.0)                                              # p_c^0 p_u^1
+    mean, std = integrate_guided(*THREE, 0.0)
+    assert abs(x.mean() - mean) < 0.02 and abs(x.std() - std) < 0.02 * std
+
+
+@pytest.mark.parametrize("guidance", ["closed", "importance", "rejection", "official"])
+def test_gmm_improper_guidance_is_finite(guidance):
+    c = torch.zeros(500, 1), torch.full((500, 1, 2), 3.0), torch.full((500, 1, 2), 1.0)
+    u = torch.zeros(500, 1), torch.zeros(500, 1, 2), torch.tensor([0.2, 3.0]).expand(500, 1, 2)   # channel 0: no density
+    x = gmm_head.GMMHead.draw_guided(c, u, 3.0, guidance)
+    assert torch.isfinite(x).all() and x.abs().max() < 50
+    if guidance == "closed":                                # that channel stays unguided, as the docstring says
+        assert abs(x[:, 0].mean() - 3) < 0.2 and abs(x[:, 0].std() - 1) < 0.15
+
+
+def test_gmm_order_of_components_does_not_matter():
+    turned = [v.flip(0) for v in THREE[1]]
+    for guidance in ("closed", "importance"):
+        drawn = []
+        for u in (THREE[1], turned):
+            torch.manual_seed(4)
+            drawn.append(gmm_head.GMMHead.draw_guided(*([v.expand(1000, *v.shape) for v in m] for m in (THREE[0], u)), 2.0, guidance))
+        assert torch.allclose(*drawn, atol=1e-4)
+
+
+def test_gmm_nucleus_and_clip():
+    log_pi = torch.randn(50, 6).log_softmax(-1)
+    kept, _, _ = gmm_head.GMMHead.nucleus((log_pi, None, None), 0.7)
+    for row, ours in zip(log_pi.exp().tolist(), kept.exp().tolist()):
+        total, nucleus = 0.0, []
+        for k in sorted(range(6), key=lambda k: -row[k]):
+            if total < 0.7:
+                nucleus.append(k)
+            total += row[k]
+        mass = sum(row[k] for k in nucleus)
+        assert all(abs(p - (row[k] / mass if k in nucleus else 0)) < 1e-4 for k, p in enumerate(ours))
+    x = gmm_head.GMMHead.draw((torch.zeros(20_000, 1), torch.full((20_000, 1, 1), 5.0), torch.full((20_000, 1, 1), 2.0)), clip=1.5)
+    z = (x - 5) / 2
+    assert z.abs().max() <= 1.5 and abs(z.std() - 0.7430) < 0.01, "a truncated normal, not a clamped one (std 0.85)"
+
+
+@pytest.mark.parametrize("k", [1, 4, 16])
+def test_gmm_per_channel_mixtures_are_the_authors(k):
+    g = golden(f"givt/gmm_nll_k{k}")
+    head = gmm_head.ChannelGMMHead(8, g["x"].shape[-1], k, min_scale=1e-6)
+    head.proj = nn.Identity()
+    raw = g["raw_pc"].clone().requires_grad_()
+    nll = head.loss(raw, g["x"])
+    close(nll, g["nll_pc"].sum(-1))
+    close(nll.mean() / g["x"].shape[-1], g["loss_mean_pc"])
+    (nll.mean() / g["x"].shape[-1]).backward()
+    close(raw.grad, g["grad_raw_pc"])
+    x, log_p = head.sample(raw.detach())
+    assert x.shape == g["x"].shape and torch.allclose(log_p, head.log_prob(raw, x), atol=1e-3)
+
+
+def test_gmm_full_covariance_is_the_authors_and_has_both_signs():
+    g = golden("givt/gmm_nll_k1")
+    head = gmm_head.FullGaussianHead(8, 4, 1, min_scale=1e-6, official=True)
+    head.proj = nn.Identity()
+    mean, factor = head.gaussian(g["raw_mv"])
+    close(mean, g["loc_mv"]), close(factor, g["scale_tril_mv"])
+    close(head.loss(g["raw_mv"], g["x"]), g["nll_mv"])
+    head, h = gmm_head.FullGaussianHead(6, 3), torch.randn(1, 6) * 30
+    mean, factor = (v[0].detach() for v in head.gaussian(h))
+    assert factor[1, 0] < 0 or factor[2, 0] < 0 or factor[2, 1] < 0, "covariances of either sign"
+    truth = D.MultivariateNormal(mean, scale_tril=factor)
+    x, log_p = head.sample(h.expand(100_000, -1))
+    assert torch.allclose(x.T.cov(), truth.covariance_matrix, atol=0.05 * truth.covariance_matrix.max())
+    assert torch.allclose(log_p[:100], truth.log_prob(x[:100]), atol=1e-3)
+    null = torch.zeros(1, 6)
+    x, _ = head.sample(h.expand(100_000, -1), null.expand(100_000, -1), cfg=1.5)
+    precision = [torch.linalg.inv(a.detach() @ a.detach().T) for a in (factor, head.gaussian(null)[1][0])]
+    guided = torch.linalg.inv(1.5 * precision[0] - 0.5 * precision[1])
+    if torch.linalg.eigvalsh(guided).min() > 0:
+        assert torch.allclose(x.T.cov(), guided, atol=0.05 * guided.abs().max())
+
+
 # ---------------------------------------------------------------------------------------------------
 # vae.py
 
@@ -218,6 +346,170 @@ def test_vae_loss_is_squared_error_plus_beta_kl_and_the_others_lack_a_term():
     denoising = vae.VAE(beta=0, corrupt=0.5)
     assert not torch.equal(denoising(images)[0], denoising(images)[0])
     assert torch.equal(denoising.eval()(images)[0], denoising(images)[0]), "in eval mode the input is clean"
+
+
+def test_vae_sees_grey_images_and_label_maps():
+    grey = data.draw(torch.arange(4))[0].mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    model = vae.VAE(channels=1)
+    assert model.encoder[0].weight.shape[1] == model.decoder[-1].weight.shape[0] == 1
+    colour = grey + torch.tensor([0.3, -0.1, -0.2])[:, None, None]
+    assert torch.allclose(model.posterior(colour)[0], model.posterior(grey)[0], atol=1e-4), "only the average is seen"
+    for recon in (model.decode(model.encode(grey)), model.reconstruct(grey)[0]):
+        assert recon.shape == grey.shape and torch.equal(recon[:, 0], recon[:, 2])
+    torch.manual_seed(1)
+    loss, logs = model(grey)
+    assert torch.allclose(loss, logs["mse"] + model.beta * logs["kl"] * 16 / 1024), "a grey pixel is one number, not three"
+    maps = F.one_hot(data.draw(torch.arange(4))[2].long(), 11).permute(0, 3, 1, 2).float() * 2 - 1
+    model = vae.VAE(channels=11)
+    assert model.decode(model.encode(maps)).shape == maps.shape == (4, 11, 32, 32)
+    model(maps)[0].backward()
+    model = vae.VAE(**vae.SIZES["mnist28"], channels=1)
+    assert model.grid == (7, 7) and model.encode(torch.zeros(2, 3, 28, 28)).shape == (2, 49, 4)
+    assert "log_scale" not in dict(vae.VAE().named_parameters())
+
+
+def logistic_vae(channels=3, **options):
+    return vae.VAE(likelihood="logistic", channels=channels, **options)
+
+
+def test_vae_logistic_likelihood_equals_a_slow_loop_and_sums_to_one():
+    def slow(v, m, s):                                      # float64; 1 - sigmoid(t) = sigmoid(-t) keeps the upper tail
+        sigmoid = lambda t: 1 / (1 + math.exp(-t)) if t > -700 else 0.0
+        a, b = (v / 127.5 - 1 + 1 / 255 - m) / s, (v / 127.5 - 1 - 1 / 255 - m) / s
+        if v in (0, 255):
+            return sigmoid(a) if v == 0 else sigmoid(-b)
+        return sigmoid(a) - sigmoid(b) if a < 0 else sigmoid(-b) - sigmoid(-a)
+    model, everything = logistic_vae(channels=1, image_size=8), torch.arange(256.0)
+    images = (everything / 127.5 - 1).view(256, 1, 1, 1)
+    for log_s in (-6.5, -4.0, -2.0, 0.0, 2.0):
+        nn.init.constant_(model.log_scale, log_s)
+        for m in (-1.7, -1.0, -0.313, 0.0, 0.5, 1.0, 1.2):
+            log_p = model.log_likelihood(images, torch.full((256, 1, 1, 1), m))
+            assert torch.isfinite(log_p).all() and abs(log_p.double().exp().sum() - 1) < 1e-4
+            expected = torch.tensor([slow(v, m, math.exp(log_s)) for v in range(256)], dtype=torch.float64)
+            seen = expected > 1e-250
+            error = (log_p - expected.log())[seen].abs() / (1 + expected.log()[seen].abs())
+            assert error.max() < 2e-4, f"log P off by {error.max():.1e} for m = {m}, log s = {log_s}"
+    nn.init.constant_(model.log_scale, -200.0)              # the floor holds, gradients stay finite far away
+    raw = torch.full((256, 1, 1, 1), 30.0, requires_grad=True)
+    model.log_likelihood(images, raw).sum().backward()
+    assert torch.isfinite(raw.grad).all() and (raw.grad[:255] < 0).all()
+    three, x = logistic_vae(), data.to_uint8(data.draw(torch.arange(2))[0]).float() / 127.5 - 1
+    with torch.no_grad():
+        three.log_scale.copy_(torch.tensor([-3.0, -1.0, 0.0]))
+        parts = []
+        for c in range(3):
+            nn.init.constant_(model.log_scale, three.log_scale[c].item())
+            parts.append(model.log_likelihood(x[:, c:c + 1], x[:, c:c + 1] / 2))
+        assert torch.allclose(three.log_likelihood(x, x / 2), sum(parts), rtol=1e-4), "each channel has its own scale"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_vae_logistic_loss_is_the_bound_in_bits_per_dimension(channels):
+    images = data.draw(torch.arange(8))[0].mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    model, dims = logistic_vae(channels, beta=0.5), channels * 1024
+    torch.manual_seed(1)
+    loss, logs = model(images)
+    torch.manual_seed(1)
+    mean, std = model.posterior(images)
+    nats = -model.log_likelihood(images, model.decode_raw(model.reparameterise(mean, std))).mean()
+    kl = D.kl_divergence(D.Normal(mean, std), D.Normal(0.0, 1.0)).sum((1, 2)).mean()
+    assert torch.allclose(loss, (nats + 0.5 * kl) / (dims * math.log(2)), rtol=1e-4)
+    assert torch.allclose(logs["bits_per_dim"], (nats + kl) / (dims * math.log(2)), rtol=1e-4)
+    loss.backward()
+    assert model.log_scale.grad.abs().min() > 0
+
+
+class NormalPrior(nn.Module):
+    """A generator of independent tokens N(mean, std^2): what ARTransformer.forward returns, in one line."""
+
+    def __init__(self, mean=0.0, std=1.0):
+        super().__init__()
+        self.mean, self.std = mean, std
+
+    def forward(self, tokens, cond):
+        return -D.Normal(self.mean, self.std).log_prob(tokens).sum(-1).mean(), {}
+
+
+def test_joint_bound_with_a_standard_normal_prior_is_the_elbo():
+    images = data.draw(torch.arange(200))[0]
+    model, zeros = logistic_vae(beta=1.0).eval(), torch.zeros(200, dtype=torch.long)
+    with torch.no_grad():
+        model.quant_conv.bias[:8] += 1.0                    # a posterior far from the prior: KL 4 + nats per token
+        model.quant_conv.bias[8:] -= 2.0
+        draws = [vae.bound(model, NormalPrior(), images, zeros) for _ in range(10)]
+        rate = sum((logs["prior"] - logs["entropy"]).item() for _, logs in draws) / 10
+        elbo = [model(images)[0].item() for _ in range(10)]
+    kl = model.kl(*model.posterior(images)).sum(1).mean() / (3072 * math.log(2))
+    assert abs(rate / kl - 1) < 0.01, "the prior minus the entropy is the KL"
+    assert abs(sum(loss.item() for loss, _ in draws) / sum(elbo) - 1) < 0.01
+    loss, logs = draws[0]
+    assert torch.allclose(loss, logs["pixels"] + logs["prior"] - logs["entropy"])
+
+
+def test_joint_bound_does_not_depend_on_the_normalisation():
+    images, cond = data.draw(torch.arange(16))[0], torch.zeros(16, dtype=torch.long)
+    model = logistic_vae().eval()
+    torch.manual_seed(1)
+    plain = vae.bound(model, NormalPrior(), images, cond)[1]
+    model.latent_mean.copy_(torch.randn(8))
+    model.latent_scale.copy_(torch.rand(8) + 0.2)
+    prior = NormalPrior(-model.latent_mean * model.latent_scale, model.latent_scale)        # N(0, 1) seen through normalise()
+    torch.manual_seed(1)
+    scaled = vae.bound(model, prior, images, cond)[1]
+    assert all(torch.allclose(plain[k], scaled[k], rtol=1e-4) for k in plain)
+    with pytest.raises(ValueError, match="logistic"):
+        vae.bound(vae.VAE(), NormalPrior(), images, cond)
+
+
+def test_joint_bound_stays_above_the_true_surprise_found_by_quadrature():
+    """One token of one number: log p(image | class) is an integral over a line, with a transformer's mixture as prior."""
+    model = logistic_vae(image_size=2, token_dim=1, ch_mult=(1, 2)).eval()
+    prior = ar_transformer.ARTransformer(gmm_head.GMMHead(32, 1, 4), 1, 3, token_dim=1, n_layer=1, n_head=2, n_embd=32).eval()
+    images, cond, dims = torch.randint(256, (4, 3, 2, 2)) / 127.5 - 1, torch.tensor([0, 1, 2, 0]), 12 * math.log(2)
+    with torch.no_grad():
+        model.latent_mean.fill_(0.3), model.latent_scale.fill_(0.6)
+        for p in model.decoder.parameters():                # a picture that depends on z
+            p.add_(0.05 * torch.randn_like(p))
+        z = torch.linspace(-25, 25, 8001)[:, None, None]
+        raw, tokens = model.decode_raw(z), model.normalise(z)
+        mean, std = model.posterior(images)
+        exact, expected = [], []
+        for i in range(4):
+            log_x = model.log_likelihood(images[i:i + 1].expand(8001, -1, -1, -1), raw).double()
+            h = prior.hidden(tokens[:1], cond[i:i + 1])
+            log_z = prior.head.log_prob(h.expand(8001, -1, -1), tokens).double()[:, 0] + math.log(0.6)
+            q = D.Normal(mean[i, 0, 0].double(), std[i, 0, 0].double()).log_prob(z[:, 0, 0].double())
+            step = 50 / 8000
+            assert abs(log_z.exp().sum() * step - 1) < 1e-3
+            exact.append(-torch.logsumexp(log_x + log_z, 0) - math.log(step))
+            expected.append((q.exp() * (q - log_x - log_z)).sum() * step)
+        many = torch.arange(4).repeat(2000)
+        joint = vae.Joint(model, prior).eval()
+        estimate = joint(images[many], cond[many])[0]
+        assert abs(estimate * dims / torch.stack(expected).mean() - 1) < 0.01
+        assert all(e > x for e, x in zip(expected, exact)), "a bound on -log p below -log p"
+        draws = model.reparameterise(mean[:1].expand(20_000, -1, -1), 2 * std[:1].expand(20_000, -1, -1))
+        h = prior.hidden(model.normalise(draws[:1]), cond[:1]).expand(20_000, -1, -1)
+        weights = (model.log_likelihood(images[:1].expand(20_000, -1, -1, -1), model.decode_raw(draws))
+                   + prior.head.log_prob(h, model.normalise(draws))[:, 0] + math.log(0.6)
+                   - D.Normal(mean[0], 2 * std[0]).log_prob(draws)[:, 0, 0])
+        importance = math.log(20_000) - torch.logsumexp(weights, 0)
+        assert abs(importance - exact[0]) < 0.1, "importance sampling finds the same log p"
+    joint.train()(images, cond)[0].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in (model.log_scale, model.quant_conv.weight, prior.head.proj.weight))
+
+
+def test_joint_training_lowers_its_bound():
+    model = logistic_vae(image_size=16)
+    prior = ar_transformer.ARTransformer(gmm_head.GMMHead(32, 8, 2), 4, 10, token_dim=8, n_layer=1, n_head=2, n_embd=32)
+    joint, (images, labels, *_) = vae.Joint(model, prior), data.draw(torch.arange(64), 16)
+    opt, losses = torch.optim.AdamW(joint.parameters(), lr=3e-3), []
+    for step in range(40):
+        loss, _ = joint(images, labels)
+        opt.zero_grad(), loss.backward(), opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5, f"{losses[0]:.2f} to {losses[-1]:.2f} bits per dimension"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -742,6 +1034,68 @@ def test_psnr_ssim_precision_and_recall():
     collapsed = real[:1] + 1e-3 * torch.randn(200, 4)
     precision, recall = evaluate.precision_recall(real, collapsed)
     assert precision > 0.99 and recall < 0.05
+
+
+def test_probe_is_perfect_on_separable_features_and_at_chance_on_noise():
+    y = torch.arange(1200) % 4
+    x = torch.randn(1200, 6) + 12 * F.one_hot(y, 6)
+    x[:, 5] = 7.0                                           # a constant must not become a division by zero
+    assert evaluate.probe_accuracy(x[:800], y[:800], x[800:], y[800:]) == 1
+    assert abs(evaluate.probe_accuracy(1e3 * x[:800], y[:800], 1e3 * x[800:], y[800:]) - 1) < 1e-6
+    noise = torch.randn(1200, 6)
+    assert abs(evaluate.probe_accuracy(noise[:800], y[:800], noise[800:], y[800:]) - 0.25) < 0.08
+    weight, bias = evaluate.fit_linear(x[:800, :3], y[:800], 0.1, 4)
+    p = (x[:800, :3] @ weight + bias).softmax(-1) - F.one_hot(y[:800], 4)                   # at the optimum the gradient is 0
+    assert (x[:800, :3].T @ p / 800 + 0.1 * weight).abs().max() < 1e-3 and p.mean(0).abs().max() < 1e-3
+
+
+def test_probe_reads_every_layer_by_hooks_and_takes_them_away():
+    size = dict(n_layer=3, n_head=2, n_embd=32)
+    model = ar_transformer.ARTransformer(gmm_head.GMMHead(32, 4, 2), 12, 5, token_dim=4, grid=(3, 4), **size).eval()
+    x, cond = torch.randn(2, 12, 4), torch.tensor([5, 5])
+    pooled = evaluate.layer_features(model, x, cond)
+    assert [f.shape for f in pooled] == [(2, 32)] * 4 and not any(block._forward_hooks for block in model.blocks)
+    h = torch.cat([model.prefix(cond), model.embed(x[:, :-1])], 1)
+    for block, f in zip([None, *model.blocks], pooled):     # the forward pass again, by hand
+        h = h if block is None else block(h, model.rope[:12])
+        assert torch.allclose(h.mean(1), f, atol=1e-6)
+    adapted = flow_adapter.Adapted(flow_adapter.FlowAdapter(4, (3, 4), 2), model).eval()
+    for a, b in zip(evaluate.layer_features(adapted, x, cond), evaluate.layer_features(model, adapted.adapter(x), cond)):
+        assert torch.equal(a, b)
+
+    class Masked(nn.Module):                                # the shape of a bidirectional model
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+        def hidden(self, tokens, labels, mask):
+            h = tokens * ~mask[..., None]
+            for block in self.blocks:
+                h = block(h)
+            return h
+    hide = torch.zeros(2, 12, dtype=torch.bool)
+    hide[:, 6:] = True
+    pooled = evaluate.layer_features(Masked(), x, cond, hide)
+    assert len(pooled) == 3 and torch.allclose(pooled[0], x[:, :6].sum(1) / 12, atol=1e-6)
+
+
+def test_probe_runs_alone_and_adds_to_the_metrics(tiny_run, monkeypatch, capsys):
+    folder = tiny_run / "shapes-vae-ar-gmm"
+    before = (folder / "metrics.json").read_text() if (folder / "metrics.json").exists() else None
+    (folder / "metrics.json").write_text('{"kept": 1}')
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(folder), "--probe", "--device", "cpu"])
+    evaluate.main()
+    out, metrics = capsys.readouterr().out, evaluate.json.loads((folder / "metrics.json").read_text())
+    assert metrics.pop("kept") == 1
+    assert list(metrics) == ["probe_pixels", "probe_latents", "probe_latents_mean"] + [f"probe_layer_{k}" for k in range(5)]
+    assert all(5 < v <= 100 for v in metrics.values()) and "linear probe, layer 4" in out and "samples" not in out
+    assert Image.open(folder / "probe.png").width > 400
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tiny_run / "shapes-vae"), "--probe", "--device", "cpu"])
+    with pytest.raises(SystemExit, match="--probe: .* without a generator"):
+        evaluate.main()
+    (folder / "probe.png").unlink(), (folder / "metrics.json").unlink()
+    if before:
+        (folder / "metrics.json").write_text(before)
 
 
 # ---------------------------------------------------------------------------------------------------
