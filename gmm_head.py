@@ -99,11 +99,12 @@ class GMMHead(nn.Module):
     def density(mixture, x):
         """log p(x) in nats under (log_pi, mu, sigma): x (..., D) -> (...).
 
-        One diagonal Gaussian is a sum of log_normal over d; all K of them are logsumexp_k( log_pi_k + log N_k ),
-        since exp(log N_k) underflows in 16 dimensions.
+        One Gaussian: sum_d [ -(x_d - mu_d)^2 / (2 sigma_d^2) - log sigma_d - log(2 pi) / 2 ].
+        All K of them: logsumexp_k( log_pi_k + log N_k ), since exp(log N_k) underflows in 16 dimensions.
         """
         log_pi, mu, sigma = mixture
-        log_n = log_normal(x.float().unsqueeze(-2), mu, sigma).sum(-1)                      # (..., K)
+        z = (x.float().unsqueeze(-2) - mu) / sigma                                          # (..., K, D)
+        log_n = -(0.5 * z * z + sigma.log()).sum(-1) - 0.5 * math.log(2 * math.pi) * x.shape[-1]
         return torch.logsumexp(log_pi + log_n, dim=-1)                                      # (...)
 
     def log_prob(self, h, x):
@@ -455,7 +456,7 @@ def main():
     print(f"lowest possible:             checkerboard {math.log(8):.3f}  eight Gaussians {optimum:.3f}")
     columns.append((f"K = {n_mix}, temperature 0.5", head.sample(table(label), temperature=0.5)[0]))
     other = table(label.roll(2000))                                                         # guide away from another class
-    columns.append((f"K = {n_mix}, guidance 3", head.sample(table(label), other, cfg=3.0)[0]))
+    columns.append((f"K = {n_mix}, guidance 1.5", head.sample(table(label), other, cfg=1.5)[0]))
 
     wide = max(6, len(columns))
     fig, axes = plt.subplots(5, wide, figsize=(2.35 * wide, 11), height_ratios=[1, 1, 1, 1, 1.25], squeeze=False)

@@ -25,7 +25,7 @@ import data
 from data import BadInput
 from maskgit import SCHEDULES
 
-DEFAULTS = {"ar-gmm": dict(cfg=2.5, temperature=0.9), "maskgit-gmm": dict(cfg=2.5, temperature=0.9),
+DEFAULTS = {"ar-gmm": dict(cfg=1.5, temperature=0.9), "maskgit-gmm": dict(cfg=2.5, temperature=0.9),
             "segment": dict(cfg=1.0, temperature=0.5), "depth": dict(cfg=1.0, temperature=0.5)}
 TRICKS = ("steps", "schedule", "choice_temperature", "guidance", "top_p", "clip", "beam", "fan")
 

@@ -889,6 +889,22 @@ def test_drawn_shapes_have_the_area_and_place_they_should():
     assert far < 1e-5
 
 
+def test_maps_belong_to_their_images():
+    images, labels, masks, d = data.draw(torch.arange(20))
+    truth = data.load(n_shapes=20).batch(torch.arange(20))[0]
+    assert (truth - images).abs().max() < 0.01
+    maps, again = data.load(n_shapes=20, task="segment").batch(torch.arange(20))
+    assert maps.shape == (20, 11, 32, 32) and torch.equal(maps.argmax(1), masks) and torch.equal(again, labels)
+    assert set(maps.unique().tolist()) == {-1.0, 1.0}
+    depth = data.load(n_shapes=20, task="depth").batch(torch.arange(20))[0]
+    assert (depth[:, 0] - d.clamp(-1, 1)).abs().max() < 0.01
+    colours = data.colour_maps(maps)
+    assert colours.shape == (20, 3, 32, 32) and (colours[:, :, 0, 0] == -1).all()
+    assert len(data.colour_maps(torch.eye(11)[:, :, None, None]).flatten(1).unique(dim=0)) == 11, "two classes have one colour"
+    with pytest.raises(data.BadInput, match="only the drawn world"):
+        data.load("somewhere", task="depth")
+
+
 def test_captions_say_what_is_drawn():
     s = data.scene(torch.arange(300))
     for i, text in enumerate(data.captions(torch.arange(300))):
@@ -1022,6 +1038,16 @@ def test_frechet_distance_of_known_gaussians():
     assert evaluate.frechet_distance(b, b) < 1e-6
 
 
+def test_mean_iou_equals_a_slow_loop():
+    predicted, true = torch.randint(4, (3, 5, 5)), torch.randint(3, (3, 5, 5))              # class 3 is never true
+    slow = []
+    for k in range(4):
+        a, b = {tuple(i) for i in (predicted == k).nonzero().tolist()}, {tuple(i) for i in (true == k).nonzero().tolist()}
+        slow.append(len(a & b) / len(a | b))
+    assert abs(evaluate.mean_iou(predicted, true, 4) - sum(slow) / 4) < 1e-6
+    assert evaluate.mean_iou(true, true, 5) == 1
+
+
 def test_psnr_ssim_precision_and_recall():
     x = data.draw(torch.arange(4))[0]
     assert torch.allclose(evaluate.psnr(x, x + 0.2), torch.full((4,), 20.0), atol=1e-3)
@@ -1148,6 +1174,59 @@ def test_a_run_leaves_its_files_and_samples(tiny_run, tmp_path):
     assert "trained already" in call("train.py", *TINY, "--runs", tiny_run)
 
 
+@pytest.mark.parametrize("words, name", [
+    (["--generator", "maskgit"], "shapes-vae-maskgit-gmm"), (["--adapter", "flow"], "shapes-vae-flow-ar-gmm"),
+    (["--joint"], "shapes-vae-joint-ar-gmm"), (["--mix", "channel", "--name", "c"], "c"), (["--mix", "full", "--name", "f"], "f"),
+    (["--generator", "maskgit", "--adapter", "flow"], "shapes-vae-flow-maskgit-gmm")])
+def test_every_combination_trains_loads_and_samples(words, name, tiny_run, capsys):
+    train.main([*TINY, "--runs", str(tiny_run), *words])
+    assert (tiny_run / name / "samples.png").stat().st_size > 0 and (tiny_run / name / "curve.png").exists()
+    run = train.load_run(tiny_run / name)
+    images = sample.draw_samples(run, torch.arange(4))
+    assert images.shape == (4, 3, 16, 16) and torch.isfinite(images).all()
+    assert all(torch.isfinite(torch.tensor(v)) for v in log_of(tiny_run, name).values())
+
+
+@pytest.mark.parametrize("task", ["segment", "depth"])
+def test_maps_of_images_are_trained_drawn_and_measured(task, tiny_run, capsys):
+    train.main([*TINY, "--runs", str(tiny_run), "--task", task])
+    folder = tiny_run / f"shapes-vae-{task}-ar-gmm"
+    run = train.load_run(folder)
+    assert run.source.grid == (2, 2) and run.tokenizer.channels == (11 if task == "segment" else 3)
+    images = data.draw(torch.arange(3), 16)[0]
+    a, b = (sample.draw_samples(run, sample.image_tokens(run, x)) for x in (images, images.flip(0)))
+    assert not torch.equal(a, b), "the map does not depend on the image"
+    args = argparse.Namespace(n=30, seed=0, batch_size=30, fid=False, cfg=None, temperature=None)
+    rows = {key: value for key, _, value, _, _ in evaluate.measure_maps(args, run, "cpu")}
+    if task == "segment":
+        assert 0 <= rows["miou"] <= 1 and rows["miou_tokenizer"] > rows["miou_ground"] - 0.05
+    else:
+        assert rows["rmse"] > 0 and rows["rmse_mean_map"] > 0
+    sample.main([str(folder), "--n", "3", "--beam", "2"])
+    assert (folder / "samples.png").stat().st_size > 0
+
+
+def test_editing_keeps_what_lies_outside_the_mask(tiny_run, tmp_path, capsys):
+    train.main([*TINY, "--runs", str(tiny_run), "--generator", "maskgit", "--name", "edit"])
+    picture = tmp_path / "p.png"
+    Image.fromarray(data.to_uint8(data.draw(torch.arange(1), 16)[0])[0].permute(1, 2, 0).numpy()).save(picture)
+    sample.main([str(tiny_run / "edit"), "--image", str(picture), "--mask", "right", "--n", "10", "--npz", str(tmp_path / "x.npz")])
+    with np.load(tmp_path / "x.npz") as f:
+        assert f["arr_0"].shape == (10, 16, 16, 3)
+    grid = (4, 4)
+    assert sample.parse_mask("right", grid).view(grid)[:, 2:].all() and sample.parse_mask("right", grid).sum() == 8
+    assert sample.parse_mask("0,0,0.5,1", grid).view(grid)[:2].all() and sample.parse_mask("0,0,0.5,1", grid).sum() == 8
+    assert sample.parse_mask("centre", grid).sum() == 4 and (~sample.parse_mask("border", grid)).sum() == 4
+    Image.fromarray(np.kron(np.eye(4), np.ones((8, 8))).astype(np.uint8) * 255).save(tmp_path / "m.png")
+    assert torch.equal(sample.parse_mask(str(tmp_path / "m.png"), grid).view(grid), torch.eye(4).bool())
+    for words, sentence in [(["--image", picture, "--mask", "0,0,2"], "a box y0,x0,y1,x1"), (["--image", picture], "belong together"),
+                            (["--image", tmp_path / "no.png", "--mask", "left"], "no such file"),
+                            (["--image", picture, "--mask", "0,0,0.01,0.01"], "covers no token"),
+                            (["--steps", "9"], "only 4 tokens"), (["--beam", "2"], "--beam: not for --generator maskgit")]:
+        with pytest.raises(SystemExit, match=sentence):
+            sample.main([str(tiny_run / "edit"), *map(str, words)])
+
+
 def test_samples_are_a_function_of_the_seed(tiny_run):
     run = train.load_run(tiny_run / "shapes-vae-ar-gmm")
     labels = torch.arange(10)
@@ -1218,6 +1297,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     (["--steps", "0"], "--steps 0: must be at least 1"),
     (["--lr", "-1"], "--lr -1.0: must be above 0"),
     (["--label_drop", "1.5"], "must be below 1"),
+    (["--task", "segment", "--generator", "maskgit"], "only --generator ar"),
+    (["--joint", "--generator", "maskgit"], "needs --generator ar"),
+    (["--mix", "full", "--n_mix", "4"], "--mix full is one Gaussian"),
+    (["--size", "gpt-b", "--generator", "maskgit"], "--generator maskgit has tiny, small"),
 ])
 def test_train_refuses_in_one_sentence(words, sentence, tmp_path, capsys):
     base = ["--tokenizer", "vae", "--head", "gmm", "--runs", str(tmp_path), "--n_shapes", "50"]
