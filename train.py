@@ -551,8 +551,7 @@ def validate(source, batch_size, args, world, n=2000):
         model.eval()
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
-            for i in range(0, min(n, len(source)), batch_size):
-                index = torch.arange(i, min(i + batch_size, n, len(source)))
+            for index in torch.linspace(0, len(source) - 1, min(n, len(source))).long().split(batch_size):   # folders come sorted
                 total, count = total + model(*source.batch(index))[0] * len(index), count + len(index)
         model.train(was_training)
         return float(total) / count
