@@ -29,9 +29,11 @@ from torch import distributions as D
 
 import ar_transformer
 import data
+import diffusion_head
 import evaluate
 import flow_adapter
 import gmm_head
+import mar
 import maskgit
 import sample
 import train
@@ -46,7 +48,7 @@ PROGRAMS = ["train", "sample", "evaluate"]
 def golden(name):
     """Arrays of golden/<name>.npz as tensors; weights stored as float16 become float32."""
     with np.load(ROOT / "golden" / f"{name}.npz", allow_pickle=False) as f:
-        arrays = {k: torch.from_numpy(f[k]) for k in f.files}
+        arrays = {k: torch.from_numpy(f[k]) for k in f.files if f[k].dtype.kind != "U"}
     return {k: v.float() if v.dtype == torch.float16 else v for k, v in arrays.items()}
 
 
@@ -858,6 +860,495 @@ def test_adapted_is_a_generator_and_trains_both_parts():
     mask = torch.zeros(2, 12, dtype=torch.bool)
     mask[:, :4] = True
     assert torch.equal(model.sample(cond, known=x, known_mask=mask)[:, :4], x[:, :4])
+
+
+# ---------------------------------------------------------------------------------------------------
+# mar.py
+
+def official_mar():
+    """The authors' tiny weights -> MAR with 16 tokens of 4 numbers, and their state dict."""
+    sd = {k.removeprefix("sd/"): v for k, v in golden("mar/mar_weights").items()}
+    return mar.MAR.from_official(sd, n_head=4), sd
+
+
+def small_mar(cls=mar.MAR, continuous=True, **options):
+    size = dict(n_layer=4, n_head=2, n_embd=32, grid=(3, 4)) | ({"n_buffer": 3} if cls is mar.MAR else {}) | options
+    if continuous:
+        return cls(gmm_head.GMMHead(32, 3, 4), 12, 5, token_dim=3, **size)
+    return cls(ar_transformer.CategoricalHead(32, 11), 12, 5, vocab_size=11, **size)
+
+
+@pytest.mark.parametrize("name", ["", "_full", "_none"])
+def test_mar_reproduces_the_authors_hidden_states(name):
+    (model, _), g = official_mar(), golden("mar/mar_forward")
+    mask = g["mask" + name].bool()
+    nonsense = torch.where(mask[..., None], 1e3, g["tokens"])           # unknown tokens must not be looked at
+    with torch.no_grad():
+        for n_visible in (None, int((~mask[0]).sum())):     # nobody looks at the holes; the holes are dropped
+            close(model.hidden(nonsense, g["labels"], mask, n_visible), g["z" + name], 1e-5)
+        if name == "":
+            close(model.hidden(g["tokens"], torch.full((3,), 10), mask, 4), g["z_uncond"], 1e-5)
+
+
+def test_mar_patchify_in_the_authors_order():
+    g = golden("mar/mar_forward")
+    for p, name in ((2, "patchify"), (1, "patchify1")):
+        tokens, side = mar.patchify(g[name + "_in"], p), g[name + "_in"].shape[-1] // p
+        assert torch.equal(tokens, g[f"patchify_p{p}_out"])
+        assert torch.equal(mar.unpatchify(tokens, (side, side), p), g[name + "_in"])
+    wide = torch.randn(2, 3, 4, 6)
+    assert torch.equal(mar.unpatchify(mar.patchify(wide, 2), (2, 3), 2), wide)
+
+
+def test_mar_mask_rate_and_counts_are_the_authors():
+    g = golden("mar/schedules")
+    for q, rate in zip(g["mask_ratio/q"].tolist(), g["mask_ratio/ppf"].tolist()):
+        assert abs(mar.mask_rate(q) - rate) < 1e-9
+    for name in [k for k in g if k.startswith("ar/")]:
+        n, steps = map(int, name[3:].split("_"))
+        counts = mar.masked_counts(n, steps)
+        assert counts[:-1] == g[name][:, 0].tolist() and counts[-1] == 0
+        assert [a - b for a, b in zip(counts, counts[1:])] == g[name][:, 2].tolist()
+    model = mar.MAR(nn.Identity(), 256, 2, 4, n_layer=0, n_head=1, n_embd=4)
+    counts = [model.mask_count() for _ in range(3000)]
+    assert min(counts) >= 180 and max(counts) <= 256 and abs(np.mean(counts) / 256 - 0.869) < 0.006
+    model.count_multiple = 16
+    assert {model.mask_count() for _ in range(300)} == {192, 208, 224, 240, 256}
+
+
+def test_mar_loss_and_gradients_are_the_authors(monkeypatch):
+    (model, _), g = official_mar(), golden("mar/mar_loss")
+    mask = g["mask"].bool()
+    order = mask.byte().argsort(dim=1, stable=True)
+    n = int(mask[0].sum())
+    index = order[:, 16 - n:]
+    t = torch.stack([mar.take(v, index) for v in g["t"].view(4, 3, 16)])
+    noise = torch.stack([mar.take(v, index) for v in g["noise"].view(4, 3, 16, 4)])
+    monkeypatch.setattr(mar, "draw_order", lambda *_: order)
+    monkeypatch.setattr(model, "mask_count", lambda: n)
+    monkeypatch.setattr(model.head, "loss", lambda h, x: sum(model.head.terms(x, h, t, noise)).mean(0))
+    loss, logs = model(mar.patchify(g["imgs"]), g["labels"])
+    loss.backward()
+    close(loss.detach(), g["loss"])
+    assert logs["masked"] == n / 16
+    grads = {k: p.grad for k, p in model.named_parameters()}
+    close(torch.stack([v.norm() for v in grads.values()]).norm(), g["grad_norm"])
+    names = {"z_proj.weight": "tok_embed.weight", "class_emb.weight": "cls_embed.weight", "encoder_pos_embed_learned": "encoder_pos",
+             "diffusion_pos_embed_learned": "head_pos"}
+    for key in [k for k in g if k.startswith("grad/")]:
+        ours, reference = grads[names.get(key[5:], key[5:])], g[key]
+        if key == "grad/class_emb.weight":
+            assert (ours[10] == 0).all()                    # "no class": not used in eval mode
+            ours = ours[:10]
+        close(ours.reshape(reference.shape), reference)
+
+
+@pytest.mark.parametrize("name", ["cfg3_linear", "nocfg", "cfg3_const_16it"])
+def test_mar_sampling_replays_the_authors_runs(name, monkeypatch):
+    """From their recorded noise: orders, counts, guidance and its schedule, temperature, 25 denoising steps."""
+    (model, _), g = official_mar(), golden(f"mar/sample_tokens_{name}")
+    steps, guided, scales = int(g["num_iter"]), float(g["cfg"]) != 1, []
+    counts = mar.masked_counts(16, steps)
+    order = g["orders"].flip(1)                             # they write from the end of `orders`
+    order = torch.cat([order[:, 16 - a:16 - b].sort(1).values for a, b in zip(counts, counts[1:])], 1)
+    first, noise = g["init_noise"].split(g["init_rows"].tolist()), g["step_noise"].split(g["step_rows"].tolist())
+    draw = model.head.sample
+
+    def replay(h, h_uncond, cfg, temperature, **tricks):
+        k, n = len(scales), 3 * h.shape[1]
+        scales.append(cfg)
+        recorded = [first[k], *(v[:n] for v in noise[25 * k:25 * k + 25])]                  # conditional rows come first
+        return draw(h, h_uncond, cfg, temperature, noise=torch.stack(recorded).view(26, 3, -1, 4), **tricks)
+    monkeypatch.setattr(mar, "draw_order", lambda *_: order)
+    monkeypatch.setattr(model.head, "sample", replay)
+    tokens = model.sample(g["labels"], steps, float(g["cfg"]), float(g["temperature"]), diffusion_steps=25,
+                          cfg_schedule="constant" if "const" in name else "linear")
+    close(mar.unpatchify(tokens, (4, 4)), g["out"])
+    assert scales == pytest.approx(g["cfg_iter"].tolist()) and len(scales) == steps
+
+
+def test_mar_from_official_reads_files_and_names_keys(tmp_path):
+    model, sd = official_mar()
+    half = {k: v / 2 for k, v in sd.items()}
+    torch.save({"model": half, "model_ema": sd, "args": argparse.Namespace(epochs=800)}, tmp_path / "mar.pth")
+    read = mar.MAR.from_official(tmp_path / "mar.pth", n_head=4)
+    assert all(torch.equal(v, read.state_dict()[k]) for k, v in model.state_dict().items()) and not read.training
+    assert torch.equal(mar.MAR.from_official({"model": half}, n_head=4).head_pos, model.head_pos / 2)
+    with pytest.raises(ValueError, match="encoder_blocks.0.extra"):
+        mar.MAR.from_official(sd | {"encoder_blocks.0.extra": torch.zeros(1)}, n_head=4)
+    with pytest.raises(ValueError, match="n_head="):
+        mar.MAR.from_official(sd)
+    del sd["decoder_norm.bias"]
+    with pytest.raises(ValueError, match="missing.*decoder_norm.bias"):
+        mar.MAR.from_official(sd, n_head=4)
+    with pytest.raises(ValueError, match="missing.*fake_latent"):
+        mar.MAR.from_official({"pos_embed": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("name, params, of_head", [("mar-b", 207_924_768, 35_749_920), ("mar-l", 478_326_304, 72_230_432),
+                                                   ("mar-h", 942_403_104, 151_206_944)])
+def test_mar_of_the_paper_has_its_parameter_count(name, params, of_head):
+    with torch.device("meta"):
+        head = diffusion_head.DiffusionHead(mar.SIZES[name]["n_embd"], 16, **mar.HEAD_SIZES[name])
+        model = mar.MAR(head, 256, 1000, 16, **mar.SIZES[name])
+    count = lambda m: sum(p.numel() for p in m.parameters())
+    assert (count(model), count(head)) == (params, of_head)
+    stated = {"mar-b": (207.92, 35.75), "mar-l": (478.33, 72.23), "mar-h": (942.40, 151.21)}[name]
+    assert (round(params / 1e6, 2), round(of_head / 1e6, 2)) == stated, "papers/mar.md section 2"
+
+
+def test_mar_block_equals_torchs_encoder_layer():
+    block, theirs = mar.ViTBlock(32, 4), nn.TransformerEncoderLayer(32, 4, 128, 0.0, "gelu", 1e-6, True, True)
+    theirs.load_state_dict({"self_attn.in_proj_weight": block.attn.qkv.weight, "self_attn.in_proj_bias": block.attn.qkv.bias,
+                            "self_attn.out_proj.weight": block.attn.proj.weight, "self_attn.out_proj.bias": block.attn.proj.bias,
+                            **{f"linear{i}.{k}": getattr(getattr(block.mlp, f"fc{i}"), k) for i in (1, 2) for k in ("weight", "bias")},
+                            **{f"norm{i}.{k}": getattr(getattr(block, f"norm{i}"), k) for i in (1, 2) for k in ("weight", "bias")}})
+    x = torch.randn(2, 7, 32)
+    assert torch.allclose(block(x), theirs(x), atol=1e-5)
+
+
+def test_mar_loss_counts_masked_tokens_only():
+    """The head sees 9 of 12 tokens per row, each once, others in other rows; a zero categorical head starts at ln V."""
+    model = small_mar(continuous=False, label_drop=0).eval()
+    loss, logs = model(torch.randint(11, (4, 12)), torch.arange(4))
+    assert abs(loss - math.log(11)) < 1e-5 and 0.7 <= logs["masked"] <= 1
+    model, asked = small_mar(), []
+    model.mask_count = lambda: 9
+    loss_of = model.head.loss
+    model.head.loss = lambda h, x: (asked.append((h, x)), loss_of(h, x))[1]
+    x = torch.randn(6, 12, 3)
+    model(x, torch.arange(6) % 5)[0].backward()
+    (h, targets), = asked
+    assert h.shape == (6, 9, 32) and targets.shape == (6, 9, 3), "the head is computed where it is needed"
+    found = (targets[:, :, None] == x[:, None]).all(-1).float()         # (6, 9, 12) which token each target is
+    assert (found.sum(2) == 1).all() and found.sum(1).max() == 1
+    assert len({tuple(row.tolist()) for row in found.argmax(2)}) > 1, "every row has its own order"
+
+
+@pytest.mark.parametrize("cls", [mar.MAR, mar.CausalMAR])
+def test_mar_label_dropping_reaches_the_null_row_in_training_only(cls):
+    model, x, cond = small_mar(cls, label_drop=0.5, dropout=0), torch.randn(64, 12, 3), torch.zeros(64, dtype=torch.long)
+    model(x, cond)[0].backward()
+    assert model.cls_embed.weight.grad[5].abs().sum() > 0 and model.cls_embed.weight.grad[1:5].abs().sum() == 0
+    model.zero_grad()
+    model.eval()(x, cond)[0].backward()
+    assert model.cls_embed.weight.grad[5].abs().sum() == 0
+    unused = [k for k, p in model.named_parameters() if p.grad is None]
+    assert not unused, f"{unused} take no part in the loss"
+
+
+@pytest.mark.parametrize("order", ["random", "raster"])
+def test_mar_writes_in_its_order_and_by_its_schedule(order):
+    model, seen = small_mar(order=order).eval(), []
+    x = model.sample(torch.arange(5), 4, cfg=2.0, on_step=lambda i, tokens, mask: seen.append((tokens.clone(), mask.clone())))
+    assert [int(m[0].sum()) for _, m in seen] == mar.masked_counts(12, 4)[1:] == [11, 8, 4, 0]
+    for (a, unknown), (b, later) in zip(seen, seen[1:]):
+        assert (unknown | ~later).all() and torch.equal(a[~unknown], b[~unknown]), "a written token stays"
+    assert torch.equal(seen[-1][0], x) and x.shape == (5, 12, 3)
+    raster = all((m[:, 1:] >= m[:, :-1]).all() for _, m in seen)        # known tokens stand before unknown ones
+    assert raster == (order == "raster")
+
+
+def test_mar_in_one_step_draws_every_token_from_an_empty_picture():
+    model, hs = small_mar(continuous=False).eval(), []
+    draw = model.head.sample
+    model.head.sample = lambda h, *a, **k: (hs.append(h), draw(h, *a, **k))[1]
+    model.sample(torch.arange(5), 1)
+    alone = model.hidden(torch.zeros(5, 12, dtype=torch.long), torch.arange(5), torch.ones(5, 12, dtype=torch.bool))
+    assert len(hs) == 1 and hs[0].shape == (5, 12, 32)
+    assert torch.cdist(hs[0], alone).min(1).values.max() < 1e-3, "the same 12 states, in the order of writing"
+
+
+@pytest.mark.parametrize("cls", [mar.MAR, mar.CausalMAR])
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+def test_mar_keeps_known_tokens_with_any_number_per_row(cls, cfg):
+    model = small_mar(cls).eval()
+    known, mask = torch.randn(4, 12, 3), torch.zeros(4, 12, dtype=torch.bool)
+    for row, places in enumerate([[0, 5], [1, 2, 3, 7, 11], [4, 9], range(12)]):
+        mask[row, list(places)] = True
+    masks = []
+    x = model.sample(torch.arange(4), cfg=cfg, known=known, known_mask=mask, on_step=lambda i, t, m: masks.append(m.clone()))
+    assert torch.equal(x[mask], known[mask]) and (x[~mask] != known[~mask]).all()
+    if cls is mar.MAR:
+        assert len(masks) == 10 and int(masks[0][1].sum()) == 7 and not masks[-1].any()
+        equal = mask[[0, 0, 2, 2]]                          # equal numbers: the encoder drops the holes
+        x = model.sample(torch.arange(4), 3, cfg, known=known, known_mask=equal)
+        assert torch.equal(x[equal], known[equal])
+        assert torch.equal(model.sample(torch.arange(4), known=known, known_mask=mask | True), known)
+
+
+def test_mar_known_tokens_are_seen_from_the_first_step():
+    model = small_mar(continuous=False).eval()
+    nn.init.normal_(model.head.proj.weight)
+    mask = torch.zeros(2, 12, dtype=torch.bool)
+    mask[0, [0, 5]], mask[1, [1, 2, 6]] = True, True
+    tokens, hs, draw = torch.randint(11, (2, 12)), [], model.head.sample
+    model.head.sample = lambda h, *a, **k: (hs.append(h), draw(h, *a, **k))[1]
+    model.sample(torch.arange(2), 1, known=tokens, known_mask=mask)
+    h = model.hidden(tokens, torch.arange(2), ~mask)        # (2, 12, 32)
+    for row in range(2):
+        assert torch.cdist(hs[0][row], h[row]).min(1).values.max() < 1e-4
+
+
+@pytest.mark.parametrize("order", ["random", "raster"])
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+def test_causal_mar_cached_sampling_equals_the_whole_pass(order, cfg, monkeypatch):
+    model, hs, orders = small_mar(mar.CausalMAR, order=order).eval(), [], []
+    draw, make = model.head.sample, mar.draw_order
+    monkeypatch.setattr(model.head, "sample", lambda h, u=None, *a, **k: (hs.append((h, u)), draw(h, u, *a, **k))[1])
+    monkeypatch.setattr(mar, "draw_order", lambda *a: (orders.append(make(*a)), orders[-1])[1])
+    cond = torch.arange(5)
+    x = model.sample(cond, cfg=cfg)
+    h = torch.cat([h for h, _ in hs], 1)
+    assert torch.allclose(h, model.hidden(x, cond, orders[0]), atol=1e-5)
+    if cfg != 1:
+        assert torch.allclose(torch.cat([u for _, u in hs], 1), model.hidden(x, torch.full((5,), 5), orders[0]), atol=1e-5)
+    assert (orders[0] == torch.arange(12)).all() == (order == "raster")
+
+
+def test_causal_mar_is_causal_and_is_told_the_target():
+    model, x, cond = small_mar(mar.CausalMAR).eval(), torch.randn(1, 12, 3), torch.tensor([2])
+    order = torch.randperm(12)[None]
+    h = model.hidden(x, cond, order)
+    for i in range(12):
+        y = x.clone()
+        y[:, order[0, i]] += 1
+        changed = (model.hidden(y, cond, order) - h).abs().amax((0, 2)) > 1e-6
+        assert not changed[:i + 1].any() and (i == 11 or changed[i + 1]), f"place {i} of the order leaks"
+    swapped = order.clone()
+    swapped[0, [10, 11]] = order[0, [11, 10]]
+    changed = (model.hidden(x, cond, swapped) - h).abs().amax((0, 2)) > 1e-6
+    assert changed.tolist() == [False] * 10 + [True] * 2, "the same past and another target must give another h"
+
+
+@pytest.mark.parametrize("cls", [mar.MAR, mar.CausalMAR])
+@pytest.mark.parametrize("order", ["random", "raster"])
+def test_mar_reaches_the_exact_optimum_on_bars_and_stripes(cls, order):
+    """Every arm of the ablation: 6 pictures of 2 x 2, whose optimum is ln 6 = 1.792 nats, in any order."""
+    options = dict(n_buffer=1, mask_min=0, mask_std=9) if cls is mar.MAR else {}
+    model = cls(ar_transformer.CategoricalHead(32, 2), 4, 1, vocab_size=2, n_layer=2, n_head=2, n_embd=32, dropout=0,
+                label_drop=0, order=order, **options)
+    zeros, best = torch.zeros(300, dtype=torch.long), math.log(6)
+    mar.fit_ids(model, lambda step: (mar.bars_and_stripes(64, "cpu", 2), zeros[:64]), 400, 5e-3)
+    everything = mar.bars_and_stripes(1000, "cpu", 2).unique(dim=0)
+    nats = [mar.nats_per_picture(model.eval(), everything, zeros[:6]) for _ in range(20)]   # each in other orders
+    nats = torch.stack(nats).mean()
+    assert len(everything) == 6 and best - 0.02 <= nats <= 1.03 * best, f"{nats:.3f} nats, the optimum is {best:.3f}"
+    drawn = model.sample(zeros)
+    good = (drawn[:, None] == everything[None]).all(-1)
+    assert good.any(1).float().mean() > 0.95 and good.float().mean(0).min() > 0.08, "each of the 6 in about 1/6 of the samples"
+
+
+@pytest.mark.parametrize("cls", [mar.MAR, mar.CausalMAR])
+def test_mar_refuses_in_a_sentence(cls):
+    model, cond = small_mar(cls).eval(), torch.arange(2)
+    for steps in (0, 13) if cls is mar.MAR else (3,):
+        with pytest.raises(ValueError, match="steps"):
+            model.sample(cond, steps)
+    for options, words in [(dict(order="spiral"), "spiral"), (dict(grid=(3, 3)), "holds 9 tokens"), (dict(n_head=5), "multiple of n_head 5")]:
+        with pytest.raises(ValueError, match=words):
+            small_mar(cls, **options)
+    with pytest.raises(ValueError, match="cosine"):
+        model.sample(cond, cfg=2.0, cfg_schedule="cosine")
+
+
+@pytest.mark.parametrize("cls", [mar.MAR, mar.CausalMAR])
+def test_mar_tricks_may_depend_on_the_progress(cls):
+    model, seen = small_mar(cls).eval(), []
+    draw = model.head.sample
+    model.head.sample = lambda h, u, cfg, temperature, n_tries: (seen.append(n_tries), draw(h, u, cfg, temperature, n_tries))[1]
+    model.sample(torch.arange(2), cfg=2.0, n_tries=lambda p: round(13 - 11 * p))
+    assert seen == [13 - i for i in range(12)]
+
+
+@pytest.mark.parametrize("cls", [mar.MAR, mar.CausalMAR])
+def test_mar_trains_under_autocast_with_the_diffusion_head(cls):
+    model = cls(diffusion_head.DiffusionHead(32, 3, width=32, depth=1), 12, 5, 3, n_layer=2, n_head=2, n_embd=32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = model(torch.randn(4, 12, 3), torch.arange(4))
+        x = model.eval().sample(torch.arange(3), cfg=2.0, diffusion_steps=lambda p: round(8 - 4 * p))
+    loss.backward()
+    assert loss.dtype == torch.float32 and torch.isfinite(x).all() and x.dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------
+# diffusion_head.py
+
+def official_diffusion_head():
+    """The head of the authors' tiny MAR: its weights must load by their official names."""
+    prefix = "sd/diffloss.net."
+    weights = {k[len(prefix):]: v for k, v in golden("mar/mar_weights").items() if k.startswith(prefix)}
+    head = diffusion_head.DiffusionHead(32, 4, width=64, depth=2)
+    head.net.load_state_dict(weights)
+    return head
+
+
+def test_diffusion_mlp_reproduces_the_authors():
+    head, g = official_diffusion_head(), golden("mar/mlp")
+    close(head.net.time_embed.sinusoid(g["t"]), g["t_freq"])
+    close(head.net.time_embed(g["t"]), g["t_emb"])
+    close(head.net(g["x"], g["t"], g["c"]), g["out"])
+    halves = lambda a: torch.stack([a[:3], a[3:]])          # in this array the two halves have different t
+    eps, v = head.predict(g["x"][:3], head.net.time_embed(halves(g["t"])), head.net.cond_embed(halves(g["c"])), g["cfg_scale"].item())
+    close(torch.cat([eps, v], -1), g["out_cfg"][:3])
+
+
+def test_diffusion_loss_reproduces_every_term_and_gradient():
+    head, g = official_diffusion_head(), golden("mar/diffusion_loss")
+    row = head.table[g["t"]].unsqueeze(-2).unbind(-1)
+    close(row[0] * g["x_start"] + row[1] * g["noise"], g["x_t"])
+    close(row[4] * g["x_start"] + row[5] * g["x_t"], g["true_mean"])
+    close(row[7].expand(-1, 4), g["true_log_variance"])
+    mean, log_var, x0 = head.reverse(g["x_t"], *g["model_out"].chunk(2, -1), row)
+    for ours, name in ((mean, "p_mean"), (log_var, "p_log_variance"), (x0, "pred_xstart")):
+        close(ours, g[name])
+    mse, vb = head.terms(g["x_start"], g["c"], g["t"], g["noise"])
+    close(mse, g["mse"])
+    assert torch.allclose(vb, g["vb"], rtol=1e-4, atol=1e-6), "each row: one of them is 700 bits and hides the others"
+    total = ((mse + vb) * g["mask"]).sum() / g["mask"].sum()
+    close(total, g["loss_masked_mean"])
+    total.backward()
+    parameters, names = dict(head.net.named_parameters()), [k[5:] for k in g if k.startswith("grad/")]
+    assert len(names) == 5
+    for name in names:
+        close(parameters[name].grad, g[f"grad/{name}"])
+
+
+@pytest.mark.parametrize("tag, steps, spacing", [("train", 1000, "strided"), ("ddim50", 50, "strided"), ("ddim25", 25, "strided"),
+                                                 ("s100", 100, "official"), ("s25", 25, "official"), ("s10", 10, "official")])
+def test_diffusion_schedule_equals_the_authors(tag, steps, spacing):
+    g = {k.split("/")[1]: v for k, v in golden("mar/schedules").items() if k.startswith(tag + "/")}
+    t = torch.arange(1000) if tag == "train" else diffusion_head.timesteps(steps, spacing)
+    assert torch.equal(t, g["timestep_map"])
+    assert max(diffusion_head.timesteps(n)[-1] for n in (51, 100, 500, 981)) == 980 and len(diffusion_head.timesteps(981).unique()) == 981
+    a, s, a_before, s_before, k0, kx, log_beta, log_tilde = diffusion_head.schedule(t).double().unbind(1)
+    for ours, reference in ((a, g["sqrt_alphas_cumprod"]), (s, g["sqrt_one_minus_alphas_cumprod"]), (1 / a, g["sqrt_recip_alphas_cumprod"]),
+                            (s / a, g["sqrt_recipm1_alphas_cumprod"]), (a_before, g["alphas_cumprod_prev"].sqrt()),
+                            (s_before, (1 - g["alphas_cumprod_prev"]).sqrt()), (k0, g["posterior_mean_coef1"]),
+                            (kx, g["posterior_mean_coef2"]), (log_beta.exp(), g["betas"]), (log_tilde, g["posterior_log_variance_clipped"])):
+        assert torch.allclose(ours, reference, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("tag, steps, spacing", [("ddim25", 25, "strided"), ("s10", 10, "official")])
+@pytest.mark.parametrize("name", ["traj", "traj_t09", "traj_cfg", "traj_ddim"])
+def test_diffusion_sampling_follows_the_authors_trajectories(tag, steps, spacing, name):
+    head, g, states = official_diffusion_head(), golden("mar/p_sample_loop"), []
+    guided = name == "traj_cfg"
+    noise = torch.cat([g["init_noise"][None], g[f"{tag}/step_noise{'_cfg' if guided else ''}"][:, :5]])
+    h, h_uncond, cfg = (g["z_cfg"][:5], g["z_cfg"][5:], g["cfg_scale"].item()) if guided else (g["z"], None, 1.0)
+    temperature = {"traj_t09": 0.9, "traj_cfg": g["temperature_cfg"].item()}.get(name, 1.0)
+    x, log_p = head.sample(h, h_uncond, cfg, temperature, steps, "ddim" if name == "traj_ddim" else "ancestral", spacing,
+                           noise=noise, on_step=lambda i, x: states.append(x))
+    assert log_p is None and torch.equal(x, states[-1])
+    close(torch.stack(states), g[f"{tag}/{name}"][:, :5])   # the authors' other half is carried along and thrown away
+
+
+@pytest.mark.parametrize("width, depth, count", [(256, 3, 1.53), (512, 3, 5.41), (1024, 3, 20.26), (1536, 3, 44.55)])
+def test_diffusion_head_has_the_published_parameter_count(width, depth, count):
+    with torch.device("meta"):
+        head = diffusion_head.DiffusionHead(1024, 16, width, depth)
+    assert round(sum(p.numel() for p in head.parameters()) / 1e6, 2) == count
+    assert all(k.startswith("net.") for k in head.state_dict()), "the schedule is no part of a checkpoint"
+
+
+def test_a_new_diffusion_head_predicts_zero_and_its_mse_is_one():
+    head, h, x = diffusion_head.DiffusionHead(8, 16, 32), torch.randn(500, 8), torch.randn(500, 16)
+    t, noise = torch.randint(1000, (500,)), torch.randn(500, 16)
+    mse, vb = head.terms(x, h, t, noise)
+    assert not head.net(x, t, h).any() and torch.allclose(mse, noise.pow(2).mean(-1))
+    _, vb = head.terms(x, h, torch.full((500,), 999), noise)
+    assert 600 < vb.mean() < 850, "papers/mar.md section 0: about 718 bits at t = 999"
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "flow"])
+def test_batch_mul_averages_independent_draws_of_any_leading_shape(objective):
+    head = diffusion_head.DiffusionHead(8, 4, 32, 2, objective, batch_mul=3)
+    for p in head.parameters():
+        nn.init.normal_(p, std=0.1)
+    h, x = torch.randn(2, 5, 8), torch.randn(2, 5, 4)
+    torch.manual_seed(1)
+    loss = head.loss(h, x)
+    torch.manual_seed(1)
+    noise = torch.randn(3, 2, 5, 4)
+    t = torch.randint(1000, (3, 2, 5)) if objective == "diffusion" else torch.randn(3, 2, 5).sigmoid()
+    tile = lambda a: a.repeat(3, 1, 1).view(30, -1)         # as the authors do: token j, then j again after all others
+    rows = sum(head.terms(tile(x), tile(h), t.view(30), noise.view(30, 4)))
+    assert loss.shape == (2, 5) and torch.allclose(loss, rows.view(3, 2, 5).mean(0), atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(1)
+        assert torch.equal(head.loss(h, x), loss), "the head computes in float32, whatever the transformer does"
+
+
+def exact_head(objective, mu, sigma):
+    """A head whose network is the best possible one for tokens ~ Normal(mu, sigma^2): known in closed form."""
+    head = diffusion_head.DiffusionHead(8, 2, 16, 1, objective)
+    head.net.time_embed = nn.Identity()                     # hand t itself to predict
+    def predict(x, t, c, cfg):
+        if objective == "flow":
+            u = t / 1000                                    # x_u = (1 - u) x0 + u eps
+            gain = (u - (1 - u) * sigma ** 2) / ((1 - u) ** 2 * sigma ** 2 + u ** 2)
+            return -mu + gain * (x - (1 - u) * mu), x[..., :0]
+        a, s = head.table[t.long(), :2].unbind()
+        eps = s * (x - a * mu) / (a ** 2 * sigma ** 2 + s ** 2)
+        return eps, torch.full_like(eps, -1.0)
+    head.predict = predict
+    return head
+
+
+@pytest.mark.parametrize("objective, sampler, steps, off", [("diffusion", "ancestral", 250, 0.02), ("diffusion", "ddim", 250, 0.02),
+                                                            ("flow", "euler", 100, 0.05), ("flow", "heun", 100, 0.005)])
+def test_samplers_turn_an_exact_network_into_the_exact_distribution(objective, sampler, steps, off):
+    mu, sigma = torch.tensor([0.5, -1.0]), 0.3
+    x, _ = exact_head(objective, mu, sigma).sample(torch.zeros(20_000, 8), diffusion_steps=steps, sampler=sampler)
+    error = 4 * sigma / 20_000 ** 0.5
+    assert (x.mean(0) - mu).abs().max() < error + 0.005 and (x.std(0) / sigma - 1).abs().max() < off + 0.02
+    if sampler in ("ddim", "euler", "heun"):                # deterministic: the same start ends in the same place
+        start = torch.randn(1, 7, 2)
+        ends = [exact_head(objective, mu, sigma).sample(torch.zeros(7, 8), sampler=sampler, noise=start)[0] for _ in range(2)]
+        assert torch.equal(*ends)
+
+
+def test_heun_is_of_second_order_and_euler_of_first():
+    head, start = exact_head("flow", torch.tensor([0.5, -1.0]), 0.3), torch.randn(1, 50, 2)
+    end = lambda sampler, n: head.sample(torch.zeros(50, 8), sampler=sampler, diffusion_steps=n, noise=start)[0]
+    exact = torch.tensor([0.5, -1.0]) + 0.3 * start[0]      # the path of a Gaussian keeps its quantile
+    order = lambda sampler: ((end(sampler, 20) - exact).norm() / (end(sampler, 40) - exact).norm()).log2()
+    assert abs(order("euler") - 1) < 0.3 and abs(order("heun") - 2) < 0.4
+
+
+def test_a_barely_trained_diffusion_head_does_not_explode_unless_asked_to():
+    table, head = diffusion_head.fit_diffusion("diffusion", 60, "cpu", width=32)
+    label = torch.arange(400) % 4
+    spread = diffusion_head.toy_tokens(label).std()
+    std = lambda spacing, steps: head.sample(table(label), spacing=spacing, diffusion_steps=steps)[0].std() / spread
+    assert max(std("official", n) for n in (10, 25, 100)) > 20
+    for n in (2, 10, 25, 64, 100, 250):
+        assert 0.4 < std("strided", n) < 4, f"{n} steps: std {std('strided', n):.2f} of the data's"
+
+
+def test_diffusion_guidance_mixes_predictions_and_is_off_at_one():
+    head = official_diffusion_head()
+    h, u, noise = torch.randn(3, 4, 32), torch.randn(3, 4, 32), torch.randn(11, 3, 4, 4)
+    draw = lambda *a, **k: head.sample(*a, diffusion_steps=10, noise=noise, **k)[0]
+    assert torch.equal(draw(h, u, 1.0), draw(h)) and torch.allclose(draw(h, u, 0.0, sampler="ddim"), draw(u, sampler="ddim"), atol=1e-4)
+    assert torch.allclose(draw(h, h, 3.0), draw(h), atol=1e-4) and not torch.allclose(draw(h, u, 3.0), draw(h), atol=1e-2)
+
+
+def test_diffusion_head_refuses_in_a_sentence():
+    head, h = diffusion_head.DiffusionHead(8, 2, 16, 1), torch.randn(3, 8)
+    for options, sentence in ((dict(sampler="heun"), "does not fit objective"), (dict(spacing="cosine"), "neither"),
+                              (dict(diffusion_steps=982), "1 to 981")):
+        with pytest.raises(ValueError, match=sentence):
+            head.sample(h, **options)
+    with pytest.raises(ValueError, match="is not diffusion | flow"):
+        diffusion_head.DiffusionHead(8, 2, objective="score")
+
+
+def test_diffusion_loss_and_network_compile_without_a_break():
+    head, h, x = official_diffusion_head(), torch.randn(6, 32), torch.randn(6, 4)
+    t, noise = torch.randint(1000, (6,)), torch.randn(6, 4)
+    compiled = torch.compile(lambda *a: torch.stack(head.terms(*a)), fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x, h, t, noise), torch.stack(head.terms(x, h, t, noise)), atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------

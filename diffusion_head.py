@@ -1,0 +1,415 @@
+"""
+A diffusion head: the output layer of MAR, on its own. About thirty lines of diffusion instead of the 877 everyone copies.
+
+A mixture of Gaussians (gmm_head.py) must guess the shape of p(x | h) in advance. MAR (Li et al. 2024,
+https://arxiv.org/abs/2406.11838) assumes nothing: a small MLP learns to remove noise from ONE token x, told by the
+hidden state h what to look for, and sampling starts from pure noise and removes it in steps. The Diffusion Loss is
+
+    loss = E_{t, eps} || eps - net(x_t, t, h) ||^2,     x_t = a_t x + s_t eps,     a_t^2 + s_t^2 = 1,
+
+where t = 0 is the token and t = 999 noise. The transformer runs once per token; the steps repeat the MLP alone.
+objective="flow" trains the same MLP to predict the velocity eps - x of a straight line from token to noise instead.
+
+Shapes:  B batch, T tokens, C width of h, D numbers in a token, W width of the MLP, R copies per token (batch_mul), N steps
+
+    loss    h (B, T, C), x (B, T, D) --R draws of t, eps--> x_t (R, B, T, D) --net--> (R, B, T, 2D) --> (B, T)
+    sample  noise (B, T, D) --N times net--> x (B, T, D)            there is no density: log p comes back as None
+
+    python diffusion_head.py   # 2-D toy tokens against steps, writes diffusion_head.png; about 50 s on 2 CPU cores
+
+Try it yourself:
+  1. In sample(), scale the first x by temperature too. Compare a ring at temperature 0.7 with and without.
+  2. Leave out the vb term in loss(). What becomes of ancestral sampling with 8 steps, what of ddim?
+  3. Give DenoisingMLP random instead of zero final weights: how many training steps does it cost?
+"""
+import argparse
+import functools
+import math
+import time
+
+import torch
+import torch.nn as nn
+
+T_TRAIN = 1000                                              # noise levels in training; any number of them in sampling
+
+
+# ---------------------------------------------------------------------------------------------------
+# The noise schedule
+
+def timesteps(steps, spacing="strided"):
+    """The noise levels that sampling visits: -> (steps,) int64, ascending.
+
+    "strided" steps by 1000 / steps from 0 and never goes above t = 980. At t = 999, a_t = 5e-5 and x0 = (x - s eps) / a
+    multiplies every error of the network by 20,000: the first of 100 steps leaves it 316 times larger, and a small or
+    young model explodes. At 980 it is 32. "official" is MAR's default, 0 .. 999 in equal parts: to reproduce its numbers.
+    """
+    if spacing not in ("strided", "official"):
+        raise ValueError(f"spacing {spacing!r} is neither 'strided' nor 'official'")
+    most = T_TRAIN if spacing == "official" else 981
+    if not 1 <= steps <= most:
+        raise ValueError(f"{steps} denoising steps: with {spacing} spacing there are 1 to {most}")
+    i = torch.arange(steps, device="cpu")
+    if spacing == "strided":
+        return i * T_TRAIN // steps if steps <= 50 else i * 980 // (steps - 1)
+    return (i.double() * ((T_TRAIN - 1) / max(steps - 1, 1))).round().long()
+
+
+def schedule(t):
+    """All coefficients of steps that visit only the noise levels t (N,): -> (N, 8) float32, one row per step.
+
+    Columns: a, s of x_t = a x0 + s eps; the same one step earlier; k0, kx of the mean k0 x0 + kx x_t of
+    q(x_earlier | x_t, x0); log of the largest (beta) and the smallest (beta~) variance such a step can need. float64
+    inside: abar falls to 2e-9. Cosine schedule, Nichol & Dhariwal 2021 (https://arxiv.org/abs/2102.09672).
+    """
+    u = torch.arange(T_TRAIN + 1, dtype=torch.float64, device="cpu") / T_TRAIN
+    f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    abar = (1 - (1 - f[1:] / f[:-1]).clamp(max=0.999)).cumprod(0)[t]                        # a^2 after many small steps
+    before = torch.cat([torch.ones_like(abar[:1]), abar[:-1]])
+    beta = 1 - abar / before
+    variance = beta * (1 - before) / (1 - abar)                                             # 0 in the last step to the token,
+    variance[0] = variance[min(1, len(t) - 1)]                                              # and its log is needed
+    k0, kx = before.sqrt() * beta / (1 - abar), (1 - beta).sqrt() * (1 - before) / (1 - abar)
+    return torch.stack([abar.sqrt(), (1 - abar).sqrt(), before.sqrt(), (1 - before).sqrt(), k0, kx,
+                        beta.log(), variance.clamp(min=1e-20).log()], 1).float()
+
+
+@functools.lru_cache(maxsize=None)
+def sampling_table(steps, spacing, device):
+    """timesteps() and their schedule() on the device, made once: copying to a GPU in every sample() would stall it."""
+    t = timesteps(steps, spacing)
+    return t.to(device), schedule(t).to(device)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The MLP. Module names are the official ones, so that released MAR checkpoints load.
+
+class TimeEmbedding(nn.Module):
+    """t (...), a noise level 0 .. 999, need not be whole -> (..., W): 128 cosines and sines, then two layers."""
+
+    def __init__(self, width, n_freq=256):
+        super().__init__()
+        self.n_freq = n_freq
+        self.mlp = nn.Sequential(nn.Linear(n_freq, width), nn.SiLU(), nn.Linear(width, width))
+
+    def sinusoid(self, t):                                  # (...) -> (..., n_freq), wavelengths 2 pi to 20,000 pi
+        half = self.n_freq // 2
+        angle = t.float().unsqueeze(-1) * torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+        return torch.cat([angle.cos(), angle.sin()], -1)
+
+    def forward(self, t):
+        return self.mlp(self.sinusoid(t))
+
+
+class AdaLNBlock(nn.Module):
+    """x + gate * MLP(LN(x) * (1 + scale) + shift), where y = (time, h) decides shift, scale and gate."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.in_ln = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+
+    def forward(self, x, y):                                # (..., W), (..., W) -> (..., W)
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, -1)
+        return x + gate * self.mlp(self.in_ln(x) * (1 + scale) + shift)
+
+
+class AdaLNOutput(nn.Module):
+    """The last layer: a LayerNorm steered by y and a Linear to the outputs."""
+
+    def __init__(self, width, n_out):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, n_out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x, y):                                # (..., W), (..., W) -> (..., n_out)
+        shift, scale = self.adaLN_modulation(y).chunk(2, -1)
+        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+
+
+class DenoisingMLP(nn.Module):
+    """net(x, t, c): noisy token (..., D), noise level (...), condition (..., C) -> (..., n_out). Leading shapes broadcast,
+    so one t () serves all rows while sampling, and R noisy copies of a token share one c."""
+
+    def __init__(self, n_embd, token_dim, n_out, width, depth):
+        super().__init__()
+        self.time_embed = TimeEmbedding(width)
+        self.cond_embed = nn.Linear(n_embd, width)
+        self.input_proj = nn.Linear(token_dim, width)
+        self.res_blocks = nn.ModuleList([AdaLNBlock(width) for _ in range(depth)])
+        self.final_layer = AdaLNOutput(width, n_out)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for i in (0, 2):
+            nn.init.normal_(self.time_embed.mlp[i].weight, std=0.02)
+        # Every gate and the output start at 0: the first prediction is 0, and each block joins in when it is useful.
+        for layer in [m.adaLN_modulation[1] for m in (*self.res_blocks, self.final_layer)] + [self.final_layer.linear]:
+            nn.init.zeros_(layer.weight)
+
+    def denoise(self, x, y):                                # y = time_embed(t) + cond_embed(c)
+        x = self.input_proj(x)
+        for block in self.res_blocks:
+            x = block(x, y)
+        return self.final_layer(x, y)
+
+    def forward(self, x, t, c):
+        return self.denoise(x, self.time_embed(t) + self.cond_embed(c))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training and sampling
+
+def kl_bits(mean, log_var, mean2, log_var2):
+    """KL(N(mean, var) || N(mean2, var2)) in bits, averaged over the last dimension."""
+    kl = 0.5 * (log_var2 - log_var - 1 + (log_var - log_var2).exp() + (mean - mean2) ** 2 * (-log_var2).exp())
+    return kl.mean(-1) / math.log(2)
+
+
+def pixel_bits(x, mean, log_var):
+    """-log2 of the probability of the 8-bit bin around x, averaged over the last dimension: pixels in [-1, 1] have
+    such bins, latents do not. A leftover of image diffusion, kept only because the official loss has it at t = 0."""
+    cdf = lambda z: 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)))
+    low, high = (cdf((x - mean + edge) * (-0.5 * log_var).exp()) for edge in (-1 / 255, 1 / 255))
+    p = torch.where(x < -0.999, high, torch.where(x > 0.999, 1 - low, high - low))          # the end bins are open
+    return -p.clamp(min=1e-12).log2().mean(-1)
+
+
+class DiffusionHead(nn.Module):
+    """p(x | h) as a denoising process. h (..., C), x (..., D) of about unit variance, any leading shape.
+
+    batch_mul: noise levels per token and training step; the transformer's h is dear, the MLP is cheap.
+    flow_time: how objective="flow" draws t in (0, 1): "logit-normal" (more in the middle, SD3) or "uniform".
+    """
+
+    def __init__(self, n_embd, token_dim, width=256, depth=3, objective="diffusion", batch_mul=4, flow_time="logit-normal"):
+        super().__init__()
+        if objective not in ("diffusion", "flow") or flow_time not in ("logit-normal", "uniform"):
+            raise ValueError(f"objective {objective!r} is not diffusion | flow, or flow_time {flow_time!r} is not "
+                             "logit-normal | uniform")
+        self.token_dim, self.objective, self.batch_mul, self.flow_time = token_dim, objective, batch_mul, flow_time
+        self.net = DenoisingMLP(n_embd, token_dim, token_dim * (2 if objective == "diffusion" else 1), width, depth)
+        self.register_buffer("table", schedule(torch.arange(T_TRAIN, device="cpu")), persistent=False)
+
+    @staticmethod
+    def reverse(x, eps, v, row):
+        """One step towards the token, from the network's eps, v (..., D): -> its mean, log variance, and x0 (..., D).
+
+        The variance lies between the two extremes of the schedule (in logs), and v in about -1 .. 1 says where.
+        """
+        a, s, _, _, k0, kx, log_beta, log_tilde = row
+        x0 = (x - s * eps) / a
+        return k0 * x0 + kx * x, log_tilde + (v + 1) / 2 * (log_beta - log_tilde), x0
+
+    def terms(self, x, h, t, noise):
+        """The loss terms for given randomness: x (..., D), h (..., C), t (...), noise (..., D), broadcast -> tuple of (...).
+
+        diffusion, t in 0 .. 999: (mse, vb). mse trains eps; vb, in bits, is the part of the likelihood bound that trains
+        the variance v: there eps is detached. In a new model vb is about 700 at t = 999. flow, t in 0 .. 1: (mse,).
+        """
+        x, h = x.float(), h.float()
+        with torch.autocast(x.device.type, enabled=False):
+            if self.objective == "flow":
+                u = t.unsqueeze(-1)
+                velocity = self.net((1 - u) * x + u * noise, T_TRAIN * t, h)
+                return ((velocity - (noise - x)) ** 2).mean(-1),
+            row = self.table[t].unsqueeze(-2).unbind(-1)                                    # eight of (..., 1)
+            x_t = row[0] * x + row[1] * noise
+            eps, v = self.net(x_t, t, h).chunk(2, -1)
+            mean, log_var, _ = self.reverse(x_t, eps.detach(), v, row)
+            vb = torch.where(t == 0, pixel_bits(x, mean, log_var),
+                             kl_bits(row[4] * x + row[5] * x_t, row[7], mean, log_var))
+            return ((noise - eps) ** 2).mean(-1), vb
+
+    def loss(self, h, x):
+        """The Diffusion Loss, averaged over batch_mul draws, not reduced: h (..., C), x (..., D) -> (...)."""
+        noise = torch.randn(self.batch_mul, *x.shape, device=x.device)                      # (R, ..., D)
+        if self.objective == "diffusion":
+            t = torch.randint(T_TRAIN, noise.shape[:-1], device=x.device)
+        elif self.flow_time == "uniform":
+            t = torch.rand(noise.shape[:-1], device=x.device)
+        else:
+            t = torch.randn(noise.shape[:-1], device=x.device).sigmoid()
+        return sum(self.terms(x, h, t, noise)).mean(0)
+
+    def predict(self, x, time, c, cfg):
+        """The network at x, guided: -> eps or velocity (..., D), v (..., D; flow: empty). Guidance mixes the first only."""
+        out, D = self.net.denoise(x, time + c), self.token_dim
+        if cfg is None:
+            return out[..., :D], out[..., D:]
+        cond, uncond = out                                  # c is (2, ..., W): both see the same x
+        return torch.lerp(uncond[..., :D], cond[..., :D], cfg), cond[..., D:]
+
+    @torch.no_grad()
+    def sample(self, h, h_uncond=None, cfg=1.0, temperature=1.0, diffusion_steps=None, sampler=None, spacing="strided",
+               noise=None, on_step=None):
+        """Draw one token per position: h (..., C) -> x (..., D), None (no density to report).
+
+        sampler: "ancestral" (as in MAR) or "ddim" (no noise on the way) for diffusion, "heun" (twice the cost per
+        step) or "euler" for flow; the first is the default. temperature scales the noise of each ancestral step, not the
+        first x; the other samplers have no other noise, so there it scales the first x. With h_uncond, the guided
+        prediction is u + cfg (c - u). noise (1 + steps, ..., D) replaces the random numbers; on_step(i, x) sees each step.
+        """
+        known = ("ancestral", "ddim") if self.objective == "diffusion" else ("heun", "euler")
+        sampler, N = sampler or known[0], diffusion_steps or (100 if self.objective == "diffusion" else 25)
+        if sampler not in known:
+            raise ValueError(f"sampler {sampler!r} does not fit objective={self.objective!r}, which has {known}")
+        draw = lambda i: torch.randn(*h.shape[:-1], self.token_dim, device=h.device) if noise is None else noise[i]
+        with torch.autocast(h.device.type, enabled=False):
+            cfg = None if h_uncond is None or cfg == 1.0 else cfg
+            c = self.net.cond_embed((h if cfg is None else torch.stack([h, h_uncond])).float())   # once, not per step
+            x = draw(0) * (1.0 if sampler == "ancestral" else temperature)
+            if self.objective == "flow":
+                times = self.net.time_embed(torch.linspace(T_TRAIN, 0, N + 1, device=h.device))   # (N + 1, W), for all rows
+                for i in range(N):
+                    velocity, _ = self.predict(x, times[i], c, cfg)
+                    if sampler == "heun":                   # the mean of the slopes at both ends of the step
+                        velocity = (velocity + self.predict(x - velocity / N, times[i + 1], c, cfg)[0]) / 2
+                    x = x - velocity / N
+                    if on_step:
+                        on_step(i, x)
+                return x, None
+            t, table = sampling_table(N, spacing, h.device)
+            times, rows = self.net.time_embed(t), table.unbind()
+            for i in range(N):
+                j = N - 1 - i                               # from noise to token
+                eps, v = self.predict(x, times[j], c, cfg)
+                row = rows[j].unbind()
+                mean, log_var, x0 = self.reverse(x, eps, v, row)
+                if sampler == "ddim":
+                    x = row[2] * x0 + row[3] * eps          # the same x0 and eps, less noise
+                else:
+                    x = mean if j == 0 else mean + temperature * (0.5 * log_var).exp() * draw(1 + i)
+                if on_step:
+                    on_step(i, x)
+            return x, None
+
+
+# ---------------------------------------------------------------------------------------------------
+# Demo: the tokens of gmm_head.py, whose picture this one is to be laid beside.
+
+def toy_tokens(label):
+    """label (N,) in {0, 1, 2, 3} -> x (N, 2): a ring, a spiral, a checkerboard, eight Gaussians on a circle."""
+    u, v = torch.rand(2, len(label), device=label.device)
+    circle = lambda angle: torch.stack([angle.cos(), angle.sin()], -1)
+    ring = 1.5 * circle(2 * math.pi * u)
+    spiral = circle(4 * math.pi * u) * (0.2 + 1.6 * u)[:, None]
+    column, row = (4 * u).floor(), (2 * v).floor()
+    board = torch.stack([4 * u - 2, 2 * row + column % 2 + torch.rand_like(v) - 2], -1)
+    eight = 1.5 * circle((8 * u).floor() * math.pi / 4) + 0.1 * torch.randn_like(ring)
+    thick = 0.05 * torch.randn_like(ring)
+    return torch.stack([ring + thick, spiral + thick, board, eight], 1)[torch.arange(len(label), device=label.device), label]
+
+
+def fit_diffusion(objective, steps, device, width=64, classes=4, batch_size=128, lr=4e-3):
+    """Train a lookup table and a head on toy_tokens -> table, head."""
+    table = nn.Embedding(classes, 64).to(device)
+    head = DiffusionHead(64, 2, width, objective=objective).to(device)
+    opt = torch.optim.Adam([*table.parameters(), *head.parameters()], lr=lr, betas=(0.9, 0.99), fused=True)
+    label = torch.arange(batch_size, device=device) % classes
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = lr * min(1, (step + 1) / 50) * (1 - step / steps)
+        loss = head.loss(table(label), toy_tokens(label)).mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    return table, head
+
+
+def sliced_distance(x, y, n_slice=64):
+    """How far two clouds (classes, n, 2) are apart: the mean distance that points move when both are projected on a
+    random line and sorted (sliced Wasserstein-1), averaged over classes. Not 0 for two draws of the same data."""
+    lines = nn.functional.normalize(torch.randn(2, n_slice, device=x.device), dim=0)
+    return ((x @ lines).sort(1).values - (y @ lines).sort(1).values).abs().mean()
+
+
+def quality(heads, data, label):
+    """Distance to the data against evaluations of the network per token, for each sampler -> {name: (cost, distance)}."""
+    curves = {}
+    for sampler in ("ancestral", "ddim", "euler", "heun"):
+        table, head = heads["diffusion" if sampler in ("ancestral", "ddim") else "flow"]
+        cost = torch.tensor([2, 4, 8, 16, 32, 100])         # heun looks at the network twice in each step
+        drawn = [head.sample(table(label), sampler=sampler, diffusion_steps=n // (2 if sampler == "heun" else 1))[0]
+                 for n in cost.tolist()]
+        curves[sampler] = cost, torch.stack([sliced_distance(x.view_as(data), data) for x in drawn]).cpu()
+        print(f"{sampler:9s} distance at cost " + "  ".join(f"{n}: {d:.3f}" for n, d in zip(*curves[sampler])))
+    return curves
+
+
+def main():
+    parser = argparse.ArgumentParser(description="A diffusion head on four kinds of 2-D tokens.")
+    parser.add_argument("--steps", type=int, default=4000, help="training steps of each objective")
+    parser.add_argument("--width", type=int, default=64, help="width of the MLP")
+    args = parser.parse_args()
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    device, start = "cuda" if torch.cuda.is_available() else "cpu", time.perf_counter()
+    torch.manual_seed(0)
+    names, heads = ("ring", "spiral", "checkerboard", "eight Gaussians"), {}
+    label = torch.arange(4, device=device).repeat_interleave(600)
+    data = toy_tokens(label).view(4, -1, 2)
+    floor = torch.stack([sliced_distance(toy_tokens(label).view_as(data), data) for _ in range(8)]).mean().cpu()
+    for objective in ("diffusion", "flow"):
+        heads[objective] = fit_diffusion(objective, args.steps, device, args.width)
+        print(f"{objective}: trained for {args.steps} steps   ({time.perf_counter() - start:.0f} s so far)")
+    print(f"distance between two draws of the data: {floor:.3f}")
+    curves = quality(heads, data, label)
+
+    table, head = heads["diffusion"]
+    strip = {}
+    head.sample(table(label), diffusion_steps=100, on_step=lambda i, x: strip.update({i: x}))
+    columns = [("the data", data)] + [(f"after step {i}", strip[i - 1]) for i in (1, 40, 70, 85, 95, 100)]
+    columns.append(("flow, heun 25", heads["flow"][1].sample(heads["flow"][0](label))[0]))
+    columns.append(("guidance 3", head.sample(table(label), table(label.roll(600)), cfg=3.0)[0]))
+    angle = torch.arange(8, device=device) * math.pi / 4
+    for name, (_, x) in zip(("diffusion", "flow"), columns[-3:-1]):
+        far, mode = torch.cdist(x.view(4, -1, 2)[3], 1.5 * torch.stack([angle.cos(), angle.sin()], 1)).min(1)
+        weights = torch.bincount(mode[far < 0.3], minlength=8) / len(mode)
+        print(f"{name}: within 3 sigma of one of the eight modes {(far < 0.3).float().mean():.3f} (the data 0.989), "
+              f"weight of a mode {weights.min():.3f} to {weights.max():.3f} (0.124)")
+    young_table, young = fit_diffusion("diffusion", 100, device, args.width)
+    counts, h = [10, 25, 50, 100, 250], young_table(label[::4])
+    std = {spacing: torch.stack([young.sample(h, diffusion_steps=n, spacing=spacing)[0].std() for n in counts]).cpu()
+           for spacing in ("official", "strided")}
+    for spacing, values in std.items():
+        print(f"a head trained for 100 steps, {spacing}: std of samples "
+              + "  ".join(f"{n}: {v:.2f}" for n, v in zip(counts, values)) + f"   (the data {data.std():.2f})")
+
+    fig = plt.figure(figsize=(1.55 * len(columns), 10.4), layout="constrained")
+    top, bottom = fig.subfigures(2, 1, height_ratios=[4 * 1.6, 3.6])
+    axes = top.subplots(4, len(columns))
+    for row in range(4):
+        for ax, (title, x) in zip(axes[row], columns):
+            x = x.reshape(4, -1, 2)[row].cpu()
+            ax.plot(x[:, 0], x[:, 1], ".", ms=1.5, alpha=0.4)
+            ax.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), xticks=[], yticks=[], aspect="equal")
+            if row == 0:
+                ax.set_title(title, fontsize=11)
+        axes[row][0].set_ylabel(names[row])
+    top.suptitle("diffusion_head.py: noise becomes tokens of four classes (guidance: away from the class above)")
+    left, right = bottom.subplots(1, 2)
+    for name, (cost, distance) in curves.items():
+        left.plot(cost, distance, "o-", label=name)
+    left.axhline(floor, color="k", ls=":", label="two draws of the data")
+    left.set(xscale="log", yscale="log", xlabel="evaluations of the network per token", ylabel="sliced Wasserstein distance",
+             title="quality against cost")
+    left.set_xticks(cost.tolist(), [str(n) for n in cost.tolist()])
+    left.legend(fontsize=9)
+    for spacing, values in std.items():
+        right.plot(counts, values, "o-", label=f"{spacing} spacing")
+    right.axhline(data.std().cpu(), color="k", ls=":", label="the data")
+    right.set(xscale="log", yscale="log", xlabel="denoising steps", ylabel="std of the samples",
+              title="why not to start at t = 999: a head trained for 100 steps")
+    right.set_xticks(counts, [str(n) for n in counts])
+    right.text(0.97, 0.6, f"x0 = (x - s eps) / a\n1 / a = {1 / head.table[999, 0]:,.0f} at t = 999\n"
+               f"1 / a = {1 / head.table[980, 0]:,.0f} at t = 980", transform=right.transAxes, ha="right", va="center")
+    right.legend(fontsize=9, loc="center left")
+    fig.savefig("diffusion_head.png", dpi=80)
+    print(f"wrote diffusion_head.png   ({time.perf_counter() - start:.0f} s)")
+
+
+if __name__ == "__main__":
+    main()
