@@ -88,9 +88,10 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
         self.wo = nn.Linear(n_embd, n_embd, bias=False)
 
-    def forward(self, x, rope, cache=None, start=0):
+    def forward(self, x, rope, cache=None, start=0, mask=None):
         """x (B, S, C) -> (B, S, C). With cache (2, B, n_head, P + T, head_dim), x are the rows start .. start + S - 1:
-        their keys and values are written into it, and earlier ones are read from it. S > 1 only at start 0."""
+        their keys and values are written into it, and earlier ones are read from it. S > 1 only at start 0.
+        mask (S, S) bool, True where a row may look; without it, at earlier rows and itself."""
         B, S, C = x.shape
         q, k, v = self.wqkv(x).view(B, S, 3, self.n_head, C // self.n_head).unbind(2)       # (B, S, n_head, head_dim)
         q, k, v = (y.transpose(1, 2) for y in (rotate(q, rope), rotate(k, rope), v))        # (B, n_head, S, head_dim)
@@ -98,7 +99,7 @@ class Attention(nn.Module):
             cache[0, :, :, start:start + S] = k
             cache[1, :, :, start:start + S] = v
             k, v = cache[:, :, :, :start + S].type_as(q)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=S > 1)                        # softmax(q k^T / sqrt(d)) v
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and S > 1)   # softmax(qk/sqrt(d)) v
         return self.dropout(self.wo(y.transpose(1, 2).reshape(B, S, C)))
 
 
@@ -123,8 +124,8 @@ class Block(nn.Module):
         self.norm1, self.attn = RMSNorm(n_embd), Attention(n_embd, n_head, dropout)
         self.norm2, self.mlp = RMSNorm(n_embd), SwiGLU(n_embd, dropout)
 
-    def forward(self, x, rope, cache=None, start=0):        # (B, S, C) -> (B, S, C)
-        x = x + self.attn(self.norm1(x), rope, cache, start)
+    def forward(self, x, rope, cache=None, start=0, mask=None):                             # (B, S, C) -> (B, S, C)
+        x = x + self.attn(self.norm1(x), rope, cache, start, mask)
         return x + self.mlp(self.norm2(x))
 
 
@@ -171,7 +172,8 @@ class CategoricalHead(nn.Module):
 class ARTransformer(nn.Module):
     """p(tokens | cond) for tokens in raster order. Give vocab_size for ids or token_dim for real vectors.
 
-    cond is a class, or with prefix = (P, E) a sequence of P vectors: the tokens of another image, features of a text.
+    cond is a class, or with prefix = (P, E) a sequence of P vectors: the tokens of another image, features of a text. They
+    are given, so they see each other both ways; only what is generated is causal.
     """
 
     def __init__(self, head, seq_len, num_classes, token_dim=None, vocab_size=None, grid=None, n_layer=6, n_head=4,
@@ -197,6 +199,9 @@ class ARTransformer(nn.Module):
         self.norm = RMSNorm(n_embd)
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("rope", rope_table(grid, n_embd // n_head, self.n_prefix, rope_base), persistent=False)
+        row = torch.arange(self.n_prefix + seq_len)
+        mask = (row <= row[:, None]) | (row < self.n_prefix)                                # (P + T, P + T)
+        self.register_buffer("mask", mask if prefix else None, persistent=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -221,9 +226,10 @@ class ARTransformer(nn.Module):
     def hidden(self, tokens, cond, drop=None):
         """tokens (B, T[, D]), cond as in prefix() -> h (B, T, C), where h[:, t] has seen cond and tokens before t only."""
         x = torch.cat([self.prefix(cond, drop), self.embed(tokens[:, :-1])], 1)             # (B, P + T - 1, C)
-        x, rope = self.dropout(x), self.rope[:x.shape[1]]
+        S, x = x.shape[1], self.dropout(x)
+        mask = None if self.mask is None else self.mask[:S, :S]
         for block in self.blocks:
-            x = block(x, rope)
+            x = block(x, self.rope[:S], mask=mask)
         return self.norm(x[:, self.n_prefix - 1:])
 
     def logits(self, tokens, cond):
@@ -246,9 +252,10 @@ class ARTransformer(nn.Module):
 
     def advance(self, x, caches, start):
         """Rows x (B, S, C) that stand at start .. start + S - 1 (cached: S = 1, or start = 0) -> h of the last one (B, C)."""
-        rope = self.rope[start:start + x.shape[1]]
+        S = x.shape[1]
+        mask = None if self.mask is None or S == 1 else self.mask[:S, :S]
         for block, cache in zip(self.blocks, caches):
-            x = block(x, rope, cache, start)
+            x = block(x, self.rope[start:start + S], cache, start, mask)
         return self.norm(x[:, -1])
 
     def blank(self, n, device):

@@ -743,7 +743,8 @@ def main(argv=None):
 def contradicts(given, folder):
     """Does a given stage 1 flag differ from what the run in `folder` was trained with, or is that run unfinished?"""
     checkpoint = read_checkpoint(folder)
-    differs = [n for n in STAGE1 if getattr(given, n) is not None and getattr(given, n) != checkpoint["flags"].get(n)]
+    was = DEFAULTS["any"] | checkpoint["flags"]             # an older run may lack a newer flag
+    differs = [n for n in STAGE1 if getattr(given, n) is not None and getattr(given, n) != was.get(n)]
     return bool(differs) or not checkpoint["done"]
 
 
