@@ -237,14 +237,14 @@ class ARTransformer(nn.Module):
         return self.head.logits(self.hidden(tokens, cond))
 
     def forward(self, tokens, cond):
-        """tokens (B, T[, D]), cond as in prefix() -> mean loss in nats per token (), logs.
+        """tokens (B, T[, D]), cond as in prefix() -> mean loss of the head per token (), logs (none).
 
         While training, a tenth of the conditions is hidden, so that one network knows both p(x | c) and p(x), which
         guidance needs. (The authors' released GIVT code forgets this.)
         """
         drop = torch.rand(len(cond), device=cond.device) < self.label_drop if self.training and self.label_drop > 0 else None
         loss = self.head.loss(self.hidden(tokens, cond, drop), tokens).mean()
-        return loss, {"nll": loss.detach()}
+        return loss, {}
 
     def caches(self, x):
         """Room for the keys and values of len(x) whole sequences, for each block: x (B, P, C)."""

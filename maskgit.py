@@ -198,7 +198,7 @@ class MaskGIT(nn.Module):
         return torch.rand(B, self.seq_len, device=device).argsort(1).argsort(1) < n
 
     def forward(self, tokens, cond):
-        """tokens (B, T[, D]), cond (B,) int64 -> mean loss in nats per masked token of the whole batch (), logs.
+        """tokens (B, T[, D]), cond (B,) int64 -> mean loss of the head per masked token of the whole batch (), logs.
 
         While training, a tenth of the labels become "no class" for guidance. Not a likelihood of the image: the tokens
         hidden together are predicted each on its own.
@@ -209,7 +209,7 @@ class MaskGIT(nn.Module):
         mask = self.training_mask(len(tokens), tokens.device)
         loss = self.head.loss(self.hidden(tokens, cond, mask), tokens)                      # (B, T): static shapes
         loss = (loss * mask).sum() / mask.sum()
-        return loss, {"nll": loss.detach()}
+        return loss, {}
 
     @torch.no_grad()
     def sample(self, cond, steps=None, cfg=1.0, temperature=1.0, known=None, known_mask=None, on_step=None,

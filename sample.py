@@ -7,6 +7,7 @@ Draw from a trained run: a labelled grid, an .npz batch for evaluators, an anima
     python sample.py runs/shapes-vae-ar-gmm --gif                   # RUN/samples.gif, token by token
 
     python sample.py RUN --image x.png --mask right                 # the rest of an image: repaint where the mask is
+    python sample.py RUN --diffusion_steps 50:5                     # fewer denoising steps for later tokens (MAR)
     python sample.py RUN --top_p 0.9 --clip 2 --guidance closed     # GIVT's sampling tricks; --beam 4: a likely image
 
 Without --cfg and --temperature the defaults below are used; evaluate.py and train.py use the same ones.
@@ -26,8 +27,11 @@ from data import BadInput
 from maskgit import SCHEDULES
 
 DEFAULTS = {"ar-gmm": dict(cfg=1.5, temperature=0.9), "maskgit-gmm": dict(cfg=2.5, temperature=0.9),
+            "mar-gmm": dict(cfg=1.5, temperature=0.9), "mar-diffusion": dict(cfg=2.5, temperature=1.0),
+            "ar-diffusion": dict(cfg=2.5, temperature=1.0),
             "segment": dict(cfg=1.0, temperature=0.5), "depth": dict(cfg=1.0, temperature=0.5)}
-TRICKS = ("steps", "schedule", "choice_temperature", "guidance", "top_p", "clip", "beam", "fan")
+TRICKS = ("steps", "schedule", "choice_temperature", "guidance", "top_p", "clip", "beam", "fan", "cfg_schedule", "diffusion_steps",
+          "sampler", "spacing")
 
 
 @torch.no_grad()
@@ -168,7 +172,11 @@ def parse_args(argv=None):
     p.add_argument("--cfg", type=float, help="guidance scale; 1 is off")
     p.add_argument("--temperature", type=float, help="below 1: closer to the mode; gmm: scales every sigma")
     p.add_argument("--batch_size", type=int, default=250, help="samples drawn at once")
-    p.add_argument("--steps", type=int, help="maskgit: passes in which all tokens are drawn (default: 12)")
+    p.add_argument("--steps", type=int, help="maskgit, mar: passes in which all tokens are drawn (default: 12; mar: 64 or T)")
+    p.add_argument("--cfg_schedule", choices=["linear", "constant"], help="mar: guidance grows up to --cfg, or is the same throughout")
+    p.add_argument("--diffusion_steps", help="diffusion head: denoising steps per token; 50:5 anneals them from first to last token")
+    p.add_argument("--sampler", choices=["ancestral", "ddim", "heun", "euler"], help="diffusion head: how noise is removed (flow: heun, euler)")
+    p.add_argument("--spacing", choices=["strided", "official"], help="diffusion head: which noise levels; official begins at t = 999")
     p.add_argument("--schedule", choices=list(SCHEDULES), help="maskgit: how many tokens are revealed when (default: cosine)")
     p.add_argument("--choice_temperature", type=float, help="maskgit: noise in the choice of the tokens that stay")
     p.add_argument("--guidance", choices=["closed", "importance", "rejection", "official"], help="gmm: how p(x|c)^s p(x)^(1-s) is drawn from")
@@ -184,6 +192,18 @@ def parse_args(argv=None):
     p.add_argument("--npz", help="also write the samples as uint8 (N, H, W, 3) `arr_0`, with `labels`")
     p.add_argument("--gif", nargs="?", const="", help="also write an animation of the tokens appearing (default: RUN/samples.gif)")
     return p.parse_args(argv)
+
+
+def parse_steps(text, run):
+    """--diffusion_steps N, or A:B for A steps at the first token and B at the last (mar only) -> what head.sample takes."""
+    try:
+        first, *last = [int(v) for v in text.split(":")]
+        assert first >= 1 and len(last) <= 1 and all(v >= 1 for v in last)
+    except (ValueError, AssertionError):
+        raise BadInput(f"--diffusion_steps {text}: a number of steps such as 50, or 50:5") from None
+    if last and run.args.generator != "mar":
+        raise BadInput(f"--diffusion_steps {text}: only --generator mar anneals them; give one number")
+    return (lambda progress: round(first + (last[0] - first) * progress)) if last else first
 
 
 def check(args, run):
@@ -204,6 +224,8 @@ def check(args, run):
     if run.source is not None and (args.image or args.cls or args.gif is not None):
         raise BadInput("--image, --class, --gif: this run makes maps of images, it knows no classes")
     tricks = {name: getattr(args, name) for name in TRICKS if getattr(args, name) is not None}
+    if "diffusion_steps" in tricks:
+        tricks["diffusion_steps"] = parse_steps(args.diffusion_steps, run)
     beam = tricks.get("beam", 1) > 1
     if beam and (args.image or args.gif is not None or args.cfg not in (None, 1)):
         raise BadInput("--beam looks for one likely image of a class: leave out --image, --gif and --cfg")
@@ -211,7 +233,7 @@ def check(args, run):
         raise BadInput(f"--fan {tricks.get('fan', 8)}: must be at least --beam {args.beam}")
     inner = getattr(run.generator, "generator", run.generator)                              # behind a flow adapter
     known = set(inspect.signature(inner.head.sample).parameters) | set(inspect.signature(inner.sample).parameters)
-    known |= {"beam", "fan"} if hasattr(inner, "beam_search") else set()
+    known |= {"beam", "fan"} if hasattr(inner, "beam_search") and run.args.head != "diffusion" else set()
     for name in tricks:
         if name not in known:
             raise BadInput(f"--{name}: not for --generator {run.args.generator} --head {run.args.head} --mix {run.args.mix}")
@@ -259,6 +281,8 @@ def main(argv=None):
             print(f"wrote {path}")
     except OSError as e:
         raise BadInput(f"could not write ({e})") from None
+    except ValueError as e:                                 # the models say in a sentence what does not fit them
+        raise BadInput(f"{args.run}: {e}") from None
 
 
 if __name__ == "__main__":

@@ -1668,7 +1668,11 @@ def test_a_run_leaves_its_files_and_samples(tiny_run, tmp_path):
 @pytest.mark.parametrize("words, name", [
     (["--generator", "maskgit"], "shapes-vae-maskgit-gmm"), (["--adapter", "flow"], "shapes-vae-flow-ar-gmm"),
     (["--joint"], "shapes-vae-joint-ar-gmm"), (["--mix", "channel", "--name", "c"], "c"), (["--mix", "full", "--name", "f"], "f"),
-    (["--generator", "maskgit", "--adapter", "flow"], "shapes-vae-flow-maskgit-gmm")])
+    (["--generator", "maskgit", "--adapter", "flow"], "shapes-vae-flow-maskgit-gmm"),
+    (["--generator", "mar", "--head", "diffusion", "--head_width", "32", "--head_depth", "1"], "shapes-vae-mar-diffusion"),
+    (["--generator", "mar", "--head", "diffusion", "--objective", "flow", "--head_width", "32", "--name", "mf"], "mf"),
+    (["--generator", "mar", "--order", "raster", "--attention", "causal", "--name", "mc"], "mc"),
+    (["--head", "diffusion", "--head_width", "32", "--head_depth", "1"], "shapes-vae-ar-diffusion")])
 def test_every_combination_trains_loads_and_samples(words, name, tiny_run, capsys):
     train.main([*TINY, "--runs", str(tiny_run), *words])
     assert (tiny_run / name / "samples.png").stat().st_size > 0 and (tiny_run / name / "curve.png").exists()
@@ -1789,6 +1793,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     (["--lr", "-1"], "--lr -1.0: must be above 0"),
     (["--label_drop", "1.5"], "must be below 1"),
     (["--task", "segment", "--generator", "maskgit"], "only --generator ar"),
+    (["--head", "diffusion", "--generator", "maskgit"], "--head diffusion gives no density"),
+    (["--generator", "mar", "--mask_min", "1"], "--mask_min 1.0: a share"),
+    (["--generator", "mar", "--attention", "causal", "--n_buffer", "4"], "no encoder and no buffer"),
     (["--joint", "--generator", "maskgit"], "needs --generator ar"),
     (["--mix", "full", "--n_mix", "4"], "--mix full is one Gaussian"),
     (["--size", "gpt-b", "--generator", "maskgit"], "--generator maskgit has tiny, small"),

@@ -4,6 +4,7 @@ Train any tokenizer, and any generator with any head on top of it.
     python train.py --tokenizer vae --head gmm                 # GIVT on the drawn shapes, CPU or CUDA
     python train.py --tokenizer vae --head gmm --data PATH     # ... on your images: class folders, .tar[.gz], .zip, .npz
     python train.py --tokenizer vae --generator maskgit        # ... tokens in parallel: GIVT-MaskGIT
+    python train.py --tokenizer vae --generator mar --head diffusion       # MAR: random order, a diffusion loss per token
     python train.py --tokenizer vae --task segment             # ... image in, label map out (GIVT section 4.3)
     torchrun --standalone --nproc_per_node=2 train.py ...      # ... on several GPUs (or CPU processes), same global batch
 
@@ -33,8 +34,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ar_transformer
 import data
+import diffusion_head
 import flow_adapter
 import gmm_head
+import mar
 import maskgit
 import sample
 import vae
@@ -42,22 +45,27 @@ from data import BadInput
 
 STAGE1 = ("data", "image_size", "flip", "n_shapes", "seed", "task", "tokenizer", "tok_size", "tok_steps", "tok_batch_size",
           "tok_lr", "token_dim", "channels", "likelihood", "beta", "corrupt")
-STAGE2 = STAGE1 + ("adapter", "generator", "head", "mix", "n_mix", "joint", "size", "steps", "batch_size", "lr", "optimizer",
+STAGE2 = STAGE1 + ("adapter", "generator", "head", "mix", "n_mix", "objective", "head_width", "head_depth", "batch_mul",
+                   "order", "attention", "n_buffer", "mask_min", "joint", "size", "steps", "batch_size", "lr", "optimizer",
                    "label_drop", "dropout")
 BOTH = ("weight_decay", "warmup", "grad_clip", "ema")
 
-GENERATORS = {"ar": (ar_transformer.ARTransformer, ar_transformer.SIZES), "maskgit": (maskgit.MaskGIT, maskgit.SIZES)}
+GENERATORS = {"ar": (ar_transformer.ARTransformer, ar_transformer.SIZES), "maskgit": (maskgit.MaskGIT, maskgit.SIZES),
+              "mar": (mar.MAR, mar.SIZES)}
 
 DEFAULTS = {                                                # what a flag is when nobody says it
     "any": dict(data="shapes", image_size=32, flip=False, n_shapes=20_000, seed=0, task="class", channels=3, likelihood="mse",
-                corrupt=0.0, adapter="none", mix="vector", n_mix=8, joint=False, label_drop=0.1, weight_decay=0.02, warmup=50,
-                grad_clip=1.0, optimizer="muon"),
+                corrupt=0.0, adapter="none", mix="vector", n_mix=8, objective="diffusion", batch_mul=4, order="random",
+                attention="bidirectional", joint=False, label_drop=0.1, weight_decay=0.02, warmup=50, grad_clip=1.0,
+                optimizer="muon"),
     "cpu": dict(tok_size="small", tok_steps=1000, tok_batch_size=32, tok_lr=4e-3, beta=0.02,
                 size="small", steps=1600, batch_size=64, lr=4e-3),
     "cuda": dict(tok_size="medium", tok_steps=4000, tok_batch_size=128, tok_lr=1e-3, beta=0.02,
                  size="medium", steps=8000, batch_size=256, lr=1e-3),
     "cpu-maskgit": dict(steps=3000),                        # a pass teaches the hidden tokens only, so it needs more of them
     "cuda-maskgit": dict(steps=16_000),
+    "cpu-mar": dict(steps=3000, dropout=0.0, mask_min=0.0), # of 16 tokens, all counts must be trained: see mar.MAR
+    "cuda-mar": dict(steps=16_000, dropout=0.0, mask_min=0.0),
 }
 
 
@@ -66,9 +74,10 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Train a tokenizer and a generator on drawn shapes or on your own images.",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--tokenizer", choices=["vae"], required=True, help="stage 1: how an image becomes tokens")
-    p.add_argument("--generator", choices=["ar", "maskgit", "none"], default="ar",
-                   help="stage 2: one token after the other, or masked tokens in parallel; none: stop after stage 1")
-    p.add_argument("--head", choices=["gmm", "categorical"], default="gmm", help="the distribution of one token")
+    p.add_argument("--generator", choices=["ar", "maskgit", "mar", "none"], default="ar",
+                   help="stage 2: one token after the other, masked tokens in parallel, or sets of tokens in random order; none: "
+                        "stop after stage 1")
+    p.add_argument("--head", choices=["gmm", "diffusion", "categorical"], default="gmm", help="the distribution of one token")
     g = p.add_argument_group("data")
     g.add_argument("--data", help="`shapes` (drawn, no download), or a folder / .tar[.gz] / .zip of class folders, or an .npz")
     g.add_argument("--image_size", type=int, help="side of the square images, in pixels")
@@ -91,7 +100,7 @@ def parse_args(argv=None):
     g.add_argument("--corrupt", type=float, help="standard deviation of noise on the input pixels: a denoising autoencoder")
     g = p.add_argument_group("stage 2, the generator")
     g.add_argument("--adapter", choices=["none", "flow"], help="flow: bend the tokens by a volume-preserving flow first (GIVT)")
-    g.add_argument("--size", choices=list(ar_transformer.SIZES | maskgit.SIZES),
+    g.add_argument("--size", choices=list(ar_transformer.SIZES | maskgit.SIZES | mar.SIZES),
                    help="size of the generator, from SIZES in its file")
     g.add_argument("--steps", type=int, help="training steps")
     g.add_argument("--batch_size", type=int, help="images per step, over all processes")
@@ -100,6 +109,14 @@ def parse_args(argv=None):
     g.add_argument("--mix", choices=list(gmm_head.HEADS), help="gmm head: one mixture per token vector, one per channel, or "
                                                                "a single Gaussian with full covariance")
     g.add_argument("--n_mix", type=int, help="mixture components K of the gmm head")
+    g.add_argument("--objective", choices=["diffusion", "flow"], help="diffusion head: remove noise, or follow a rectified flow")
+    g.add_argument("--head_width", type=int, help="diffusion head: width of its MLP (default: that of the size)")
+    g.add_argument("--head_depth", type=int, help="diffusion head: blocks of its MLP (default: that of the size)")
+    g.add_argument("--batch_mul", type=int, help="diffusion head: noise levels per token and step")
+    g.add_argument("--order", choices=["random", "raster"], help="mar: the order in which tokens are written")
+    g.add_argument("--attention", choices=["bidirectional", "causal"], help="mar: an encoder-decoder, or a GPT told where to write")
+    g.add_argument("--n_buffer", type=int, help="mar: copies of the class, room to think in (default: that of the size)")
+    g.add_argument("--mask_min", type=float, help="mar: least share of the tokens hidden in training (published: 0.7)")
     g.add_argument("--joint", action="store_const", const=True, help="train VAE and transformer together by the exact bound")
     g.add_argument("--label_drop", type=float, help="fraction of labels hidden in training, for guidance")
     g.add_argument("--dropout", type=float, help="dropout in the transformer, 0 to 1 (default: that of the size)")
@@ -151,7 +168,7 @@ def check(args):
     if args.head == "categorical":
         raise BadInput(f"--head categorical predicts ids, but --tokenizer {args.tokenizer} gives real vectors: use --head gmm")
     for name in ("image_size", "n_shapes", "tok_steps", "tok_batch_size", "steps", "batch_size", "n_mix", "token_dim",
-                 "log_every", "eval_every", "save_every"):
+                 "head_width", "head_depth", "batch_mul", "n_buffer", "log_every", "eval_every", "save_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: must be at least 1")
     for name in ("tok_lr", "lr", "grad_clip"):
@@ -165,10 +182,17 @@ def check(args):
             raise BadInput(f"--{name} {getattr(args, name)}: must be below 1")
     if args.size is not None and args.generator in GENERATORS and args.size not in GENERATORS[args.generator][1]:
         raise BadInput(f"--size {args.size}: --generator {args.generator} has {', '.join(GENERATORS[args.generator][1])}")
-    if args.task not in (None, "class") and args.generator == "maskgit":
+    if args.head == "diffusion" and args.generator == "maskgit":
+        raise BadInput("--head diffusion gives no density, and --generator maskgit keeps the tokens of highest density: use "
+                       "--generator mar, or --head gmm")
+    if args.attention == "causal" and args.generator == "mar" and args.n_buffer is not None:
+        raise BadInput("--n_buffer: --attention causal has no encoder and no buffer")
+    if args.mask_min is not None and not 0 <= args.mask_min < 1:
+        raise BadInput(f"--mask_min {args.mask_min}: a share, from 0 to below 1")
+    if args.task not in (None, "class") and args.generator not in ("ar", "none"):
         raise BadInput(f"--task {args.task}: only --generator ar takes an image as its prefix")
-    if args.joint and (args.generator != "ar" or args.task not in (None, "class") or args.likelihood == "mse" or args.beta not in (None, 1)):
-        raise BadInput("--joint maximises a bound on the likelihood: it needs --generator ar and no --task, --likelihood mse or --beta")
+    if args.joint and (args.generator != "ar" or args.head == "diffusion" or args.task not in (None, "class") or args.likelihood == "mse" or args.beta not in (None, 1)):
+        raise BadInput("--joint maximises a bound on the likelihood: it needs --generator ar, --head gmm and no --task, --likelihood mse or --beta")
     if args.mix == "full" and args.n_mix not in (None, 1):
         raise BadInput(f"--mix full is one Gaussian: give --n_mix 1, not {args.n_mix}")
     if args.resume and args.overwrite:
@@ -227,7 +251,18 @@ def build_generator(args, tokenizer, num_classes, source=None):
     size = sizes[args.size] | (dict(dropout=args.dropout) if args.dropout is not None else {})
     if source is not None:
         size["prefix"] = (source.seq_len, source.token_dim)
-    head = gmm_head.HEADS[args.mix](size["n_embd"], tokenizer.token_dim, args.n_mix)
+    if args.generator == "mar":
+        size |= dict(order=args.order) | ({} if args.n_buffer is None else dict(n_buffer=args.n_buffer))
+        if args.attention == "causal":
+            model_class, size = mar.CausalMAR, {k: v for k, v in size.items() if k != "n_buffer"}
+        elif args.mask_min is not None:                     # 0.7: as published; less: the long tail of a flat distribution
+            size |= dict(mask_min=args.mask_min, mask_std=0.25 if args.mask_min >= 0.7 else 9.0)
+    if args.head == "diffusion":
+        net = mar.HEAD_SIZES.get(args.size, mar.HEAD_SIZES["mar-b"])
+        head = diffusion_head.DiffusionHead(size["n_embd"], tokenizer.token_dim, args.head_width or net["width"],
+                                            args.head_depth or net["depth"], args.objective, args.batch_mul)
+    else:
+        head = gmm_head.HEADS[args.mix](size["n_embd"], tokenizer.token_dim, args.n_mix)
     model = model_class(head, tokenizer.seq_len, num_classes, tokenizer.token_dim, tokenizer.vocab_size, tokenizer.grid,
                         label_drop=args.label_drop, **size)
     if args.adapter == "flow":
@@ -572,7 +607,8 @@ def start(given, names, folder, world):
     return args, checkpoint, checkpoint is not None and checkpoint["done"]
 
 
-UNITS = {"mse": "squared error per pixel value + beta KL", "logistic": "bits per dimension"}
+UNITS = {"mse": "squared error per pixel value + beta KL", "logistic": "bits per dimension", "gmm": "nats per token",
+         "diffusion": "squared error of the noise + vb (bits)", "flow": "squared error of the velocity"}
 
 
 def train_tokenizer(given, folder, world):
@@ -634,7 +670,7 @@ def train_generator(given, folder, tokenizer, tok_args, tok_folder, world, sourc
     run = SimpleNamespace(folder=folder, args=args, tokenizer=tokenizer, classes=sets["train"].classes, device=world.device,
                           source=source and source[0])
     fit(2, generator, tokens["train"], validate(tokens["val"], 250, args, world), loop_args, folder, world, checkpoint, extra,
-        lambda model: save_samples(run, model, world), "nats per token")
+        lambda model: save_samples(run, model, world), UNITS[args.objective if args.head == "diffusion" else args.head])
 
 
 def train_joint(given, folder, world):
