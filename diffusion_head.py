@@ -18,9 +18,9 @@ Shapes:  B batch, T tokens, C width of h, D numbers in a token, W width of the M
     python diffusion_head.py   # 2-D toy tokens against steps, writes diffusion_head.png; about 50 s on 2 CPU cores
 
 Try it yourself:
-  1. In sample(), scale the first x by temperature too. Compare a ring at temperature 0.7 with and without.
-  2. Leave out the vb term in loss(). What becomes of ancestral sampling with 8 steps, what of ddim?
-  3. Give DenoisingMLP random instead of zero final weights: how many training steps does it cost?
+  1. Run with --steps 500. Which shapes are learned first, and which of the eight Gaussians' features last?
+  2. Leave vb out: .terms(...)[0] in loss(). Which sampler suffers at few steps, which one does not care, and why?
+  3. Make spacing="official" the default of sample(). What does a well trained head lose by it?
 """
 import argparse
 import functools
@@ -66,8 +66,8 @@ def schedule(t):
     abar = (1 - (1 - f[1:] / f[:-1]).clamp(max=0.999)).cumprod(0)[t]                        # a^2 after many small steps
     before = torch.cat([torch.ones_like(abar[:1]), abar[:-1]])
     beta = 1 - abar / before
-    variance = beta * (1 - before) / (1 - abar)                                             # 0 in the last step to the token,
-    variance[0] = variance[min(1, len(t) - 1)]                                              # and its log is needed
+    variance = beta * (1 - before) / (1 - abar)                                             # 0 at the last step,
+    variance[0] = variance[min(1, len(t) - 1)]                                              # but its log is needed
     k0, kx = before.sqrt() * beta / (1 - abar), (1 - beta).sqrt() * (1 - before) / (1 - abar)
     return torch.stack([abar.sqrt(), (1 - abar).sqrt(), before.sqrt(), (1 - before).sqrt(), k0, kx,
                         beta.log(), variance.clamp(min=1e-20).log()], 1).float()
@@ -325,88 +325,85 @@ def sliced_distance(x, y, n_slice=64):
     return ((x @ lines).sort(1).values - (y @ lines).sort(1).values).abs().mean()
 
 
-def quality(heads, data, label):
-    """Distance to the data against evaluations of the network per token, for each sampler -> {name: (cost, distance)}."""
+def quality(heads, label, data, costs):
+    """{sampler: distance to the data for each number of evaluations of the network per token}, on the CPU."""
     curves = {}
     for sampler in ("ancestral", "ddim", "euler", "heun"):
         table, head = heads["diffusion" if sampler in ("ancestral", "ddim") else "flow"]
-        cost = torch.tensor([2, 4, 8, 16, 32, 100])         # heun looks at the network twice in each step
-        drawn = [head.sample(table(label), sampler=sampler, diffusion_steps=n // (2 if sampler == "heun" else 1))[0]
-                 for n in cost.tolist()]
-        curves[sampler] = cost, torch.stack([sliced_distance(x.view_as(data), data) for x in drawn]).cpu()
-        print(f"{sampler:9s} distance at cost " + "  ".join(f"{n}: {d:.3f}" for n, d in zip(*curves[sampler])))
+        per_step = 2 if sampler == "heun" else 1            # heun looks at the network twice in each step
+        drawn = [head.sample(table(label), sampler=sampler, diffusion_steps=n // per_step)[0] for n in costs]
+        curves[sampler] = torch.stack([sliced_distance(x.view_as(data), data) for x in drawn]).cpu()
+        print(f"{sampler:9s} distance at cost " + "  ".join(f"{n}: {d:.3f}" for n, d in zip(costs, curves[sampler])))
     return curves
 
 
+def explosion(label, counts, steps=100):
+    """{spacing: std of samples for each number of denoising steps} of a head trained for very few steps, on the CPU."""
+    table, head = fit_diffusion("diffusion", steps, label.device)
+    std = {}
+    for spacing in ("official", "strided"):
+        drawn = [head.sample(table(label), diffusion_steps=n, spacing=spacing)[0] for n in counts]
+        std[spacing] = torch.stack([x.std() for x in drawn]).cpu()
+        print(f"trained for {steps} steps, {spacing}: std " + "  ".join(f"{n}: {v:.2f}" for n, v in zip(counts, std[spacing])))
+    return std
+
+
 def main():
-    parser = argparse.ArgumentParser(description="A diffusion head on four kinds of 2-D tokens.")
-    parser.add_argument("--steps", type=int, default=4000, help="training steps of each objective")
-    parser.add_argument("--width", type=int, default=64, help="width of the MLP")
+    parser = argparse.ArgumentParser(description="A diffusion head and a flow head on four kinds of 2-D tokens.")
+    parser.add_argument("--steps", type=int, default=4000, help="training steps of each head")
     args = parser.parse_args()
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    device, start = "cuda" if torch.cuda.is_available() else "cpu", time.perf_counter()
+    device, start, heads, strip = "cuda" if torch.cuda.is_available() else "cpu", time.perf_counter(), {}, {}
     torch.manual_seed(0)
-    names, heads = ("ring", "spiral", "checkerboard", "eight Gaussians"), {}
     label = torch.arange(4, device=device).repeat_interleave(600)
     data = toy_tokens(label).view(4, -1, 2)
-    floor = torch.stack([sliced_distance(toy_tokens(label).view_as(data), data) for _ in range(8)]).mean().cpu()
     for objective in ("diffusion", "flow"):
-        heads[objective] = fit_diffusion(objective, args.steps, device, args.width)
+        heads[objective] = fit_diffusion(objective, args.steps, device)
         print(f"{objective}: trained for {args.steps} steps   ({time.perf_counter() - start:.0f} s so far)")
-    print(f"distance between two draws of the data: {floor:.3f}")
-    curves = quality(heads, data, label)
+    floor = torch.stack([sliced_distance(toy_tokens(label).view_as(data), data) for _ in range(8)]).mean().cpu()
+    print(f"two draws of the data: distance {floor:.3f}, std {data.std():.2f}")
+    costs, counts = [2, 4, 8, 16, 32, 100], [10, 25, 50, 100, 250]
+    curves, std = quality(heads, label, data, costs), explosion(label[::4], counts)
+    (table, head), (flow_table, flow_head) = heads.values()
+    x, _ = head.sample(table(label), diffusion_steps=100, on_step=lambda i, x: strip.update({i + 1: x}))
+    flow, _ = flow_head.sample(flow_table(label))
+    guided, _ = head.sample(table(label), table(label.roll(600)), cfg=3.0)
+    modes = 1.5 * torch.stack([(torch.arange(8, device=device) * math.pi / 4 + a).cos() for a in (0, -math.pi / 2)], 1)
+    for name, cloud in (("data", data), ("diffusion", x), ("flow", flow)):
+        near = torch.cdist(cloud.reshape(4, -1, 2)[3], modes) < 0.3
+        print(f"{name}: within 3 sigma of one of the eight modes {near.float().sum(1).mean():.3f}, "
+              f"weights of the modes {near.float().mean(0).min():.3f} to {near.float().mean(0).max():.3f}")
 
-    table, head = heads["diffusion"]
-    strip = {}
-    head.sample(table(label), diffusion_steps=100, on_step=lambda i, x: strip.update({i: x}))
-    columns = [("the data", data)] + [(f"after step {i}", strip[i - 1]) for i in (1, 40, 70, 85, 95, 100)]
-    columns.append(("flow, heun 25", heads["flow"][1].sample(heads["flow"][0](label))[0]))
-    columns.append(("guidance 3", head.sample(table(label), table(label.roll(600)), cfg=3.0)[0]))
-    angle = torch.arange(8, device=device) * math.pi / 4
-    for name, (_, x) in zip(("diffusion", "flow"), columns[-3:-1]):
-        far, mode = torch.cdist(x.view(4, -1, 2)[3], 1.5 * torch.stack([angle.cos(), angle.sin()], 1)).min(1)
-        weights = torch.bincount(mode[far < 0.3], minlength=8) / len(mode)
-        print(f"{name}: within 3 sigma of one of the eight modes {(far < 0.3).float().mean():.3f} (the data 0.989), "
-              f"weight of a mode {weights.min():.3f} to {weights.max():.3f} (0.124)")
-    young_table, young = fit_diffusion("diffusion", 100, device, args.width)
-    counts, h = [10, 25, 50, 100, 250], young_table(label[::4])
-    std = {spacing: torch.stack([young.sample(h, diffusion_steps=n, spacing=spacing)[0].std() for n in counts]).cpu()
-           for spacing in ("official", "strided")}
-    for spacing, values in std.items():
-        print(f"a head trained for 100 steps, {spacing}: std of samples "
-              + "  ".join(f"{n}: {v:.2f}" for n, v in zip(counts, values)) + f"   (the data {data.std():.2f})")
-
+    columns = [(f"after step {i}", strip[i]) for i in (1, 50, 75, 88, 95, 100)]
+    columns = [("the data", data), *columns, ("flow, heun 25", flow), ("guidance 3", guided)]
     fig = plt.figure(figsize=(1.55 * len(columns), 10.4), layout="constrained")
     top, bottom = fig.subfigures(2, 1, height_ratios=[4 * 1.6, 3.6])
     axes = top.subplots(4, len(columns))
-    for row in range(4):
-        for ax, (title, x) in zip(axes[row], columns):
-            x = x.reshape(4, -1, 2)[row].cpu()
-            ax.plot(x[:, 0], x[:, 1], ".", ms=1.5, alpha=0.4)
-            ax.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), xticks=[], yticks=[], aspect="equal")
-            if row == 0:
-                ax.set_title(title, fontsize=11)
-        axes[row][0].set_ylabel(names[row])
+    for row, name in enumerate(("ring", "spiral", "checkerboard", "eight Gaussians")):
+        for ax, (title, cloud) in zip(axes[row], columns):
+            cloud = cloud.reshape(4, -1, 2)[row].cpu()
+            ax.plot(cloud[:, 0], cloud[:, 1], ".", ms=1.5, alpha=0.4)
+            ax.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), xticks=[], yticks=[], aspect="equal", title="" if row else title)
+        axes[row][0].set_ylabel(name)
     top.suptitle("diffusion_head.py: noise becomes tokens of four classes (guidance: away from the class above)")
     left, right = bottom.subplots(1, 2)
-    for name, (cost, distance) in curves.items():
-        left.plot(cost, distance, "o-", label=name)
-    left.axhline(floor, color="k", ls=":", label="two draws of the data")
-    left.set(xscale="log", yscale="log", xlabel="evaluations of the network per token", ylabel="sliced Wasserstein distance",
-             title="quality against cost")
-    left.set_xticks(cost.tolist(), [str(n) for n in cost.tolist()])
-    left.legend(fontsize=9)
-    for spacing, values in std.items():
-        right.plot(counts, values, "o-", label=f"{spacing} spacing")
-    right.axhline(data.std().cpu(), color="k", ls=":", label="the data")
-    right.set(xscale="log", yscale="log", xlabel="denoising steps", ylabel="std of the samples",
-              title="why not to start at t = 999: a head trained for 100 steps")
-    right.set_xticks(counts, [str(n) for n in counts])
-    right.text(0.97, 0.6, f"x0 = (x - s eps) / a\n1 / a = {1 / head.table[999, 0]:,.0f} at t = 999\n"
-               f"1 / a = {1 / head.table[980, 0]:,.0f} at t = 980", transform=right.transAxes, ha="right", va="center")
-    right.legend(fontsize=9, loc="center left")
+    for ax, ticks, lines, level, text in ((left, costs, curves, floor, "two draws of the data"),
+                                          (right, counts, std, data.std(), "the data")):
+        for name, values in lines.items():
+            ax.plot(ticks, values, "o-", label=name)
+        ax.axhline(level.cpu(), color="k", ls=":", label=text)
+        ax.set(xscale="log", yscale="log")
+        ax.set_xticks(ticks, ticks)
+        ax.set_xticks([], minor=True)
+        ax.legend(fontsize=9, loc="upper right" if ax is left else "center left")
+    left.set(xlabel="evaluations of the network per token", ylabel="sliced Wasserstein distance", title="quality and cost")
+    left.set_yticks([0.05, 0.1, 0.2, 0.4], ["0.05", "0.1", "0.2", "0.4"])
+    left.set_yticks([], minor=True)
+    right.set(xlabel="denoising steps", ylabel="std of the samples", title="why not to start at t = 999: 100 training steps")
+    gains = [f"1 / a = {1 / head.table[t, 0]:,.0f} at t = {t}" for t in (999, 980)]
+    right.text(0.97, 0.55, "\n".join(["x0 = (x - s eps) / a", *gains]), transform=right.transAxes, ha="right", va="center")
     fig.savefig("diffusion_head.png", dpi=80)
     print(f"wrote diffusion_head.png   ({time.perf_counter() - start:.0f} s)")
 

@@ -29,7 +29,7 @@ from maskgit import SCHEDULES
 DEFAULTS = {"ar-gmm": dict(cfg=1.5, temperature=0.9), "maskgit-gmm": dict(cfg=2.5, temperature=0.9),
             "mar-gmm": dict(cfg=1.5, temperature=0.9), "mar-diffusion": dict(cfg=2.5, temperature=1.0),
             "ar-diffusion": dict(cfg=2.5, temperature=1.0),
-            "segment": dict(cfg=1.0, temperature=0.5), "depth": dict(cfg=1.0, temperature=0.5)}
+            "segment": dict(cfg=1.0, temperature=0.9), "depth": dict(cfg=1.0, temperature=0.9)}
 TRICKS = ("steps", "schedule", "choice_temperature", "guidance", "top_p", "clip", "beam", "fan", "cfg_schedule", "diffusion_steps",
           "sampler", "spacing")
 
@@ -73,6 +73,13 @@ def image_tokens(run, images):
     return torch.cat([run.source.normalise(run.source.posterior(x.to(run.device))[0]) for x in images.split(250)])
 
 
+def predict_maps(run, cond, votes=8, **options):
+    """The image tokens cond (N, P, E) -> maps (N, C, H, W), each the mean of `votes` sampled ones: what most of them say."""
+    many = [draw_samples(run, part.repeat_interleave(votes, 0), **options).unflatten(0, (len(part), votes)).mean(1)
+            for part in cond.split(max(1, 1000 // votes))]
+    return torch.cat(many)
+
+
 def save_maps(path, run, n=10, seed=0, **options):
     """Picture of a --task run on n validation images: image, truth, prediction, and where 16 samples disagree."""
     from train import open_data
@@ -84,7 +91,7 @@ def save_maps(path, run, n=10, seed=0, **options):
     many = many.clamp(-1, 1).unflatten(0, (n, 16))
     spread = many.std(1).mean(1, keepdim=True).expand(-1, 3, -1, -1)                        # (n, 3, H, W), 0 .. about 1
     show = data.colour_maps if run.args.task == "segment" else lambda x: x
-    rows = [("image", images), ("true map", show(truth)), ("prediction", show(draw_samples(run, cond, seed=seed, **options))),
+    rows = [("image", images), ("true map", show(truth)), ("prediction", show(predict_maps(run, cond, seed=seed, **options))),
             ("one sample", show(many[:, 0])), ("spread of 16", 2 * spread / spread.max().clamp(min=1e-3) - 1)]
     data.save_rows(path, rows, f"{run.folder.name}: validation images")
 

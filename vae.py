@@ -175,7 +175,7 @@ class VAE(nn.Module):
 
     def posterior(self, images):
         """q(z | image), a Gaussian per token: images (B, 3, H, W) -> mean, std, each (B, T, D), raw latent units."""
-        moments = self.quant_conv(self.encoder(self.pixels(images))).float().flatten(2).transpose(1, 2)  # (B, T, 2D)
+        moments = self.quant_conv(self.encoder(self.pixels(images))).float().flatten(2).transpose(1, 2)    # (B, T, 2D)
         mean, logvar = moments.chunk(2, dim=-1)
         if self.beta == 0:                                  # an autoencoder knows no uncertainty
             return mean, torch.zeros_like(mean)
@@ -241,7 +241,7 @@ class VAE(nn.Module):
         recon, auxiliary, logs = self.reconstruct(images)
         if self.likelihood == "logistic":
             dims = math.log(2) * self.pixels(images)[0].numel()
-            bits = -self.log_likelihood(images, recon).mean() / dims
+            bits = -self.log_likelihood(images, recon).mean() / dims                        # nats / (ln 2 * dimensions)
             rate = logs["kl"] * self.seq_len / dims if logs else 0
             return bits + auxiliary, {"pixel_bits_per_dim": bits.detach(), "bits_per_dim": bits.detach() + rate, **logs}
         mse = F.mse_loss(self.pixels(recon), self.pixels(images))
@@ -326,7 +326,7 @@ def bound(vae, generator, images, cond):
     z = vae.reparameterise(mean, std)
     T, dims = vae.seq_len, math.log(2) * vae.pixels(images)[0].numel()
     pixels = -vae.log_likelihood(images, vae.decode_raw(z)).mean()                          # nats per image
-    # The generator's density is one of normalised tokens: squeezed by latent_scale, a cloud is the denser.
+    # The generator's density is one of normalised tokens: p(z) = p(tokens) * prod(latent_scale), for each of the T.
     prior = T * (generator(vae.normalise(z), cond)[0] - vae.latent_scale.log().sum())
     entropy = T * (std.log() + 0.5 * math.log(2 * math.pi * math.e)).mean((0, 1)).sum()
     logs = {"pixels": pixels / dims, "prior": prior / dims, "entropy": entropy / dims}

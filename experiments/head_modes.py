@@ -35,7 +35,7 @@ def modes_of(name):
     return torch.cartesian_prod(line, line), 0.05
 
 
-HEADS = {  # name: head, learning rate, options of sample(); rates are the better of a few tries, each head its own
+HEADS = {  # name: head, learning rate, options of sample(); rates of the two demos
     "gmm K=32": (lambda: gmm_head.GMMHead(64, 2, n_mix=32), 2e-2, {}),
     "diffusion, ancestral 100": (lambda: diffusion_head.DiffusionHead(64, 2, 64), 4e-3, dict(diffusion_steps=100)),
     "diffusion, ddim 50": ("diffusion, ancestral 100", None, dict(sampler="ddim", diffusion_steps=50)),
@@ -82,12 +82,16 @@ def main():
                 x = torch.cat([head.sample(h.expand(2000, -1), **options)[0] for _ in range(10)])
                 seconds = time.process_time() - start
                 far, mode = torch.cdist(x, modes).min(1)
-                share = torch.bincount(mode[far < 3 * std], minlength=len(modes)) / (far < 3 * std).sum() * len(modes)
-                rows.append(dict(data=data, head=name, seed=seed, train_steps=steps, within=(far < 3 * std).float().mean().item(),
-                                 weight_min=share.min().item(), weight_max=share.max().item(), sample_us_per_token=seconds / 20_000 * 1e6))
-                print(f"{data:7s} {name:25s} seed {seed}  {steps:6d} steps   within 3 sigma {rows[-1]['within']:.3f}   weights "
-                      f"{share.min():.2f} .. {share.max():.2f}   {rows[-1]['sample_us_per_token']:.1f} us per token", flush=True)
-    Path(args.out).write_text(json.dumps(dict(seconds=args.seconds, torch=torch.__version__, threads=1, rows=rows), indent=1) + "\n")
+                near = far < 3 * std
+                share = torch.bincount(mode[near], minlength=len(modes)) / near.sum() * len(modes)
+                row = dict(data=data, head=name, seed=seed, train_steps=steps, within=near.float().mean().item(),
+                           weight_min=share.min().item(), weight_max=share.max().item(),
+                           sample_us_per_token=seconds / len(x) * 1e6)
+                rows.append(row)
+                print(f"{data:7s} {name:25s} seed {seed}  {steps:6d} steps   within 3 sigma {row['within']:.3f}   weights "
+                      f"{share.min():.2f} .. {share.max():.2f}   {row['sample_us_per_token']:.1f} us per token", flush=True)
+    result = dict(seconds=args.seconds, torch=torch.__version__, threads=1, rows=rows)
+    Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {args.out}")
 
 
