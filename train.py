@@ -64,8 +64,7 @@ DEFAULTS = {                                                # what a flag is whe
                  size="medium", steps=8000, batch_size=256, lr=1e-3),
     "cpu-maskgit": dict(steps=3000),                        # a pass teaches the hidden tokens only, so it needs more of them
     "cuda-maskgit": dict(steps=16_000),
-    "cpu-segment": dict(tok_steps=700, beta=0.1, steps=2000),   # label maps are simple; the fewer nats a token of theirs holds,
-    "cuda-segment": dict(beta=0.1),                         # the more of the loss is about the class
+    "cpu-segment": dict(steps=2000),
     "cpu-mar": dict(steps=3000, dropout=0.0, mask_min=0.0), # of 16 tokens, all counts must be trained: see mar.MAR
     "cuda-mar": dict(steps=16_000, dropout=0.0, mask_min=0.0),
 }
