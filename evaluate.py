@@ -360,7 +360,7 @@ def real_fid(cleanfid, images, val_set, index, device):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The linear probe: what has the generator learned about the class of an image that nobody told it?
+# The linear probe: how well can the class be read off the hidden states, when nobody tells it to the generator?
 
 @torch.no_grad()
 def layer_features(generator, tokens, cond, mask=None):
@@ -374,7 +374,7 @@ def layer_features(generator, tokens, cond, mask=None):
         tokens, generator = generator.adapter(tokens), generator.generator
     pooled = []
 
-    def keep(block, inputs, output):                            # x, output: (B, S, C), the prefix among the S
+    def keep(block, inputs, output):                            # both (B, S, C), the prefix among the S
         if not pooled:
             pooled.append(inputs[0].float().mean(1))
         pooled.append(output.float().mean(1))
@@ -389,7 +389,10 @@ def layer_features(generator, tokens, cond, mask=None):
 
 @torch.no_grad()
 def representations(run, image_set, index, batch_size):
-    """Images by index (N,) -> {name: features (N, F)}, labels (N,). The generator is told "no class", so no label leaks."""
+    """Images by index (N,) -> {name: features (N, F)}, labels (N,).
+
+    The generator is given "no class", so no label leaks. In training it met labels as inputs, never as targets.
+    """
     features, labels = {}, []
     for i in index.split(batch_size):
         images, y = image_set.batch(i)
@@ -397,7 +400,7 @@ def representations(run, image_set, index, batch_size):
         parts = {"pixels": small.flatten(1)}
         if hasattr(run.tokenizer, "posterior"):                 # a VAE: take its mean, for a sample adds noise
             tokens = run.tokenizer.normalise(run.tokenizer.posterior(images)[0].float())   # (B, T, D)
-            parts |= {"latents": tokens.flatten(1), "latents, mean": tokens.mean(1)}
+            parts |= {"latents": tokens.flatten(1), "latents, averaged": tokens.mean(1)}
         else:
             tokens = run.tokenizer.encode(images)
         known = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)      # nothing is hidden
@@ -474,7 +477,7 @@ def save_probe(path, result, title, chance):
     for k, (name, v) in enumerate(lines.items()):
         ax.axhline(v, color=f"C{k + 1}", ls="--", label=f"{name}: {v:.1f}%")
     for k, v in enumerate(curve):
-        ax.annotate(f"{v:.1f}", (k, v), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=9)
+        ax.annotate(f"{v:.1f}", (k, v), textcoords="offset points", xytext=(0, 7) if k else (18, 3), ha="center", fontsize=9)
     ax.set(xlabel="layer (0: what enters the first block)", ylabel="accuracy on validation images (%)", title=title,
            xticks=range(len(curve)), ylim=(0, 105))
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, fontsize=9, frameon=False)
@@ -496,7 +499,7 @@ def parse_args():
     parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples and of the choice of real images")
     parser.add_argument("--fid", action="store_true", help="the FID with Inception too; needs `pip install clean-fid`")
-    parser.add_argument("--probe", action="store_true", help="only this: a linear probe of every layer, on up to 5000 images")
+    parser.add_argument("--probe", action="store_true", help="only this: linear probes of all layers, on up to 5000 images")
     return parser.parse_args()
 
 
@@ -568,8 +571,11 @@ def main():
         metrics.update({key: value}, **{f"{key}_error": e for e in error})
         lines.append((name, f"{value:.3f}" + "".join(f" +- {e:.3f}" for e in error), unit, remark))
     path = Path(run.folder) / "metrics.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    if args.probe:
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):                               # absent or damaged
+        before = {}
+    if args.probe:                                              # either kind of call leaves the other's numbers alone
         metrics = before | metrics
     else:
         machine = torch.cuda.get_device_name(device) if device.type == "cuda" else \

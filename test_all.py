@@ -1609,7 +1609,7 @@ def test_probe_runs_alone_and_adds_to_the_metrics(tiny_run, monkeypatch, capsys)
     evaluate.main()
     out, metrics = capsys.readouterr().out, evaluate.json.loads((folder / "metrics.json").read_text())
     assert metrics.pop("kept") == 1
-    assert list(metrics) == ["probe_pixels", "probe_latents", "probe_latents_mean"] + [f"probe_layer_{k}" for k in range(5)]
+    assert list(metrics) == ["probe_pixels", "probe_latents", "probe_latents_averaged"] + [f"probe_layer_{k}" for k in range(5)]
     assert all(5 < v <= 100 for v in metrics.values()) and "linear probe, layer 4" in out and "samples" not in out
     assert Image.open(folder / "probe.png").width > 400
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tiny_run / "shapes-vae"), "--probe", "--device", "cpu"])
