@@ -264,12 +264,17 @@ def test_gmm_full_covariance_is_the_authors_and_has_both_signs():
     x, log_p = head.sample(h.expand(100_000, -1))
     assert torch.allclose(x.T.cov(), truth.covariance_matrix, atol=0.05 * truth.covariance_matrix.max())
     assert torch.allclose(log_p[:100], truth.log_prob(x[:100]), atol=1e-3)
-    null = torch.zeros(1, 6)
-    x, _ = head.sample(h.expand(100_000, -1), null.expand(100_000, -1), cfg=1.5)
-    precision = [torch.linalg.inv(a.detach() @ a.detach().T) for a in (factor, head.gaussian(null)[1][0])]
-    guided = torch.linalg.inv(1.5 * precision[0] - 0.5 * precision[1])
-    if torch.linalg.eigvalsh(guided).min() > 0:
-        assert torch.allclose(x.T.cov(), guided, atol=0.05 * guided.abs().max())
+    raw = head.proj(h).detach().expand(100_000, -1)
+    wide, narrow = (torch.cat([((a - 1 / a) * torch.eye(3)).flatten(), torch.ones(3)]).expand(100_000, -1) for a in (3.0, 0.01))
+    head.proj = nn.Identity()                               # square_plus(a - 1 / a) = a: factors a * identity
+    x, _ = head.sample(raw, wide, cfg=1.5)
+    covariance = torch.linalg.inv(1.5 * truth.precision_matrix - 0.5 * torch.eye(3) / 9)
+    assert torch.linalg.eigvalsh(covariance).min() > 0 and (covariance - truth.covariance_matrix).abs().max() > 0.5
+    assert torch.allclose(x.T.cov(), covariance, atol=0.05 * covariance.max())
+    expected = covariance @ (1.5 * truth.precision_matrix @ mean - 0.5 * torch.ones(3) / 9)
+    assert torch.allclose(x.mean(0), expected, atol=0.05)
+    x, _ = head.sample(raw, narrow, cfg=1.5)                # no density: unguided
+    assert torch.allclose(x.T.cov(), truth.covariance_matrix, atol=0.05 * truth.covariance_matrix.max())
 
 
 # ---------------------------------------------------------------------------------------------------
