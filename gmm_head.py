@@ -421,7 +421,8 @@ def draw_tricks(axes, n=10_000):
         for (name, _), height in zip(samples, heights):
             ax.stairs(height, bins, label=name, lw=1.1)
         ax.set_title(title[0], fontsize=10)
-        ax.set(xlim=(-4, 4), xticks=(-3, 0, 3), yticks=[], ylim=(0, 1.55 * max(float(h.max()) for h in [p, *heights])), xlabel="x")
+        ax.set(xlim=(-4, 4), xticks=(-3, 0, 3), yticks=[], xlabel="x")
+        ax.set_ylim(0, 1.55 * max(float(h.max()) for h in [p, *heights]))
         ax.legend(fontsize=7, loc="upper left", frameon=False, labelspacing=0.2)
         mean = torch.trapezoid(p * fine, fine)
         return mean, torch.trapezoid(p * (fine - mean) ** 2, fine).sqrt()
