@@ -99,7 +99,7 @@ class Attention(nn.Module):
             cache[0, :, :, start:start + S] = k
             cache[1, :, :, start:start + S] = v
             k, v = cache[:, :, :, :start + S].type_as(q)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and S > 1)   # softmax(qk/sqrt(d)) v
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and S > 1)  # softmax(q k^T / sqrt(d)) v
         return self.dropout(self.wo(y.transpose(1, 2).reshape(B, S, C)))
 
 
@@ -191,7 +191,7 @@ class ARTransformer(nn.Module):
         if prefix:
             self.pre_embed = nn.Linear(prefix[1], n_embd)
             self.pre_place = nn.Parameter(torch.zeros(prefix[0], n_embd))
-            self.pre_none = nn.Parameter(torch.zeros(n_embd))                               # stands for every vector of "no prefix"
+            self.pre_none = nn.Parameter(torch.zeros(n_embd))                               # each vector of "no prefix"
         else:
             self.cls_embed = nn.Embedding(num_classes + 1, n_embd)                          # the last row: "no class"
         self.pos_embed = nn.Parameter(torch.zeros(seq_len, n_embd))                         # absolute places, as in GIVT
@@ -248,10 +248,11 @@ class ARTransformer(nn.Module):
 
     def caches(self, x):
         """Room for the keys and values of len(x) whole sequences, for each block: x (B, P, C)."""
-        return [x.new_zeros(2, len(x), self.n_head, self.n_prefix + self.seq_len, x.shape[-1] // self.n_head) for _ in self.blocks]
+        shape = 2, len(x), self.n_head, self.n_prefix + self.seq_len, x.shape[-1] // self.n_head
+        return [x.new_zeros(shape) for _ in self.blocks]
 
     def advance(self, x, caches, start):
-        """Rows x (B, S, C) that stand at start .. start + S - 1 (cached: S = 1, or start = 0) -> h of the last one (B, C)."""
+        """Rows x (B, S, C) standing at start .. start + S - 1 (cached: S = 1, or start = 0) -> h of the last (B, C)."""
         S = x.shape[1]
         mask = None if self.mask is None or S == 1 else self.mask[:S, :S]
         for block, cache in zip(self.blocks, caches):
@@ -260,8 +261,9 @@ class ARTransformer(nn.Module):
 
     def blank(self, n, device):
         """n sequences of nothing yet -> (n, T[, D])."""
-        shape, dtype = ((n, self.seq_len), torch.long) if self.vocab_size else ((n, self.seq_len, self.token_dim), torch.float32)
-        return torch.zeros(shape, dtype=dtype, device=device)
+        if self.vocab_size:
+            return torch.zeros(n, self.seq_len, dtype=torch.long, device=device)
+        return torch.zeros(n, self.seq_len, self.token_dim, device=device)
 
     @torch.no_grad()
     def sample(self, cond, steps=None, cfg=1.0, temperature=1.0, known=None, known_mask=None, on_step=None,
@@ -308,7 +310,7 @@ class ARTransformer(nn.Module):
             raise ValueError(f"beam {beam} must be 1 to fan {fan}: at first there is one sequence to fan out")
         first = torch.arange(B, device=device)[:, None] * beam                              # (B, 1)
         tokens = self.blank(B * beam, device)
-        total = torch.full((B, beam), -math.inf, device=device).index_fill(1, torch.zeros(1, dtype=torch.long, device=device), 0.0)
+        total = torch.where(torch.arange(beam, device=device) == 0, 0.0, -math.inf).repeat(B, 1)   # at first only one is real
         x = self.prefix(cond.repeat_interleave(beam, 0))
         caches = self.caches(x)
         for t in range(T):
@@ -323,7 +325,7 @@ class ARTransformer(nn.Module):
             tokens, caches = tokens[parent], [cache[:, parent] for cache in caches]
             tokens[:, t] = new.flatten(0, 1)[parent * fan + (best % fan).flatten()]
             x = self.embed(tokens[:, t:t + 1], t)
-        return tokens[first[:, 0]], total[:, 0]                                             # topk sorts: the first is the best
+        return tokens[first[:, 0]], total[:, 0]             # topk sorts: the first is the best
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -487,8 +487,8 @@ def load_npz(path, image_size, split, device, flip):
 # Pictures: what the programs and the demos save
 
 def colour_maps(maps):
-    """Label maps (B, n, H, W), the largest channel wins -> pictures (B, 3, H, W) in [-1, 1]; channel 0, the ground, is black."""
-    hue = torch.arange(maps.shape[1] - 1, device=maps.device) * 0.618 % 1                   # neighbours far apart on the wheel
+    """Label maps (B, n, H, W), the largest channel wins -> pictures (B, 3, H, W) in [-1, 1]; channel 0 becomes black."""
+    hue = torch.arange(maps.shape[1] - 1, device=maps.device) * 0.618 % 1           # neighbours are far apart
     wheel = ((hue[:, None] + torch.tensor([0, 1 / 3, 2 / 3], device=maps.device)) % 1 * 6 - 3).abs() - 1
     palette = torch.cat([-torch.ones(1, 3, device=maps.device), wheel.clamp(0, 1) * 1.5 - 0.5])            # (n, 3)
     return palette[maps.argmax(1)].permute(0, 3, 1, 2)

@@ -248,7 +248,8 @@ def measure_bound(run, val_set, index, batch_size, seed):
         bits.append(torch.stack([loss, *logs.values()]))
     bits = torch.stack(bits).double()                           # (batches, 4): bound, pixels, prior, entropy
     mean, error = bits.mean(0), bits.std(0) / len(bits) ** 0.5
-    texts = ("bound on bits per dimension", "of it: pixels, given the tokens", "the tokens, under the generator", "entropy of q, taken off")
+    texts = ("bound on bits per dimension", "of it: pixels, given the tokens", "the tokens, under the generator",
+             "entropy of q, taken off")
     keys = ("bound_bits_per_dim", "bound_pixels", "bound_prior", "bound_entropy")
     return [(key, text, (m.item(), e.item()), "bits", "lower is better" if key == keys[0] else "a part of the bound")
             for key, text, m, e in zip(keys, texts, mean, error)]
@@ -275,25 +276,27 @@ def measure_maps(args, run, device):
     start = time.perf_counter()
     drawn = sample.predict_maps(run, cond, cfg=args.cfg, **options)
     seconds = (time.perf_counter() - start) / len(index)
-    arms = [("", "maps of images", drawn), ("_one_sample", "one sample each", sample.draw_samples(run, cond, cfg=args.cfg, **options)),
+    arms = [("", "maps of images", drawn),
+            ("_one_sample", "one sample each", sample.draw_samples(run, cond, cfg=args.cfg, **options)),
             ("_from_nothing", "the image hidden", sample.predict_maps(run, cond, cfg=0.0, **options)),
             ("_tokenizer", "true maps, encoded and decoded", copy)]
     if run.args.task == "segment":
         arms.insert(2, ("_ground", "ground everywhere", torch.eye(true.shape[1])[0].view(1, -1, 1, 1).expand_as(true)))
-        rows = [("miou" + key, f"mean IoU, {text}", mean_iou(x.argmax(1), true.argmax(1), true.shape[1]), "", "higher is better")
-                for key, text, x in arms]
+        iou = lambda x: mean_iou(x.argmax(1), true.argmax(1), true.shape[1])
+        rows = [("miou" + key, f"mean IoU, {text}", iou(x), "", "higher is better") for key, text, x in arms]
         right = (drawn.argmax(1) == true.argmax(1)).float().mean().item()
         rows.append(("pixel_accuracy", "pixels right", 100 * right, "%", "higher is better"))
     else:
         arms.insert(2, ("_mean_map", "the mean map everywhere", true.mean(0, keepdim=True).expand_as(true)))
-        rows = [("rmse" + key, f"RMSE, {text}", (x - true)[:, 0].square().mean().sqrt().item(), "half widths", "lower is better")
-                for key, text, x in arms]
+        rmse = lambda x: (x - true)[:, 0].square().mean().sqrt().item()
+        rows = [("rmse" + key, f"RMSE, {text}", rmse(x), "half widths", "lower is better") for key, text, x in arms]
     return rows + [("seconds_per_map", "seconds per map", seconds, "s", "8 samples each")]
 
 
 def mean_iou(predicted, true, num_classes):
-    """Label maps (N, H, W) -> mean over classes of intersection / union of their pixels, in [0, 1]; absent classes left out."""
-    counts = (true * num_classes + predicted).flatten().bincount(minlength=num_classes**2).view(num_classes, num_classes).double()
+    """Label maps (N, H, W) -> mean over the classes that occur of intersection / union of their pixels, in [0, 1]."""
+    pairs = (true * num_classes + predicted).flatten()          # one number for each (true, predicted)
+    counts = pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes).double()
     union = counts.sum(0) + counts.sum(1) - counts.diagonal()
     return (counts.diagonal() / union)[union > 0].mean().item()
 

@@ -175,8 +175,8 @@ def main():
     print(f"one Gaussian: {plain:.3f} nats per point; with the flow: {adapted:.3f}; the optimum: {optimum:.3f}")
     print(f"inverse error {error:.1e}, log |det J| of a 3 x 3 grid {log_det:+.1e} (exactly 0 in theory)   "
           f"({time.perf_counter() - start:.0f} s)")
-    panels = [("tokens x", x), ("after the flow f(x)", u), ("K = 1 without the flow", plain_mu + plain_sigma * torch.randn(1, 1024, 2)),
-              ("K = 1 with the flow", drawn)]
+    plain_drawn = plain_mu + plain_sigma * torch.randn(1, side * side, 2)
+    panels = [("tokens x", x), ("after the flow f(x)", u), ("K = 1 without the flow", plain_drawn), ("K = 1 with the flow", drawn)]
     fig, axes = plt.subplots(1, 4, figsize=(13, 4.2))
     for ax, (title, points) in zip(axes, panels):
         colour = x[0, :, 0] if points is x or points is u else [0.5] * side * side

@@ -13,10 +13,10 @@ the confidence, it is GIVT-MaskGIT (https://arxiv.org/abs/2312.02116, section 3.
 
 Shapes:  B batch, T tokens, D numbers in a token or V ids, C width (n_embd); mask is True where a token is NOT known
 
-    tokens (B, T[, D]), mask (B, T) --embed--> (B, T, C) --class in front, n_layer EncoderBlocks--> h (B, T, C) --head--> p(x_t | h_t)
+    tokens (B, T[, D]), mask (B, T) --embed--> (B, T, C) --class in front, EncoderBlocks--> h (B, T, C) --head--> p(x_t | h_t)
     after step i of n, floor(T cos(pi/2 (i+1)/n)) tokens are still hidden: few are revealed at first, many at the end
 
-    python maskgit.py          # masks and pictures step by step, exact error against steps; writes maskgit.png; about 1 minute
+    python maskgit.py          # masks and pictures pass by pass, exact errors; writes maskgit.png; about 1 minute on 2 cores
 
 Try it yourself:
   1. Set choice_temperature to 0 in main(): the most confident tokens first, no noise. What do all pictures share?
@@ -142,8 +142,8 @@ class MaskGIT(nn.Module):
     spread much wider: GIVT takes 35 for 16 numbers per token; 2 per number is the default here.
     """
 
-    def __init__(self, head, seq_len, num_classes, token_dim=None, vocab_size=None, grid=None, n_layer=6, n_head=4, n_embd=192,
-                 hidden=None, dropout=0.0, label_drop=0.1, u_max=1.0, choice_temperature=None, post_norm=False):
+    def __init__(self, head, seq_len, num_classes, token_dim=None, vocab_size=None, grid=None, n_layer=6, n_head=4,
+                 n_embd=192, hidden=None, dropout=0.0, label_drop=0.1, u_max=1.0, choice_temperature=None, post_norm=False):
         super().__init__()
         if n_embd % n_head:
             raise ValueError(f"n_embd {n_embd} over n_head {n_head} must be a whole head width")
@@ -152,8 +152,8 @@ class MaskGIT(nn.Module):
         self.choice_temperature = choice_temperature or (4.5 if vocab_size else 2.0 * token_dim)
         if vocab_size:
             self.tok_embed = nn.Embedding(vocab_size + 1, n_embd)                           # the last row: "hidden"
-        else:                                               # a hidden vector has no value, so half of the width says which is
-            self.tok_embed = nn.Linear(token_dim, n_embd // 2)                              # hidden ("concat" in GIVT's code)
+        else:                                               # a hidden vector has no value: half of the width says which
+            self.tok_embed = nn.Linear(token_dim, n_embd // 2)                              # are hidden (GIVT: "concat")
             self.hid_embed = nn.Embedding(2, n_embd - n_embd // 2)                          # seen, hidden
             self.hid_value = nn.Parameter(torch.zeros(n_embd // 2))                         # what stands for the value
         self.cls_embed = nn.Embedding(num_classes + 1, n_embd)                              # the last row: "no class"
@@ -181,7 +181,7 @@ class MaskGIT(nn.Module):
         return torch.cat([self.hid_embed(mask.long()).type_as(value), value], -1)
 
     def hidden(self, tokens, cond, mask):
-        """tokens (B, T[, D]), cond (B,), mask (B, T) True = hidden -> h (B, T, C). Hidden tokens' values have no influence."""
+        """tokens (B, T[, D]), cond (B,), mask (B, T) True = hidden -> h (B, T, C). Hidden tokens are not looked at."""
         x = torch.cat([self.cls_embed(cond)[:, None], self.embed(tokens, mask)], 1) + self.pos_embed   # (B, 1 + T, C)
         x = self.dropout(self.norm_in(x))
         for block in self.blocks:
@@ -307,16 +307,18 @@ def main():
     side, levels = args.image_size, 4
     images, labels, _, _ = data.draw(torch.arange(8000, device=device), side)
     greys = ((images.amax(1) + 1) / 2 * levels).long().clamp(0, levels - 1).flatten(1)      # (N, side^2) ids
-    model = MaskGIT(CategoricalHead(96, levels), side * side, 10, vocab_size=levels, n_layer=4, n_head=3, n_embd=96).to(device)
+    model = MaskGIT(CategoricalHead(96, levels), side * side, 10, vocab_size=levels, n_layer=4, n_head=3, n_embd=96)
+    model.to(device)
     pick = lambda step: torch.randint(8000, (48,), device=device)
     start = time.perf_counter()
     losses = fit_ids(model, lambda step: (lambda i: (greys[i], labels[i]))(pick(step)), args.steps)
-    print(f"drawn shapes in {levels} greys: {sum(losses[-20:]) / 20:.3f} nats per hidden pixel after {time.perf_counter() - start:.0f} s")
+    print(f"drawn shapes in {levels} greys: {sum(losses[-20:]) / 20:.3f} nats per hidden pixel after "
+          f"{time.perf_counter() - start:.0f} s")
     model.eval()
     cond, n_pass, maps = torch.arange(10, device=device), 8, []
     start = time.perf_counter()
-    model.sample(cond, steps=n_pass, cfg=2.0, on_step=lambda i, x, m: maps.append((f"after pass {i + 1}", torch.where(m, -1, x)))
-                 if i in (0, 1, 3, 5, 7) else None)
+    keep = lambda i, x, mask: maps.append((f"after pass {i + 1}", torch.where(mask, -1, x))) if i in (0, 1, 3, 5, 7) else None
+    model.sample(cond, steps=n_pass, cfg=2.0, on_step=keep)
     print(f"10 samples of {side * side} tokens in {n_pass} passes with guidance: {time.perf_counter() - start:.2f} s")
     whole = greys[[int((labels == k).nonzero()[0]) for k in range(10)]]                     # one picture of each class
     hole = (torch.arange(side * side, device=device) % side >= side // 2).expand(10, -1)    # the right half
@@ -340,7 +342,8 @@ def main():
     ax = fig.add_subplot(top)
     ax.plot(passes, [100 * v for v, _ in exact], "o-", label="% of samples that are bars or stripes")
     ax.plot(passes, [100 * tv for _, tv in exact], "s-", label="100 x total variation to the truth")
-    ax.set(xscale="log", xticks=passes, xticklabels=passes, xlabel="passes for 16 tokens", ylim=(0, 102), title="bars-and-stripes 4 x 4")
+    ax.set(xscale="log", xlabel="passes for 16 tokens", ylim=(0, 102), title="bars-and-stripes 4 x 4")
+    ax.set_xticks(passes, passes)
     ax.legend(fontsize=8)
     ax, r = fig.add_subplot(bottom), torch.linspace(0, 1, 100)
     for name, share in SCHEDULES.items():

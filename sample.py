@@ -30,8 +30,8 @@ DEFAULTS = {"ar-gmm": dict(cfg=1.5, temperature=0.9), "maskgit-gmm": dict(cfg=2.
             "mar-gmm": dict(cfg=1.5, temperature=0.9), "mar-diffusion": dict(cfg=2.5, temperature=1.0),
             "ar-diffusion": dict(cfg=2.5, temperature=1.0),
             "segment": dict(cfg=1.0, temperature=0.9), "depth": dict(cfg=1.0, temperature=0.9)}
-TRICKS = ("steps", "schedule", "choice_temperature", "guidance", "top_p", "clip", "beam", "fan", "cfg_schedule", "diffusion_steps",
-          "sampler", "spacing")
+TRICKS = ("steps", "schedule", "choice_temperature", "guidance", "top_p", "clip", "beam", "fan", "cfg_schedule",
+          "diffusion_steps", "sampler", "spacing")
 
 
 @torch.no_grad()
@@ -60,7 +60,8 @@ def draw_samples(run, cond, cfg=None, temperature=None, batch_size=250, seed=0, 
         for i in range(0, len(cond), batch_size):
             if known is not None:
                 tricks.update(known=known[i:i + batch_size], known_mask=known_mask[i:i + batch_size])
-            images.append(run.tokenizer.decode(draw_tokens(run, cond[i:i + batch_size], cfg, temperature, **tricks)).float().cpu())
+            tokens = draw_tokens(run, cond[i:i + batch_size], cfg, temperature, **tricks)
+            images.append(run.tokenizer.decode(tokens).float().cpu())
     return torch.cat(images)
 
 
@@ -115,7 +116,8 @@ def parse_mask(text, grid):
                 return torch.from_numpy(np.array(picture.convert("L").resize((cols, rows), Image.BOX))).flatten() > 127
         y0, x0, y1, x1 = (float(v) for v in text.split(","))
     except (OSError, ValueError):
-        raise BadInput(f"--mask {text}: {', '.join(named)}, a box y0,x0,y1,x1 in fractions of the image, or a readable .png") from None
+        raise BadInput(f"--mask {text}: {', '.join(named)}, a box y0,x0,y1,x1 in fractions of the image, or a readable "
+                       ".png") from None
     return ((y > y0) & (y < y1) & (x > x0) & (x < x1)).flatten()
 
 
@@ -126,8 +128,8 @@ def edit(run, args, labels, tricks):
     repaint = parse_mask(args.mask, run.tokenizer.grid)
     if not repaint.any():
         raise BadInput(f"--mask {args.mask}: covers no token of the {run.tokenizer.grid[0]} x {run.tokenizer.grid[1]} grid")
-    if run.args.generator == "ar" and repaint.any() and (~repaint[repaint.nonzero()[0, 0]:]).any():
-        print("note: this model is causal, so tokens that it paints do not see known ones that come later (--generator maskgit does)")
+    if run.args.generator == "ar" and (~repaint[repaint.nonzero()[0, 0]:]).any():
+        print("note: this model is causal: what it paints does not see given tokens that come later (--generator maskgit does)")
     if not Path(args.image).is_file():
         raise BadInput(f"--image {args.image}: there is no such file")
     image = data.read_image(args.image, Path(args.image).read_bytes, run.args.image_size)[None].float() / 127.5 - 1
@@ -135,7 +137,7 @@ def edit(run, args, labels, tricks):
         torch.manual_seed(args.seed)
         known = run.tokenizer.encode(image.to(run.device)).expand(len(labels), *[-1] * (2 if run.tokenizer.token_dim else 1))
     mask = ~repaint.to(run.device).expand(len(labels), -1)
-    images = draw_samples(run, labels, args.cfg, args.temperature, args.batch_size, args.seed, known=known, known_mask=mask, **tricks)
+    images = draw_samples(run, labels, args.cfg, args.temperature, args.batch_size, args.seed, known, mask, **tricks)
     side = run.args.image_size
     hole = F.interpolate(repaint.view(1, 1, *run.tokenizer.grid).float(), (side, side), mode="nearest")
     given = torch.cat([image, torch.where(hole > 0, 0.4, image)])
@@ -180,13 +182,17 @@ def parse_args(argv=None):
     p.add_argument("--temperature", type=float, help="below 1: closer to the mode; gmm: scales every sigma")
     p.add_argument("--batch_size", type=int, default=250, help="samples drawn at once")
     p.add_argument("--steps", type=int, help="maskgit, mar: passes in which all tokens are drawn (default: 12; mar: 64 or T)")
-    p.add_argument("--cfg_schedule", choices=["linear", "constant"], help="mar: guidance grows up to --cfg, or is the same throughout")
+    p.add_argument("--cfg_schedule", choices=["linear", "constant"],
+                   help="mar: guidance grows up to --cfg, or is the same throughout")
     p.add_argument("--diffusion_steps", help="diffusion head: denoising steps per token; 50:5 anneals them from first to last token")
-    p.add_argument("--sampler", choices=["ancestral", "ddim", "heun", "euler"], help="diffusion head: how noise is removed (flow: heun, euler)")
-    p.add_argument("--spacing", choices=["strided", "official"], help="diffusion head: which noise levels; official begins at t = 999")
+    p.add_argument("--sampler", choices=["ancestral", "ddim", "heun", "euler"],
+                   help="diffusion head: how noise is removed; heun and euler for --objective flow")
+    p.add_argument("--spacing", choices=["strided", "official"],
+                   help="diffusion head: which noise levels; official begins at t = 999")
     p.add_argument("--schedule", choices=list(SCHEDULES), help="maskgit: how many tokens are revealed when (default: cosine)")
     p.add_argument("--choice_temperature", type=float, help="maskgit: noise in the choice of the tokens that stay")
-    p.add_argument("--guidance", choices=["closed", "importance", "rejection", "official"], help="gmm: how p(x|c)^s p(x)^(1-s) is drawn from")
+    p.add_argument("--guidance", choices=["closed", "importance", "rejection", "official"],
+                   help="gmm: how p(x|c)^s p(x)^(1-s) is drawn from")
     p.add_argument("--top_p", type=float, help="gmm: keep the likeliest components whose weights reach this sum")
     p.add_argument("--clip", type=float, help="gmm: cut every component off at so many sigmas")
     p.add_argument("--beam", type=int, help="ar: keep so many sequences and return the likeliest (no guidance); 1 is off")

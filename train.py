@@ -194,8 +194,10 @@ def check(args):
         raise BadInput(f"--mask_min {args.mask_min}: a share, from 0 to below 1")
     if args.task not in (None, "class") and args.generator not in ("ar", "none"):
         raise BadInput(f"--task {args.task}: only --generator ar takes an image as its prefix")
-    if args.joint and (args.generator != "ar" or args.head == "diffusion" or args.task not in (None, "class") or args.likelihood == "mse" or args.beta not in (None, 1)):
-        raise BadInput("--joint maximises a bound on the likelihood: it needs --generator ar, --head gmm and no --task, --likelihood mse or --beta")
+    if args.joint and (args.generator != "ar" or args.head == "diffusion" or args.task not in (None, "class") or
+                       args.likelihood == "mse" or args.beta not in (None, 1)):
+        raise BadInput("--joint maximises a bound on the likelihood: it needs --generator ar, --head gmm and no --task, "
+                       "--likelihood mse or --beta")
     if args.mix == "full" and args.n_mix not in (None, 1):
         raise BadInput(f"--mix full is one Gaussian: give --n_mix 1, not {args.n_mix}")
     if args.resume and args.overwrite:
@@ -589,7 +591,8 @@ def validate(source, batch_size, args, world, n=2000):
         model.eval()
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
-            for index in torch.linspace(0, len(source) - 1, min(n, len(source))).long().split(batch_size):   # folders come sorted
+            every = torch.linspace(0, len(source) - 1, min(n, len(source))).long()          # of all classes: folders are sorted
+            for index in every.split(batch_size):
                 total, count = total + model(*source.batch(index))[0] * len(index), count + len(index)
         model.train(was_training)
         return float(total) / count
@@ -664,8 +667,9 @@ def train_generator(given, folder, tokenizer, tok_args, tok_folder, world, sourc
     if source is not None:
         image_tokenizer, image_args, image_folder = source
         extra |= dict(source={k: v.cpu() for k, v in image_tokenizer.state_dict().items()}, source_flags=vars(image_args))
-        tokens = {s: Pairs(maps, token_cache(image_tokenizer, open_data(image_args, s, world.device), image_folder, s, world.rank == 0))
-                  for s, maps in tokens.items()}
+        for s, maps in tokens.items():
+            images = token_cache(image_tokenizer, open_data(image_args, s, world.device), image_folder, s, world.rank == 0)
+            tokens[s] = Pairs(maps, images)
     torch.manual_seed(args.seed)
     generator = named_generator(args, tokenizer, sets["train"].classes, source and source[0])
     folder.mkdir(parents=True, exist_ok=True)
@@ -748,8 +752,8 @@ def main(argv=None):
     data_name = Path(given.data or "shapes").name.split(".")[0] or "data"
     tok_folder = Path(given.runs) / (given.tok_name or f"{data_name}-{given.tokenizer}")
     task = given.task if given.task not in (None, "class") else None
-    parts = [data_name, given.tokenizer, task, "joint" if given.joint else None, given.adapter if given.adapter == "flow" else None,
-             given.generator, given.head]
+    parts = [data_name, given.tokenizer, task, "joint" if given.joint else None,
+             given.adapter if given.adapter == "flow" else None, given.generator, given.head]
     folder = Path(given.runs) / (given.name or "-".join(p for p in parts if p))
     if given.resume and not any((f / "ckpt.pt").exists() for f in (folder, tok_folder)):
         raise BadInput(f"--resume: there is no run in {folder} or {tok_folder}; leave --resume out to start one")
