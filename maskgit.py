@@ -287,7 +287,7 @@ def error_of_parallel_decoding(model, steps, n=6000):
 def main():
     parser = argparse.ArgumentParser(description="Masked tokens filled in, many at a time.")
     parser.add_argument("--image_size", type=int, default=10, help="side of the little drawn shapes, in pixels")
-    parser.add_argument("--steps", type=int, default=600, help="training steps on the drawn shapes")
+    parser.add_argument("--steps", type=int, default=500, help="training steps on the drawn shapes")
     args = parser.parse_args()
     import matplotlib
     matplotlib.use("Agg")
@@ -296,9 +296,9 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
 
-    bars = MaskGIT(CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=3, n_head=2, n_embd=64, label_drop=0).to(device)
+    bars = MaskGIT(CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=4, n_embd=64, label_drop=0).to(device)
     zeros = torch.zeros(256, dtype=torch.long, device=device)
-    fit_ids(bars, lambda step: (bars_and_stripes(256, device), zeros), 600, 5e-3)
+    fit_ids(bars, lambda step: (bars_and_stripes(256, device), zeros), 400, 5e-3)
     passes = (1, 2, 4, 8, 16)
     exact = [error_of_parallel_decoding(bars.eval(), n) for n in passes]
     for n, (valid, tv) in zip(passes, exact):
@@ -309,7 +309,7 @@ def main():
     greys = ((images.amax(1) + 1) / 2 * levels).long().clamp(0, levels - 1).flatten(1)      # (N, side^2) ids
     model = MaskGIT(CategoricalHead(96, levels), side * side, 10, vocab_size=levels, n_layer=4, n_head=3, n_embd=96)
     model.to(device)
-    pick = lambda step: torch.randint(8000, (48,), device=device)
+    pick = lambda step: torch.randint(8000, (32,), device=device)
     start = time.perf_counter()
     losses = fit_ids(model, lambda step: (lambda i: (greys[i], labels[i]))(pick(step)), args.steps)
     print(f"drawn shapes in {levels} greys: {sum(losses[-20:]) / 20:.3f} nats per hidden pixel after "
