@@ -2,7 +2,7 @@
 The tests: every formula against something independent (the authors' own arrays in golden/, a closed form,
 torch.distributions, a slow loop, an inverse, the uncached path), and the programs as a user runs them.
 
-    python -m pytest test_all.py          # about 1.5 minutes on 2 CPU cores; no network, no GPU
+    python -m pytest test_all.py          # about 3.5 minutes on 2 CPU cores; no network, no GPU
 """
 import argparse
 import ast
@@ -852,6 +852,9 @@ def test_flow_of_the_paper_has_its_parameter_count():
 
 def test_adapted_is_a_generator_and_trains_both_parts():
     adapter = flow_adapter.FlowAdapter(4, (3, 4), 2)
+    assert torch.equal(adapter(torch.ones(1, 12, 4)), torch.ones(1, 12, 4)), "a new flow changes nothing"
+    for block in adapter.blocks:
+        nn.init.normal_(block.convs[-1].weight, std=0.1)
     inner = ar_transformer.ARTransformer(gmm_head.GMMHead(32, 4, 3), 12, 5, token_dim=4, grid=(3, 4), n_layer=1, n_head=2, n_embd=32)
     model, x, cond = flow_adapter.Adapted(adapter, inner), torch.randn(2, 12, 4), torch.tensor([0, 3])
     model(x, cond)[0].backward()
