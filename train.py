@@ -647,18 +647,25 @@ def train_tokenizer(given, folder, world):
     return run.tokenizer, run.args
 
 
-def train_generator(given, folder, tokenizer, tok_args, tok_folder, world, source=None):
-    """Stage 2, on the tokens of a trained tokenizer. source: tokenizer, flags and folder of the images of --task."""
-    for name in STAGE1:                                     # stage 2 inherits what stage 1 was trained with
-        setattr(given, name, getattr(tok_args, name))
+def begin(given, folder, world):
+    """Stage 2 -> flags, checkpoint to go on from, training and validation images; None for these where the run is done."""
     args, checkpoint, done = start(given, STAGE2, folder, world)
     check(argparse.Namespace(**vars(given) | vars(args)))
     if done:
         say(world, f"{folder} is trained already: look at samples.png in it, or start again with --overwrite")
-        return
+        return args, checkpoint, None
     divisible(args.batch_size, "--batch_size", world)
     args_io = argparse.Namespace(**vars(args), skip_bad=given.skip_bad)
-    sets = {split: open_data(args_io, split, world.device) for split in ("train", "val")}
+    return args, checkpoint, {split: open_data(args_io, split, world.device) for split in ("train", "val")}
+
+
+def train_generator(given, folder, tokenizer, tok_args, tok_folder, world, source=None):
+    """Stage 2, on the tokens of a trained tokenizer. source: tokenizer, flags and folder of the images of --task."""
+    for name in STAGE1:                                     # stage 2 inherits what stage 1 was trained with
+        setattr(given, name, getattr(tok_args, name))
+    args, checkpoint, sets = begin(given, folder, world)
+    if sets is None:
+        return
     weights = {k: v.cpu() for k, v in tokenizer.state_dict().items()}
     if checkpoint and any(not torch.equal(v, checkpoint["tokenizer"][k]) for k, v in weights.items()):
         raise BadInput(f"{folder} was begun on the tokens of another tokenizer than {tok_folder}: start again with --overwrite")
@@ -682,14 +689,9 @@ def train_generator(given, folder, tokenizer, tok_args, tok_folder, world, sourc
 
 def train_joint(given, folder, world):
     """Both stages in one: VAE and transformer from scratch, by the exact bound (--joint)."""
-    args, checkpoint, done = start(given, STAGE2, folder, world)
-    check(argparse.Namespace(**vars(given) | vars(args)))
-    if done:
-        say(world, f"{folder} is trained already: look at samples.png in it, or start again with --overwrite")
+    args, checkpoint, sets = begin(given, folder, world)
+    if sets is None:
         return
-    divisible(args.batch_size, "--batch_size", world)
-    args_io = argparse.Namespace(**vars(args), skip_bad=given.skip_bad)
-    sets = {split: open_data(args_io, split, world.device) for split in ("train", "val")}
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer(args)
     model = vae.Joint(tokenizer, named_generator(args, tokenizer, sets["train"].classes))
