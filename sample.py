@@ -84,9 +84,10 @@ def predict_maps(run, cond, votes=8, **options):
 def save_maps(path, run, n=10, seed=0, **options):
     """Picture of a --task run on n validation images: image, truth, prediction, and where 16 samples disagree."""
     from train import open_data
-    index = torch.linspace(0, 1999, n).long()
     flags = argparse.Namespace(**vars(run.args) | dict(task="class"))
-    images, truth = (open_data(f, "val", run.device).batch(index)[0].cpu() for f in (flags, run.args))
+    sets = [open_data(f, "val", run.device) for f in (flags, run.args)]
+    index = torch.linspace(0, len(sets[0]) - 1, n).long()
+    images, truth = (s.batch(index)[0].cpu() for s in sets)
     cond = image_tokens(run, images)
     many = draw_samples(run, cond.repeat_interleave(16, 0), cfg=1.0, temperature=1.0, seed=seed)
     many = many.clamp(-1, 1).unflatten(0, (n, 16))

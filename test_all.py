@@ -2022,6 +2022,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     (["--lr", "-1"], "--lr -1.0: must be above 0"),
     (["--label_drop", "1.5"], "must be below 1"),
     (["--task", "segment", "--generator", "maskgit"], "only --generator ar"),
+    (["--task", "segment", "--flip"], "mirrored apart"),
     (["--head", "diffusion", "--generator", "maskgit"], "--head diffusion gives no density"),
     (["--generator", "mar", "--mask_min", "1"], "--mask_min 1.0: a share"),
     (["--generator", "mar", "--attention", "causal", "--n_buffer", "4"], "no encoder and no buffer"),

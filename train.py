@@ -194,6 +194,8 @@ def check(args):
         raise BadInput(f"--mask_min {args.mask_min}: a share, from 0 to below 1")
     if args.task not in (None, "class") and args.generator not in ("ar", "none"):
         raise BadInput(f"--task {args.task}: only --generator ar takes an image as its prefix")
+    if args.task not in (None, "class") and args.flip:
+        raise BadInput(f"--flip: with --task {args.task} an image and its map would be mirrored apart; leave it out")
     if args.joint and (args.generator != "ar" or args.head == "diffusion" or args.task not in (None, "class") or
                        args.likelihood == "mse" or args.beta not in (None, 1)):
         raise BadInput("--joint maximises a bound on the likelihood: it needs --generator ar, --head gmm and no --task, "
@@ -228,7 +230,7 @@ def native_bf16(device):
     return device.type == "cpu" and any(getattr(torch.cpu, n)() for n in names if hasattr(torch.cpu, n))
 
 
-load_once = functools.lru_cache(maxsize=2)(data.load)       # both stages read the same training and validation images
+load_once = functools.lru_cache(maxsize=4)(data.load)       # both stages read the same images (and maps), training and validation
 
 
 def open_data(args, split, device):
