@@ -216,7 +216,7 @@ def look_at_real(net, image_set, index, batch_size=250):
 @torch.no_grad()
 def measure_reconstruction(tokenizer, net, val_set, index, batch_size):
     """Encode and decode the validation images at index (N,) -> rows, features of the reconstructions (N, 128)."""
-    per_batch = []
+    per_batch, used = [], torch.zeros(tokenizer.vocab_size or 0, dtype=torch.bool, device=val_set.device)
     for i in index.split(batch_size):
         images, labels = val_set.batch(i)
         kl = torch.full((len(i),), math.nan)
@@ -226,6 +226,7 @@ def measure_reconstruction(tokenizer, net, val_set, index, batch_size):
             tokens = tokenizer.normalise(mean)
         else:
             tokens = tokenizer.encode(images)
+            used[tokens] = True
         recon = tokenizer.decode(tokens).float().clamp(-1, 1)
         f, predicted = look(net, recon)
         per_batch.append((f, psnr(images, recon), ssim(images, recon), (predicted == labels).float(), kl))
@@ -235,6 +236,9 @@ def measure_reconstruction(tokenizer, net, val_set, index, batch_size):
             ("recon_ssim", "reconstruction SSIM (luminance)", similar, "", "higher is better, 1 is a copy"),
             ("kl_nats_per_token", "KL of a token to the prior", kl, "nats", "what a token may carry, not a score"),
             ("recon_accuracy", "class accuracy, reconstructions", 100 * right, "%", "higher is better")]
+    if len(used):
+        rows.append(("codebook_usage", "codes that occur", 100 * used.float().mean().item(), "%",
+                     f"of {len(used)}, in {len(index)} validation images"))
     return [row for row in rows if math.isfinite(row[2])], f    # no KL: not a VAE, or its std is 0
 
 
@@ -511,6 +515,8 @@ def check(args, run, val_set):
     least = max(10, len(run.classes))
     if args.n < least:
         raise data.BadInput(f"--n {args.n}: at least {least}, with {len(run.classes)} classes")
+    if run.source is None and run.args.task != "class":
+        raise data.BadInput(f"{args.run}: a tokenizer of maps, which no classifier knows; name the run folder of its generator")
     if args.batch_size < 1:
         raise data.BadInput(f"--batch_size {args.batch_size}: at least 1")
     for flag in ("cfg", "temperature", "fid"):

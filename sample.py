@@ -8,6 +8,7 @@ Draw from a trained run: a labelled grid, an .npz batch for evaluators, an anima
 
     python sample.py RUN --image x.png --mask right                 # the rest of an image: repaint where the mask is
     python sample.py RUN --diffusion_steps 50:5                     # fewer denoising steps for later tokens (MAR)
+    python sample.py --official mar_base.pth --vae kl16.ckpt --label 207        # the authors' weights: a golden retriever
     python sample.py RUN --top_p 0.9 --clip 2 --guidance closed     # GIVT's sampling tricks; --beam 4: a likely image
 
 Without --cfg and --temperature the defaults below are used; evaluate.py and train.py use the same ones.
@@ -16,6 +17,7 @@ import argparse
 import inspect
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -23,14 +25,17 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
+import mar
+import vae
 from data import BadInput
 from maskgit import SCHEDULES
 
 DEFAULTS = {"ar-gmm": dict(cfg=1.5, temperature=0.9), "maskgit-gmm": dict(cfg=3.0, temperature=0.9),
             "mar-gmm": dict(cfg=1.5, temperature=0.9), "mar-diffusion": dict(cfg=2.5, temperature=1.0),
-            "ar-diffusion": dict(cfg=2.5, temperature=1.0),
+            "ar-diffusion": dict(cfg=2.5, temperature=1.0), "ar-categorical": dict(cfg=2.0, temperature=1.0),
+            "maskgit-categorical": dict(cfg=2.0, temperature=1.0), "mar-categorical": dict(cfg=2.0, temperature=1.0),
             "segment": dict(cfg=1.0, temperature=0.9), "depth": dict(cfg=1.0, temperature=0.9)}
-TRICKS = ("steps", "schedule", "choice_temperature", "guidance", "top_p", "clip", "beam", "fan", "cfg_schedule",
+TRICKS = ("steps", "schedule", "choice_temperature", "guidance", "top_k", "top_p", "clip", "beam", "fan", "cfg_schedule",
           "diffusion_steps", "sampler", "spacing")
 
 
@@ -63,6 +68,29 @@ def draw_samples(run, cond, cfg=None, temperature=None, batch_size=250, seed=0, 
             tokens = draw_tokens(run, cond[i:i + batch_size], cfg, temperature, **tricks)
             images.append(run.tokenizer.decode(tokens).float().cpu())
     return torch.cat(images)
+
+
+def official_run(args, device):
+    """--official and --vae -> the authors' weights as a run, like train.load_run: ImageNet's 1000 classes, by number."""
+    def load(flag, path, read):
+        if path is None:
+            raise BadInput(f"{flag}: --official needs the tokenizer's file too, such as kl16.ckpt")
+        if not Path(path).is_file():
+            raise BadInput(f"{flag} {path}: there is no such file (README says where the authors keep them)")
+        try:
+            return read(path).to(device)
+        except Exception as e:                              # a damaged file, or one that from_official refuses by name
+            raise BadInput(f"{flag} {path}: {str(e).splitlines()[0]}") from None
+    generator = load("--official", args.official, mar.MAR.from_official)
+    tokenizer = load("--vae", args.vae, vae.VAE.from_official)
+    fit = (tokenizer.seq_len, tokenizer.token_dim)
+    if fit != (generator.seq_len, generator.token_dim):
+        raise BadInput(f"--vae {args.vae}: gives {fit[0]} tokens of {fit[1]} numbers, {args.official} writes {generator.seq_len} "
+                       f"of {generator.token_dim}")
+    classes = [str(k) for k in range(generator.num_classes)]
+    flags = argparse.Namespace(image_size=tokenizer.image_size, generator="mar", head="diffusion", mix="vector")
+    return SimpleNamespace(folder=Path(args.official).with_suffix(""), args=flags, tokenizer=tokenizer, generator=generator,
+                           source=None, classes=classes, device=device)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -176,9 +204,11 @@ def class_labels(args, classes):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Draw samples from a trained run.")
-    p.add_argument("run", help="run folder of a generator, such as runs/shapes-vae-ar-gmm")
+    p.add_argument("run", nargs="?", help="run folder of a generator, such as runs/shapes-vae-ar-gmm")
+    p.add_argument("--official", help="instead of a run: the authors' weights, such as mar_base.pth (README has the names)")
+    p.add_argument("--vae", help="with --official: the file of its tokenizer, such as kl16.ckpt")
     p.add_argument("--n", type=int, help="number of samples (default: 8 per class, or 16 of one --class)")
-    p.add_argument("--class", dest="cls", help="only this class, by name or number")
+    p.add_argument("--class", "--label", dest="cls", help="only this class, by name or number")
     p.add_argument("--cfg", type=float, help="guidance scale; 1 is off")
     p.add_argument("--temperature", type=float, help="below 1: closer to the mode; gmm: scales every sigma")
     p.add_argument("--batch_size", type=int, default=250, help="samples drawn at once")
@@ -194,7 +224,8 @@ def parse_args(argv=None):
     p.add_argument("--choice_temperature", type=float, help="maskgit: noise in the choice of the tokens that stay")
     p.add_argument("--guidance", choices=["closed", "importance", "rejection", "official"],
                    help="gmm: how p(x|c)^s p(x)^(1-s) is drawn from")
-    p.add_argument("--top_p", type=float, help="gmm: keep the likeliest components whose weights reach this sum")
+    p.add_argument("--top_k", type=int, help="categorical: keep the likeliest ids; 0 keeps all")
+    p.add_argument("--top_p", type=float, help="keep the likeliest components (gmm) or ids (categorical) that reach this sum")
     p.add_argument("--clip", type=float, help="gmm: cut every component off at so many sigmas")
     p.add_argument("--beam", type=int, help="ar: keep so many sequences and return the likeliest (no guidance); 1 is off")
     p.add_argument("--fan", type=int, help="ar: candidates for each next token of each sequence of the beam (default: 8)")
@@ -204,8 +235,13 @@ def parse_args(argv=None):
     p.add_argument("--device", help="cpu, cuda, mps (default: CUDA if there is one)")
     p.add_argument("--out", help="the PNG to write (default: RUN/samples.png)")
     p.add_argument("--npz", help="also write the samples as uint8 (N, H, W, 3) `arr_0`, with `labels`")
-    p.add_argument("--gif", nargs="?", const="", help="also write an animation of the tokens appearing (default: RUN/samples.gif)")
-    return p.parse_args(argv)
+    p.add_argument("--gif", nargs="?", const="", help="also write an animation of the tokens appearing (default: beside --out)")
+    args = p.parse_args(argv)
+    if (args.run is None) == (args.official is None):
+        raise BadInput("name a run folder, or weights with --official: one of them")
+    if args.vae and not args.official:
+        raise BadInput("--vae: goes with --official; a run has its tokenizer in it")
+    return args
 
 
 def parse_steps(text, run):
@@ -261,9 +297,12 @@ def check(args, run):
 def main(argv=None):
     from train import load_run, pick_device
     args = parse_args(argv)
-    run = load_run(args.run, pick_device(args.device))
+    device = pick_device(args.device)
+    run = official_run(args, device) if args.official else load_run(args.run, device)
+    if args.official:
+        args.run, args.n = args.official, args.n or (4 if args.cls else 16)
     tricks = check(args, run)
-    out = Path(args.out or run.folder / "samples.png")
+    out = Path(args.out or (run.folder.name + ".png" if args.official else run.folder / "samples.png"))
     start, rows = time.perf_counter(), None
     try:
         if run.source is not None:
@@ -289,7 +328,7 @@ def main(argv=None):
             data.save_class_grid(out, images[shown], labels[shown], run.classes, f"{run.folder.name}: samples")
         print(f"wrote {out}")
         if args.gif is not None:
-            path = Path(args.gif or run.folder / "samples.gif")
+            path = Path(args.gif or out.with_suffix(".gif"))
             some = torch.cat([(labels == k).nonzero()[:8, 0] for k in labels.unique()])[:80]
             save_gif(path, run, labels[some], 8, args.cfg, args.temperature, args.seed, **tricks)
             print(f"wrote {path}")

@@ -1894,6 +1894,9 @@ def test_a_run_leaves_its_files_and_samples(tiny_run, tmp_path):
     assert "trained already" in call("train.py", *TINY, "--runs", tiny_run)
 
 
+IDS = ["--tokenizer", "vq", "--head", "categorical"]
+
+
 @pytest.mark.parametrize("words, name", [
     (["--generator", "maskgit"], "shapes-vae-maskgit-gmm"), (["--adapter", "flow"], "shapes-vae-flow-ar-gmm"),
     (["--joint"], "shapes-vae-joint-ar-gmm"), (["--mix", "channel", "--name", "c"], "c"), (["--mix", "full", "--name", "f"], "f"),
@@ -1901,7 +1904,11 @@ def test_a_run_leaves_its_files_and_samples(tiny_run, tmp_path):
     (["--generator", "mar", "--head", "diffusion", "--head_width", "32", "--head_depth", "1"], "shapes-vae-mar-diffusion"),
     (["--generator", "mar", "--head", "diffusion", "--objective", "flow", "--head_width", "32", "--name", "mf"], "mf"),
     (["--generator", "mar", "--order", "raster", "--attention", "causal", "--name", "mc"], "mc"),
-    (["--head", "diffusion", "--head_width", "32", "--head_depth", "1"], "shapes-vae-ar-diffusion")])
+    (["--head", "diffusion", "--head_width", "32", "--head_depth", "1"], "shapes-vae-ar-diffusion"),
+    ([*IDS], "shapes-vq-ar-categorical"), ([*IDS, "--generator", "maskgit"], "shapes-vq-maskgit-categorical"),
+    ([*IDS, "--generator", "mar"], "shapes-vq-mar-categorical"),
+    ([*IDS, "--codebook", "ema", "--vocab_size", "32", "--tok_name", "ve", "--generator", "mar", "--attention", "causal",
+      "--flip", "--name", "vc"], "vc")])
 def test_every_combination_trains_loads_and_samples(words, name, tiny_run, capsys):
     train.main([*TINY, "--runs", str(tiny_run), *words])
     assert (tiny_run / name / "samples.png").stat().st_size > 0 and (tiny_run / name / "curve.png").exists()
@@ -1912,7 +1919,7 @@ def test_every_combination_trains_loads_and_samples(words, name, tiny_run, capsy
 
 
 @pytest.mark.parametrize("task", ["segment", "depth"])
-def test_maps_of_images_are_trained_drawn_and_measured(task, tiny_run, capsys):
+def test_maps_of_images_are_trained_drawn_and_measured(task, tiny_run, capsys, monkeypatch):
     train.main([*TINY, "--runs", str(tiny_run), "--task", task])
     folder = tiny_run / f"shapes-vae-{task}-ar-gmm"
     run = train.load_run(folder)
@@ -1926,8 +1933,37 @@ def test_maps_of_images_are_trained_drawn_and_measured(task, tiny_run, capsys):
         assert 0 <= rows["miou"] <= 1 and rows["miou_tokenizer"] > rows["miou_ground"] - 0.05
     else:
         assert rows["rmse"] > 0 and rows["rmse_mean_map"] > 0
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tiny_run / f"shapes-vae-{task}"), "--device", "cpu"])
+    with pytest.raises(SystemExit, match="a tokenizer of maps"):
+        evaluate.main()
     sample.main([str(folder), "--n", "3", "--beam", "2"])
     assert (folder / "samples.png").stat().st_size > 0
+
+
+def test_sample_draws_from_the_authors_files(tmp_path, monkeypatch, capsys):
+    """--official and --vae: the tiny golden MAR, stretched to the 256 tokens of the tiny golden VAE."""
+    _, sd = official_mar()
+    for name in ("encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned"):
+        extra = sd[name].shape[1] - 16
+        sd[name] = torch.cat([sd[name][:, :extra], sd[name][:, extra:].repeat(1, 16, 1)], 1)
+    torch.save({"model_ema": sd, "model": sd, "args": argparse.Namespace(lr=1)}, tmp_path / "mar_tiny.pth")
+    torch.save({"model": official_vae()[0]}, tmp_path / "kl.ckpt")
+    monkeypatch.setitem(mar.SIZES, "tiny golden", dict(n_embd=32, n_head=4))
+    words = ["--official", str(tmp_path / "mar_tiny.pth"), "--vae", str(tmp_path / "kl.ckpt"), "--label", "7", "--n", "2", "--steps", "3",
+             "--diffusion_steps", "3:1", "--out", str(tmp_path / "x.png"), "--npz", str(tmp_path / "x.npz")]
+    sample.main(words)
+    with np.load(tmp_path / "x.npz") as f:
+        drawn, labels = f["arr_0"], f["labels"]
+    assert drawn.shape[0] == 2 and drawn.shape[1] % 16 == 0 and drawn.std() > 1 and (labels == 7).all()
+    torch.manual_seed(0)
+    tokens = mar.MAR.from_official(tmp_path / "mar_tiny.pth").sample(
+        torch.tensor([7, 7]), steps=3, cfg=sample.DEFAULTS["mar-diffusion"]["cfg"], diffusion_steps=lambda p: round(3 - 2 * p))
+    images = vae.VAE.from_official(official_vae()[0]).decode_raw(tokens / 0.2325).clamp(-1, 1)
+    assert np.array_equal(drawn, data.to_uint8(images).permute(0, 2, 3, 1).numpy()), "not the authors' scale of tokens"
+    for change, sentence in [({3: str(tmp_path / "no.ckpt")}, "no such file"), ({1: str(tmp_path / "kl.ckpt")}, "not the weights of a MAR"),
+                             ({5: "10"}, "--class 10: the classes are")]:
+        with pytest.raises(SystemExit, match=sentence):
+            sample.main([change.get(i, w) for i, w in enumerate(words)])
 
 
 def test_editing_keeps_what_lies_outside_the_mask(tiny_run, tmp_path, capsys):

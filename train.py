@@ -3,6 +3,7 @@ Train any tokenizer, and any generator with any head on top of it.
 
     python train.py --tokenizer vae --head gmm                 # GIVT on the drawn shapes, CPU or CUDA
     python train.py --tokenizer vae --head gmm --data PATH     # ... on your images: class folders, .tar[.gz], .zip, .npz
+    python train.py --tokenizer vq --head categorical          # LlamaGen: whole numbers as tokens, a softmax over them
     python train.py --tokenizer vae --generator maskgit        # ... tokens in parallel: GIVT-MaskGIT
     python train.py --tokenizer vae --generator mar --head diffusion       # MAR: random order, a diffusion loss per token
     python train.py --tokenizer vae --task segment             # ... image in, label map out (GIVT section 4.3)
@@ -41,18 +42,24 @@ import mar
 import maskgit
 import sample
 import vae
+import vq
 from data import BadInput
 
 STAGE1 = ("data", "image_size", "flip", "n_shapes", "seed", "task", "tokenizer", "tok_size", "tok_steps", "tok_batch_size",
-          "tok_lr", "token_dim", "channels", "likelihood", "beta", "corrupt")
+          "tok_lr", "token_dim", "channels", "likelihood", "beta", "corrupt", "vocab_size", "codebook")
 STAGE2 = STAGE1 + ("adapter", "generator", "head", "mix", "n_mix", "objective", "head_width", "head_depth", "batch_mul",
                    "order", "attention", "n_buffer", "mask_min", "joint", "size", "steps", "batch_size", "lr", "optimizer",
                    "label_drop", "dropout")
 BOTH = ("weight_decay", "warmup", "grad_clip", "ema")
 
+TOKENIZERS = {"vae": (vae.VAE, vae.SIZES), "vq": (vq.VQ, vq.SIZES)}
 GENERATORS = {"ar": (ar_transformer.ARTransformer, ar_transformer.SIZES), "maskgit": (maskgit.MaskGIT, maskgit.SIZES),
               "mar": (mar.MAR, mar.SIZES)}
 
+CODEBOOKS = {                                               # --codebook: unit length or not, learned by gradient or as averages
+    "l2": dict(l2_norm=True), "l2-ema": dict(l2_norm=True, ema=0.99),                       # LlamaGen's, and with restarts
+    "plain": dict(l2_norm=False), "ema": dict(l2_norm=False, ema=0.99),                     # VQGAN's, and VQ-VAE's
+}
 DEFAULTS = {                                                # what a flag is when nobody says it
     "any": dict(data="shapes", image_size=32, flip=False, n_shapes=20_000, seed=0, task="class", channels=3, likelihood="mse",
                 corrupt=0.0, adapter="none", mix="vector", n_mix=8, objective="diffusion", batch_mul=4, order="random",
@@ -62,6 +69,7 @@ DEFAULTS = {                                                # what a flag is whe
                 size="small", steps=1600, batch_size=64, lr=4e-3),
     "cuda": dict(tok_size="medium", tok_steps=4000, tok_batch_size=128, tok_lr=1e-3, beta=0.02,
                  size="medium", steps=8000, batch_size=256, lr=1e-3),
+    "any-vq": dict(beta=0.25, codebook="l2"),               # beta: of the commitment
     "cpu-maskgit": dict(steps=3000),                        # a pass teaches the hidden tokens only, so it needs more of them
     "cuda-maskgit": dict(steps=16_000),
     "cpu-segment": dict(steps=2000),
@@ -74,11 +82,13 @@ def parse_args(argv=None):
     """Flags -> Namespace in which a flag that was not given is None (resolve() fills it)."""
     p = argparse.ArgumentParser(description="Train a tokenizer and a generator on drawn shapes or on your own images.",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--tokenizer", choices=["vae"], required=True, help="stage 1: how an image becomes tokens")
+    p.add_argument("--tokenizer", choices=list(TOKENIZERS), required=True,
+                   help="stage 1: how an image becomes tokens; vae: real vectors, vq: whole numbers")
     p.add_argument("--generator", choices=["ar", "maskgit", "mar", "none"], default="ar",
                    help="stage 2: one token after the other, masked tokens in parallel, or sets of tokens in random order; none: "
                         "stop after stage 1")
-    p.add_argument("--head", choices=["gmm", "diffusion", "categorical"], default="gmm", help="the distribution of one token")
+    p.add_argument("--head", choices=["gmm", "diffusion", "categorical"],
+                   help="the distribution of one token (default: gmm of vectors, categorical of numbers)")
     g = p.add_argument_group("data")
     g.add_argument("--data", help="`shapes` (drawn, no download), or a folder / .tar[.gz] / .zip of class folders, or an .npz")
     g.add_argument("--image_size", type=int, help="side of the square images, in pixels")
@@ -86,18 +96,22 @@ def parse_args(argv=None):
     g.add_argument("--flip", action="store_const", const=True, help="mirror images left-right at random")
     g.add_argument("--skip_bad", action="store_true", help="leave out unreadable image files instead of stopping")
     g = p.add_argument_group("stage 1, the tokenizer")
-    g.add_argument("--tok_size", choices=list(vae.SIZES), help="size of the tokenizer, from SIZES in its file")
+    g.add_argument("--tok_size", choices=list(dict.fromkeys(name for _, sizes in TOKENIZERS.values() for name in sizes)),
+                   help="size of the tokenizer, from SIZES in its file")
     g.add_argument("--tok_steps", type=int, help="training steps")
     g.add_argument("--tok_batch_size", type=int, help="images per step, over all processes")
     g.add_argument("--tok_lr", type=float, help="peak learning rate")
-    g.add_argument("--token_dim", type=int, help="numbers in one token (default: that of the size)")
+    g.add_argument("--token_dim", type=int, help="numbers in one token, or in one code of vq (default: that of the size)")
+    g.add_argument("--vocab_size", type=int, help="vq: how many codes (default: that of the size)")
+    g.add_argument("--codebook", choices=list(CODEBOOKS), help="vq: codes of unit length (l2), as they are (plain), or as moving "
+                                                               "averages with restarts (l2-ema, ema)")
     g.add_argument("--task", choices=["class", "segment", "depth"],
                    help="what to generate: images of a class, or from an image of the drawn world its label map or distances")
     g.add_argument("--channels", type=int, choices=[1, 3], help="1: grey images (colours are averaged), 3: RGB")
     g.add_argument("--likelihood", choices=["mse", "logistic"],
                    help="of a pixel: Gaussian, or discretised logistic, with which losses are exact bounds in bits per dimension")
     g.add_argument("--beta", type=float, help="weight of the KL in nats per image against the summed squared error (logistic: "
-                                              "against the nats of the pixels, default 1); 0: AE")
+                                              "against the nats of the pixels, default 1); 0: AE. vq: of the commitment")
     g.add_argument("--corrupt", type=float, help="standard deviation of noise on the input pixels: a denoising autoencoder")
     g = p.add_argument_group("stage 2, the generator")
     g.add_argument("--adapter", choices=["none", "flow"], help="flow: bend the tokens by a volume-preserving flow first (GIVT)")
@@ -140,7 +154,9 @@ def parse_args(argv=None):
     g.add_argument("--log_every", type=int, default=50, help="steps between printed lines")
     g.add_argument("--eval_every", type=int, default=500, help="steps between validation losses, each with a checkpoint")
     g.add_argument("--save_every", type=int, default=100, help="steps between checkpoints")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    args.head = args.head or ("gmm" if args.tokenizer == "vae" else "categorical")
+    return args
 
 
 def resolve(given, names, saved, device, folder):
@@ -148,8 +164,8 @@ def resolve(given, names, saved, device, folder):
     Refuses a given flag that contradicts the checkpoint."""
     machine = "cuda" if device.type == "cuda" else "cpu"
     defaults = DEFAULTS["any"] | DEFAULTS[machine]
-    for choice in (given.generator, given.task):
-        defaults |= DEFAULTS.get(f"{machine}-{choice}", {})
+    for choice in (given.tokenizer, given.generator, given.task, f"{given.generator}-{given.head}"):
+        defaults |= DEFAULTS.get(f"any-{choice}", {}) | DEFAULTS.get(f"{machine}-{choice}", {})
     if given.mix == "full":
         defaults |= dict(n_mix=1)
     if "logistic" in (given.likelihood, saved and saved.get("likelihood")) or given.joint:
@@ -168,10 +184,20 @@ def resolve(given, names, saved, device, folder):
 
 def check(args):
     """Refuse what cannot work, in one sentence that names the flag to change."""
-    if args.head == "categorical":
-        raise BadInput(f"--head categorical predicts ids, but --tokenizer {args.tokenizer} gives real vectors: use --head gmm")
+    continuous = args.tokenizer == "vae"
+    if (args.head == "categorical") == continuous:
+        what, other = ("real vectors", "gmm") if continuous else ("ids", "categorical")
+        raise BadInput(f"--head {args.head} does not fit --tokenizer {args.tokenizer}, which gives {what}: use --head {other}")
+    for name, neutral in (("adapter", "none"), ("joint", False), ("task", "class"), ("likelihood", "mse"), ("corrupt", 0)):
+        if not continuous and getattr(args, name) not in (None, neutral):
+            raise BadInput(f"--{name}: needs the real-valued tokens of --tokenizer vae")
+    for name in ("vocab_size", "codebook"):
+        if args.tokenizer != "vq" and getattr(args, name) is not None:
+            raise BadInput(f"--{name}: is for --tokenizer vq")
+    if args.tok_size is not None and args.tok_size not in TOKENIZERS[args.tokenizer][1]:
+        raise BadInput(f"--tok_size {args.tok_size}: --tokenizer {args.tokenizer} has {', '.join(TOKENIZERS[args.tokenizer][1])}")
     for name in ("image_size", "n_shapes", "tok_steps", "tok_batch_size", "steps", "batch_size", "n_mix", "token_dim",
-                 "head_width", "head_depth", "batch_mul", "n_buffer", "log_every", "eval_every", "save_every"):
+                 "vocab_size", "head_width", "head_depth", "batch_mul", "n_buffer", "log_every", "eval_every", "save_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: must be at least 1")
     for name in ("tok_lr", "lr", "grad_clip"):
@@ -241,12 +267,17 @@ def open_data(args, split, device):
 
 
 def build_tokenizer(args):
-    size = vae.SIZES[args.tok_size] | dict(image_size=args.image_size)
-    if args.token_dim:
-        size["token_dim"] = args.token_dim
-    channels = 1 + len(data.SHAPES) if args.task == "segment" else args.channels
+    model_class, sizes = TOKENIZERS[args.tokenizer]
+    size = sizes[args.tok_size] | dict(image_size=args.image_size, beta=args.beta)
+    size["channels"] = 1 + len(data.SHAPES) if args.task == "segment" else args.channels
+    if args.tokenizer == "vae":
+        size |= dict(corrupt=args.corrupt, likelihood=args.likelihood)
+        size |= dict(token_dim=args.token_dim) if args.token_dim else {}
+    else:
+        size |= CODEBOOKS[args.codebook] | (dict(vocab_size=args.vocab_size) if args.vocab_size else {})
+        size |= dict(code_dim=args.token_dim) if args.token_dim else {}
     try:
-        return vae.VAE(beta=args.beta, corrupt=args.corrupt, channels=channels, likelihood=args.likelihood, **size)
+        return model_class(**size)
     except ValueError as e:
         raise BadInput(f"--image_size {args.image_size} with --tok_size {args.tok_size}: {e}") from None
 
@@ -268,6 +299,8 @@ def build_generator(args, tokenizer, num_classes, source=None):
         net = mar.HEAD_SIZES.get(args.size, mar.HEAD_SIZES["mar-b"])
         head = diffusion_head.DiffusionHead(size["n_embd"], tokenizer.token_dim, args.head_width or net["width"],
                                             args.head_depth or net["depth"], args.objective, args.batch_mul)
+    elif args.head == "categorical":
+        head = ar_transformer.CategoricalHead(size["n_embd"], tokenizer.vocab_size)         # the same code in all three files
     else:
         head = gmm_head.HEADS[args.mix](size["n_embd"], tokenizer.token_dim, args.n_mix)
     model = model_class(head, tokenizer.seq_len, num_classes, tokenizer.token_dim, tokenizer.vocab_size, tokenizer.grid,
@@ -372,6 +405,9 @@ def encode_all(tokenizer, images):
         for i in range(0, len(images), 250):
             x, _ = images.batch(torch.arange(i, min(i + 250, len(images))))
             x = x.flip(-1) if turn else x
+            if tokenizer.vocab_size:
+                arrays.setdefault("ids", []).append(tokenizer.encode(x))
+                continue
             mean, std = tokenizer.posterior(x)
             arrays.setdefault("mean", []).append(mean)
             arrays.setdefault("std", []).append(std)
@@ -615,7 +651,8 @@ def start(given, names, folder, world):
     return args, checkpoint, checkpoint is not None and checkpoint["done"]
 
 
-UNITS = {"mse": "squared error per pixel value + beta KL", "logistic": "bits per dimension", "gmm": "nats per token",
+UNITS = {"vae": "squared error per pixel value + beta KL", "vq": "squared error per pixel value + losses of the codes",
+         "logistic": "bits per dimension", "gmm": "nats per token", "categorical": "nats per token",
          "diffusion": "squared error of the noise + vb (bits)", "flow": "squared error of the velocity"}
 
 
@@ -633,7 +670,11 @@ def train_tokenizer(given, folder, world):
 
         def finish(model):
             measured = encode_all(model, images)
-            model.measure(measured["mean"], measured["std"])
+            if model.vocab_size:
+                used = len(measured["ids"].unique())
+                say(world, f"{used} of {model.vocab_size} codes occur in the training images ({100 * used / model.vocab_size:.1f}%)")
+            else:
+                model.measure(measured["mean"], measured["std"])
             if world.rank == 0:
                 torch.manual_seed(args.seed)
                 x, _ = held_out.batch(torch.linspace(0, len(held_out) - 1, 12).long())      # folders come sorted by class
@@ -643,7 +684,7 @@ def train_tokenizer(given, folder, world):
 
         loop_args = argparse.Namespace(**vars(args), **loop_flags(given))
         fit(1, tokenizer, images, validate(held_out, 100, args, world), loop_args, folder, world, checkpoint,
-            dict(classes=images.classes), finish, UNITS[args.likelihood])
+            dict(classes=images.classes), finish, UNITS["logistic" if args.likelihood == "logistic" else args.tokenizer])
         barrier(world)                                      # until process 0 has written the checkpoint
     run = load_run(folder, world.device)
     return run.tokenizer, run.args

@@ -1,0 +1,176 @@
+"""
+MAR's four curves at small scale, and how few denoising steps are enough.
+
+    python experiments/mar_curves.py runs/shapes-vae-mar-diffusion                   # from one trained run
+    python experiments/mar_curves.py runs/shapes-vae-mar-diffusion --flow RUN        # and from one with --objective flow
+    python experiments/mar_curves.py runs/shapes-vae-mar-diffusion --heads           # also trains heads of other sizes
+
+  head         width and depth of the head's MLP: one short training each, on the run's tokenizer
+  denoising    steps per token
+  temperature  of the noise on the way: quality, and diversity as recall
+  passes       autoregressive steps K over 16 tokens: quality and time
+  annealing    A:B takes A denoising steps for the first token and B for the last; quality against seconds per image
+
+Writes experiments/results/mar-curves.json with .png and mar-annealing.png. Frechet distance and recall as in evaluate.py.
+"""
+import argparse
+import json
+import sys
+from datetime import date
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import evaluate
+import sample
+import train
+from benchmark import machine_name
+from sampling import measure
+
+WIDTHS, DEPTHS = (32, 64, 128, 256), (1, 3, 6)
+DENOISING = (2, 5, 10, 25, 50, 100)
+TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
+PASSES = (1, 2, 4, 8, 12, 16)
+ANNEALED = {"ancestral, constant": (dict(), ("100", "50", "25", "15", "10", "5")),
+            "ancestral, annealed": (dict(), ("100:10", "50:5", "25:5", "15:3")),
+            "ddim, constant": (dict(sampler="ddim"), ("100", "50", "25", "10", "5")),
+            "ddim, annealed": (dict(sampler="ddim"), ("100:10", "50:5", "25:5")),
+            "flow, heun, constant": (dict(sampler="heun"), ("25", "10", "5", "3")),
+            "flow, heun, annealed": (dict(sampler="heun"), ("25:5", "10:3"))}
+
+
+class Ruler:
+    """Measures samples of runs on one data set: the classifier and its features of the validation images are kept."""
+
+    def __init__(self, run, n):
+        self.n = n
+        val_set = train.open_data(run.args, "val", run.device)
+        self.net, _ = evaluate.classifier_for(run, run.device)
+        self.real, _ = evaluate.look_at_real(self.net, val_set, torch.arange(len(val_set)))
+
+    def __call__(self, run, text, **options):
+        if "diffusion_steps" in options:
+            options["diffusion_steps"] = sample.parse_steps(options["diffusion_steps"], run)
+        row = measure(run, self.n, self.net, self.real, **options)
+        print(f"{text:32s} accuracy {row['sample_accuracy']:5.1f}%  Frechet {row['sample_frechet_small_cnn']:6.2f}  recall "
+              f"{row['sample_recall']:5.1f}%  {1000 * row['seconds_per_image']:.1f} ms per image", flush=True)
+        keep = ("sample_accuracy", "sample_frechet_small_cnn", "sample_precision", "sample_recall", "seconds_per_image")
+        return {k: row[k] for k in keep}
+
+
+def head_sizes(run, ruler, steps):
+    """Train a run for every head size -> {"width": [(width, metrics)], "depth": [...]}."""
+    runs, curves = run.folder.resolve().parent / "mar-heads", {"width": [], "depth": []}
+    tokenizer = train.read_checkpoint(run.folder.parent / f"{run.folder.name.split('-')[0]}-vae")
+    if tokenizer is None:
+        raise train.BadInput(f"--heads: the tokenizer of {run.folder} is not beside it")
+    for kind, values, fixed in (("width", WIDTHS, ("--head_depth", "3")), ("depth", DEPTHS, ("--head_width", "128"))):
+        for v in values:
+            name = f"width-{v}" if kind == "width" else ("width-128" if v == 3 else f"depth-{v}")
+            words = ["--tokenizer", "vae", "--generator", "mar", "--head", "diffusion", "--size", "tiny", "--runs", runs, "--name", name,
+                     "--tok_name", f"../{run.folder.name.split('-')[0]}-vae", "--steps", steps, f"--head_{kind}", v, *fixed]
+            begun = train.read_checkpoint(runs / name)
+            train.main([str(w) for w in words] + ["--resume"] * bool(begun and not begun["done"]))
+            curves[kind].append((v, ruler(train.load_run(runs / name, run.device), f"head {kind} {v}", diffusion_steps="25")))
+    return curves
+
+
+def save_curves(path, curves, name, steps):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 4 if "width" in curves else 3, figsize=(15 if "width" in curves else 11.5, 3.6))
+    axes = list(axes)
+    frechet = lambda points: [r["sample_frechet_small_cnn"] for _, r in points]
+    if "width" in curves:
+        ax = axes.pop(0)
+        ax.plot([v for v, _ in curves["width"]], frechet(curves["width"]), "o-", label="width, 3 blocks")
+        ax.plot([128] * len(curves["depth"]), frechet(curves["depth"]), "s", label="1, 3, 6 blocks, width 128")
+        for v, r in curves["depth"]:
+            ax.annotate(f"{v}", (128, r["sample_frechet_small_cnn"]), textcoords="offset points", xytext=(6, 0), fontsize=8)
+        ax.set(xlabel="width of the head", xscale="log", title=f"size of the head ({steps} steps each)")
+        ax.set_xticks(WIDTHS, WIDTHS)
+        ax.set_xticks([], minor=True)
+        ax.legend(fontsize=8)
+    for ax, key, xlabel, title, second, label in (
+            (axes[0], "denoising", "denoising steps per token", "denoising steps", None, None),
+            (axes[1], "temperature", "temperature", "temperature and diversity", "sample_recall", "recall, %  (diversity)"),
+            (axes[2], "passes", "autoregressive steps for 16 tokens", "tokens per step", "seconds_per_image", "ms per image")):
+        x = [v for v, _ in curves[key]]
+        ax.plot(x, frechet(curves[key]), "o-", color="C0")
+        ax.set(xlabel=xlabel, title=title)
+        if key == "denoising":
+            ax.set(xscale="log")
+            ax.set_xticks(x, x)
+            ax.set_xticks([], minor=True)
+        if second:
+            twin = ax.twinx()
+            twin.plot(x, [r[second] * (1000 if second == "seconds_per_image" else 1) for _, r in curves[key]], "s--", color="C1")
+            twin.set_ylabel(label, color="C1")
+            twin.set_ylim(bottom=0)
+    for ax in fig.axes:
+        if not ax.get_ylabel():
+            ax.set_ylabel("Frechet distance", color="C0")
+            ax.set_ylim(bottom=0)
+            ax.grid(alpha=0.3)
+    fig.suptitle(f"{name}: lower is better, floor for real images {curves['floor']:.1f}")
+    fig.tight_layout()
+    fig.savefig(path, dpi=80)
+
+
+def save_annealing(path, arms, name):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7.5, 4.6))
+    for k, (arm, points) in enumerate(arms.items()):
+        x, y = zip(*((1000 * r["seconds_per_image"], r["sample_frechet_small_cnn"]) for _, r in points))
+        ax.plot(x, y, "o-" if "constant" in arm else "s--", color=f"C{k // 2}", label=arm)
+        for (text, _), a, b in zip(points, x, y):
+            ax.annotate(text, (a, b), textcoords="offset points", xytext=(4, 4), fontsize=7, color=f"C{k // 2}")
+    ax.set(xscale="log", yscale="log", xlabel="ms per image, in batches of 250", ylabel="Frechet distance (small CNN), lower is better",
+           title=f"{name}: denoising steps, first:last token")
+    ax.grid(alpha=0.3, which="both")
+    ax.legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(path, dpi=80)
+
+
+def main():
+    p = argparse.ArgumentParser(description="MAR's curves: head size, denoising steps, temperature, autoregressive steps, annealing.")
+    p.add_argument("run", help="a run with --generator mar --head diffusion")
+    p.add_argument("--flow", help="a run with --objective flow, for the annealing figure")
+    p.add_argument("--heads", action="store_true", help="train heads of other widths and depths too")
+    p.add_argument("--head_steps", type=int, default=1000, help="training steps of each of those")
+    p.add_argument("--n", type=int, default=1000, help="samples per point")
+    args = p.parse_args()
+    run = train.load_run(args.run)
+    if run.generator is None or (run.args.generator, run.args.head) != ("mar", "diffusion"):
+        raise train.BadInput(f"{args.run}: not a run with --generator mar --head diffusion")
+    ruler = Ruler(run, args.n)
+    train_set = train.open_data(run.args, "train", run.device)
+    floor, _ = evaluate.look_at_real(ruler.net, train_set, torch.arange(args.n))
+    curves = head_sizes(run, ruler, args.head_steps) if args.heads else {}
+    curves["floor"] = evaluate.frechet_distance(floor, ruler.real)
+    curves["denoising"] = [(v, ruler(run, f"{v} denoising steps", diffusion_steps=str(v))) for v in DENOISING]
+    curves["temperature"] = [(v, ruler(run, f"temperature {v}", temperature=v, diffusion_steps="25")) for v in TEMPERATURES]
+    curves["passes"] = [(v, ruler(run, f"{v} passes", steps=v, diffusion_steps="25")) for v in PASSES]
+    arms = {}
+    for arm, (options, choices) in ANNEALED.items():
+        if arm.startswith("flow") and not args.flow:
+            continue
+        of = train.load_run(args.flow) if arm.startswith("flow") else run
+        arms[arm] = [(text, ruler(of, f"{arm} {text}", diffusion_steps=text, **options)) for text in choices]
+    out = Path(__file__).parent / "results"
+    facts = dict(machine=machine_name(run.device), torch=torch.__version__, date=str(date.today()), n=args.n, threads=torch.get_num_threads(),
+                 defaults=sample.default_of(run), generator_steps=run.args.steps, head_steps=args.head_steps)
+    (out / "mar-curves.json").write_text(json.dumps(facts | curves | dict(annealing=arms), indent=1) + "\n")
+    save_curves(out / "mar-curves.png", curves, run.folder.name, args.head_steps)
+    save_annealing(out / "mar-annealing.png", arms, run.folder.name)
+    print(f"wrote {out / 'mar-curves.json'} and two pictures")
+
+
+if __name__ == "__main__":
+    main()
