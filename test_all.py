@@ -1955,8 +1955,9 @@ def test_sample_draws_from_the_authors_files(tmp_path, monkeypatch, capsys):
     with np.load(tmp_path / "x.npz") as f:
         drawn, labels = f["arr_0"], f["labels"]
     assert drawn.shape[0] == 2 and drawn.shape[1] % 16 == 0 and drawn.std() > 1 and (labels == 7).all()
+    model = mar.MAR.from_official(tmp_path / "mar_tiny.pth")
     torch.manual_seed(0)
-    tokens = mar.MAR.from_official(tmp_path / "mar_tiny.pth").sample(
+    tokens = model.sample(
         torch.tensor([7, 7]), steps=3, cfg=sample.DEFAULTS["mar-diffusion"]["cfg"], diffusion_steps=lambda p: round(3 - 2 * p))
     images = vae.VAE.from_official(official_vae()[0]).decode_raw(tokens / 0.2325).clamp(-1, 1)
     assert np.array_equal(drawn, data.to_uint8(images).permute(0, 2, 3, 1).numpy()), "not the authors' scale of tokens"

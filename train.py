@@ -62,7 +62,8 @@ CODEBOOKS = {                                               # --codebook: unit l
 }
 DEFAULTS = {                                                # what a flag is when nobody says it
     "any": dict(data="shapes", image_size=32, flip=False, n_shapes=20_000, seed=0, task="class", channels=3, likelihood="mse",
-                corrupt=0.0, adapter="none", mix="vector", n_mix=8, objective="diffusion", batch_mul=4, order="random",
+                corrupt=0.0, vocab_size=None, codebook=None, adapter="none", mix="vector", n_mix=8, objective="diffusion",
+                batch_mul=4, order="random",
                 attention="bidirectional", joint=False, label_drop=0.1, weight_decay=0.02, warmup=50, grad_clip=1.0,
                 optimizer="muon"),
     "cpu": dict(tok_size="small", tok_steps=1000, tok_batch_size=32, tok_lr=4e-3, beta=0.02,
