@@ -1,0 +1,81 @@
+"""
+Our models at the very configurations at which the authors' code was timed: one thread, float32, processor time, medians.
+
+  mar       64 tokens of 16 numbers, 192 wide, 4 + 4 blocks, 4 heads, head 3 x 256, 64 buffer places, dropout .1, batch 32
+            authors' code on two shared cores of an AMD EPYC: forward + backward 2309 ms; 16 samples 8.45 s, of which
+            denoising 2.40 s (the note does not say in how many passes: here 16, with 100 denoising steps, no guidance)
+  maskgit   256 wide, 6 layers, 64 ids of 1024, batch 32, dropout .1; 16 samples in 8 passes with guidance
+            authors' code there, two threads: about 600 ms a step, 1.34 s for the samples
+
+Other machine, other minute: a ratio to those figures is a rough one. Decoding against LlamaGen's, side by side in one
+process: experiments/decoding.py.
+
+    python experiments/same_config.py          # 2 minutes; writes experiments/results/same-config.json
+"""
+import json
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import diffusion_head
+import mar
+import maskgit
+from benchmark import machine_name
+
+AUTHORS = {"mar": (2309, 8450), "maskgit": (600, 1340)}     # ms
+
+
+def build(name):
+    torch.manual_seed(0)
+    if name == "mar":
+        head = diffusion_head.DiffusionHead(192, 16, 256, 3)
+        model = mar.MAR(head, 64, 1000, token_dim=16, n_layer=8, n_head=4, n_embd=192, dropout=0.1, n_buffer=64)
+        return model, torch.randn(32, 64, 16), dict(steps=16, diffusion_steps=100)
+    model = maskgit.MaskGIT(maskgit.CategoricalHead(256, 1024), 64, 1000, vocab_size=1024, n_layer=6, n_head=8, n_embd=256, dropout=0.1)
+    return model, torch.randint(1024, (32, 64)), dict(steps=8, cfg=2.0)
+
+
+def timed(f, repeats):
+    """Median processor time of f() in ms, after one call that warms up."""
+    f()
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        f()
+        times.append(1000 * (time.process_time() - start))
+    return median(times)
+
+
+def main():
+    torch.set_num_threads(1)
+    rows = {}
+    for name in AUTHORS:
+        model, tokens, options = build(name)
+        labels = torch.randint(1000, (len(tokens),))
+
+        def step():
+            loss, _ = model(tokens, labels)
+            model.zero_grad(set_to_none=True)
+            loss.backward()
+        model.train()
+        train_ms = timed(step, 15)
+        model.eval()
+        sample_ms = timed(lambda: model.sample(labels[:16], **options), 5)
+        rows[name] = dict(parameters=sum(p.numel() for p in model.parameters()), train_ms=train_ms, sample_16_ms=sample_ms,
+                          authors_train_ms=AUTHORS[name][0], authors_sample_16_ms=AUTHORS[name][1], options=options)
+        print(f"{name:8s} {rows[name]['parameters'] / 1e6:.2f}M  forward + backward {train_ms:.0f} ms (authors {AUTHORS[name][0]}), "
+              f"16 samples {sample_ms:.0f} ms (authors {AUTHORS[name][1]})", flush=True)
+    out = Path(__file__).parent / "results" / "same-config.json"
+    facts = dict(machine=machine_name(torch.device("cpu")), torch=torch.__version__, date=str(date.today()), threads=1)
+    out.write_text(json.dumps(facts | rows, indent=1) + "\n")
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
