@@ -899,6 +899,119 @@ def test_ar_with_a_prefix_of_vectors_sees_all_of_it_and_drops_it():
     assert torch.allclose(*drawn, atol=1e-4)
 
 
+# LlamaGen: the authors' arrays, both their conditions
+
+def llamagen(name, **options):
+    """The arrays of golden/llamagen/<name>.npz and the model with the weights in them."""
+    g = golden(f"llamagen/{name}")
+    sd = {k[2:]: v for k, v in g.items() if k.startswith("w/")}
+    return ar_transformer.ARTransformer.from_official(sd, n_head=4, grid=(4, 4), **options), g, sd
+
+
+def check_gradients(model, g):
+    ours = {ar_transformer.official_name(k): p.grad for k, p in model.named_parameters()}
+    keys = [k for k in g if k.startswith("grad/")]
+    assert len(keys) >= 2
+    for key in keys:
+        close(ours[key[5:]], g[key])
+
+
+def test_llamagen_of_classes_has_the_authors_logits_loss_and_gradients():
+    model, g, _ = llamagen("gpt_c2i_train")
+    model.train()
+    model.label_drop = 0
+    close(model.logits(g["in/idx"], g["in/cls"]), g["out/logits_train"], 1e-5)
+    assert torch.equal(model.eval().logits(g["in/idx"], g["in/cls"]), model.train().logits(g["in/idx"], g["in/cls"]))
+    close(model.logits(g["in/idx"], g["in/cls"]), g["out/logits_eval_full"][:, :16], 1e-5)
+    loss, _ = model(g["in/idx"], g["in/cls"])
+    loss.backward()
+    close(loss.detach(), g["out/loss"], 1e-5)
+    check_gradients(model, g)
+    x = torch.cat([model.prefix(g["in/cls"]), model.embed(g["in/idx"][:, :-1])], 1)
+    block, rope = model.blocks[0], model.rope[:16]
+    close(block.attn(block.norm1(x), rope), g["out/layer0_attention"], 1e-5)
+    close(block(x, rope), g["out/layer0_block"], 1e-5)
+    close(block.mlp(block.norm2(x + block.attn(block.norm1(x), rope))), g["out/layer0_ffn"], 1e-5)
+
+
+def test_llamagen_of_captions_has_the_authors_masks_logits_loss_and_gradients():
+    model, g, _ = llamagen("gpt_t2i_train")
+    feat, drop = g["in/feat"], g["in/force_drop_ids"].bool()
+    assert torch.equal(model.caption.keep(feat), g["in/emb_mask"].bool())
+    assert torch.equal(model.caption.keep(feat, drop), g["in/emb_mask"].bool()), "no caption: the padding stays, as published"
+    assert torch.equal(model.mask(model.row, 22, model.keep(feat)), g["out/attn_mask"].bool())
+    close(model.prefix(feat), g["out/caption_emb"], 1e-5)
+    close(model.prefix(feat, drop), g["out/caption_emb_dropped"], 1e-5)
+    close(model.logits(g["in/idx"], feat), g["out/logits_train"], 1e-5)
+    loss, _ = model(g["in/idx"], feat)
+    close(loss.detach(), g["out/loss_unmasked_mean"], 1e-5)
+    each = model.head.loss(model.hidden(g["in/idx"], feat), g["in/idx"]).mean(1)            # the third sample is not valid
+    loss = (each * g["in/valid"]).sum() / g["in/valid"].sum()
+    loss.backward()
+    close(loss.detach(), g["out/loss"], 1e-5)
+    check_gradients(model, g)
+
+
+def test_llamagen_rope_is_the_authors():
+    g = golden("llamagen/rope")
+    for key in [k for k in g if k.startswith("out/freqs2d")]:
+        side, width, prefix = map(int, re.findall(r"\d+", key)[1:])
+        table = ar_transformer.rope_table((side, side), width, prefix, zero_prefix=True)
+        assert torch.allclose(table, g[key], atol=2e-5), key
+    close(ar_transformer.rotate(g["in/x"], g["out/freqs2d_grid4_hd8_cls1"]), g["out/x_rot_grid4_hd8_cls1"], 1e-5)
+    line = ar_transformer.rope_table((16,), 8, 1, zero_prefix=True)                         # ours counts the prefix: one turn more
+    turn = lambda table: torch.view_as_complex(table.contiguous())
+    assert torch.allclose(turn(line)[1:], turn(g["out/freqs1d_len16_hd8_cls1"])[1:] * turn(ar_transformer.rope_table((16,), 8, 1))[1], atol=1e-5)
+    assert (line[0] == 0).all()
+
+
+def replay(model, monkeypatch, cond, **options):
+    """Greedy sampling -> tokens (B, T) and the logits (B, T, V) that each was drawn from."""
+    seen, draw = [], model.head.sample
+
+    def record(h, h_uncond, cfg, temperature, **tricks):
+        c = model.head.logits(h)
+        seen.append(c if h_uncond is None or cfg == 1 else model.head.logits(h_uncond) * (1 - cfg) + cfg * c)
+        return draw(h, h_uncond, cfg, temperature, top_k=1)
+    monkeypatch.setattr(model.head, "sample", record)
+    return model.sample(cond, **options), torch.stack(seen, 1)
+
+
+WAYS = {"cached": dict(), "uncached": dict(use_cache=False), "one graph": dict(compile="aot_eager")}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind, cfg, interval", [("c2i", 1.0, -1), ("c2i", 3.0, -1), ("c2i", 3.0, 5), ("t2i", 1.0, -1), ("t2i", 3.0, -1)])
+def test_llamagen_writes_the_authors_tokens(kind, cfg, interval, way, monkeypatch):
+    model, g, _ = llamagen(f"generate_{kind}")
+    name = f"cfg{cfg}_int{interval}" if kind == "c2i" else f"cfg{cfg}_mask"
+    cond = g["in/cls"].long() if kind == "c2i" else g["in/feat"]
+    with torch.compiler.set_stance("force_eager" if way == "one graph" and cfg == 1 else "default"):
+        tokens, logits = replay(model, monkeypatch, cond, cfg=cfg, cfg_interval=interval, **WAYS[way])
+    assert torch.equal(tokens, g[f"out/tokens_{name}"].long())
+    close(logits, g[f"out/logits_{name}"])
+
+
+def test_llamagen_mask_while_decoding_is_the_authors():
+    model, g, _ = llamagen("generate_t2i")
+    keep = torch.cat([model.keep(g["in/feat"]), model.keep(g["in/feat"], torch.ones(3, dtype=torch.bool))])
+    ours = torch.cat([model.mask(model.row[t:t + 1], 22, keep) for t in range(22)], 2)      # row by row, as decode_step
+    assert torch.equal(ours[:, 0], g["out/causal_mask_cfg3"][:, :22, :22].bool())
+
+
+def test_categorical_head_filters_as_the_authors(monkeypatch):
+    g, seen, draw = golden("llamagen/logit_filter"), [], torch.multinomial
+    head = ar_transformer.CategoricalHead(1, 1)
+    head.proj = nn.Identity()                               # the arrays hold logits
+    monkeypatch.setattr(torch, "multinomial", lambda p, n: seen.append(p) or draw(p, n))
+    for key in [k for k in g if k.startswith("out/filtered") or k.startswith("out/ties")]:
+        k, p = re.search(r"k(\d+)", key), re.search(r"_p([\d.e-]+)", key)
+        head.sample(g["in/ties" if "ties" in key else "in/logits"], top_k=int(k[1]) if k else 0, top_p=float(p[1]) if p else 1.0)
+        assert torch.allclose(seen[-1], g[key].softmax(-1), atol=1e-6), key
+    head.sample(g["in/logits"], temperature=0.7, top_k=10, top_p=0.6)
+    assert torch.allclose(seen[-1], g["out/probs_T0.7_k10_p0.6"], atol=1e-6) and len(seen) >= 9
+
+
 # ---------------------------------------------------------------------------------------------------
 # maskgit.py
 
