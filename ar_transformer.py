@@ -23,8 +23,10 @@ Try it yourself:
   3. Sample with use_cache=False and time it against the default for --image_size 8 and 16.
 """
 import argparse
+import json
 import math
 import time
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -411,9 +413,10 @@ class ARTransformer(nn.Module):
         return tokens
 
     def compiled(self, how=True):
-        """decode_step as one graph. reduce-overhead records CUDA graphs: a step of a small model is all kernel launches."""
-        options = dict(mode="reduce-overhead") if how is True else dict(backend=how)
-        return torch.compile(self.decode_step, fullgraph=True, dynamic=False, **options)
+        """decode_step as one graph, for each batch size anew; beyond 8 of them torch goes back to single kernels, with a warning.
+        reduce-overhead records CUDA graphs: a step of a small model is all kernel launches."""
+        options = dict(mode="reduce-overhead") if how is True else dict(backend=how, fullgraph=True)
+        return torch.compile(self.decode_step, dynamic=False, **options)
 
     def blank(self, n, device):
         """n sequences of nothing yet -> (n, T[, D])."""
@@ -506,6 +509,105 @@ def load_weights(path):
 
 
 # ---------------------------------------------------------------------------------------------------
+# Export: the same network as a Hugging Face LlamaForCausalLM, for other people's fast servers
+
+MODELING = '''"""LlamaGen in transformers: Llama with a table of rotary angles, a row per token of the image. Made by ar_transformer.py."""
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+
+class RotaryTable(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        shape = config.max_position_embeddings, config.head_dim
+        self.register_buffer("cos", torch.ones(shape))      # the values lie in model.safetensors
+        self.register_buffer("sin", torch.zeros(shape))
+
+    def forward(self, x, position_ids):                     # (B, S) -> cos, sin (B, S, head_dim)
+        return self.cos[position_ids].to(x.dtype), self.sin[position_ids].to(x.dtype)
+
+
+class LlamaGenForCausalLM(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.rotary_emb = RotaryTable(config)
+'''
+
+
+def to_llama(model):
+    """A model of ids and classes -> config, generation config, weights of transformers' LlamaForCausalLM with equal logits.
+
+    Class c is the id V + c, in front of the tokens; V + num_classes is "no class". Their logits are 0 and must be banned (the
+    generation config does). transformers turns the two halves of a head against each other where we turn neighbours: rows of
+    q and k are reordered. One axis of positions is stock Llama. A grid or zero_prefix needs the class in MODELING, which looks
+    the angles up; stock Llama would read such a folder with wrong angles, hence another name in "architectures".
+    """
+    if model.vocab_size is None or not hasattr(model, "cls_embed") or model.pos_embed is not None:
+        raise ValueError("Llama can hold a model of ids and classes without learned places, not this one")
+    C, (hidden, _), rows = model.tok_embed.embedding_dim, model.blocks[0].mlp.w1.weight.shape, len(model.row)
+    classes, V, hd = model.num_classes + 1, model.vocab_size, C // model.n_head
+    halves = lambda w: w.view(model.n_head, hd // 2, 2, C).transpose(1, 2).reshape(C, C)    # pairs 2k, 2k + 1 -> k, k + hd / 2
+    sd = {"model.embed_tokens.weight": torch.cat([model.tok_embed.weight, model.cls_embed.weight]),
+          "model.norm.weight": model.norm.weight, "lm_head.weight": F.pad(model.head.proj.weight, (0, 0, 0, classes))}
+    for i, block in enumerate(model.blocks):
+        q, k, v = block.attn.wqkv.weight.chunk(3)
+        parts = {"self_attn.q_proj": halves(q), "self_attn.k_proj": halves(k), "self_attn.v_proj": v,
+                 "self_attn.o_proj": block.attn.wo.weight, "mlp.gate_proj": block.mlp.w1.weight,
+                 "mlp.up_proj": block.mlp.w3.weight, "mlp.down_proj": block.mlp.w2.weight,
+                 "input_layernorm": block.norm1.weight, "post_attention_layernorm": block.norm2.weight}
+        sd |= {f"model.layers.{i}.{name}.weight": w for name, w in parts.items()}
+    config = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=V + classes, hidden_size=C,
+                  intermediate_size=hidden, num_hidden_layers=len(model.blocks), num_attention_heads=model.n_head,
+                  num_key_value_heads=model.n_head, head_dim=hd, hidden_act="silu", rms_norm_eps=model.norm.eps,
+                  rope_theta=model.rope_base, rope_parameters=dict(rope_type="default", rope_theta=model.rope_base),
+                  max_position_embeddings=rows, attention_bias=False, mlp_bias=False, tie_word_embeddings=False,
+                  bos_token_id=None, eos_token_id=None, pad_token_id=None, torch_dtype="float32",
+                  grid=list(model.grid), num_image_tokens=V, num_classes=model.num_classes)
+    if len(model.grid) > 1 or (model.rope[0] == 0).all():
+        cos, sin = model.rope.unbind(-1)                                                    # (P + T, head_dim / 2)
+        sd |= {"model.rotary_emb.cos": torch.cat([cos, cos], 1), "model.rotary_emb.sin": torch.cat([sin, sin], 1)}
+        config |= dict(architectures=["LlamaGenForCausalLM"],
+                       auto_map={"AutoModelForCausalLM": "modeling_llamagen.LlamaGenForCausalLM"})
+    generation = dict(max_new_tokens=model.seq_len, min_new_tokens=model.seq_len, do_sample=True, top_k=0,
+                      suppress_tokens=list(range(V, V + classes)), bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    return config, generation, {k: v.detach().contiguous() for k, v in sd.items()}
+
+
+def load_for_export(source, grid=None, n_head=None):
+    """A run folder of train.py, or a file of LlamaGen's -> ARTransformer in eval mode. grid as in from_official."""
+    if not Path(source).is_dir():
+        return ARTransformer.from_official(source, n_head, grid or (16, 16))
+    checkpoint = torch.load(Path(source) / "ckpt.pt", map_location="cpu", weights_only=True)
+    flags, grid = checkpoint["flags"], grid or checkpoint.get("grid")
+    sd = {k.removeprefix("module."): v for k, v in checkpoint["ema"].items() if k.startswith("module.")}
+    if (flags.get("generator"), flags.get("head")) != ("ar", "categorical") or "cls_embed.weight" not in sd:
+        raise ValueError(f"{source}: not a run of --generator ar --head categorical that draws images of classes")
+    if grid is None:
+        raise ValueError(f"{source}: say --grid ROWS COLUMNS, that of the tokens: the weights do not tell")
+    (V, C), classes = sd["tok_embed.weight"].shape, len(sd["cls_embed.weight"]) - 1
+    model = ARTransformer(CategoricalHead(C, V), math.prod(grid), classes, vocab_size=V, grid=grid, **SIZES[flags["size"]])
+    model.load_state_dict(sd)
+    return model.eval()
+
+
+def export(source, out, grid=None, n_head=None):
+    """Write the folder that transformers' from_pretrained(out) reads (a grid: with trust_remote_code=True)."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise ValueError("export needs the optional package safetensors: pip install safetensors") from None
+    config, generation, weights = to_llama(load_for_export(source, grid, n_head))
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (out / "generation_config.json").write_text(json.dumps(generation) + "\n")
+    if "auto_map" in config:
+        (out / "modeling_llamagen.py").write_text(MODELING)
+
+
+# ---------------------------------------------------------------------------------------------------
 # Demo: two worlds of ids. Bars-and-stripes has exactly 30 pictures of 4 x 4, so the best possible model has a
 # negative log-likelihood of ln 30 = 3.401 nats. Small drawn shapes in four greys show sampling and surprise.
 
@@ -515,6 +617,18 @@ def bars_and_stripes(n, device, side=4):
     rows = bits[:, :, None].expand(-1, -1, side)
     all_ = torch.cat([rows, rows.transpose(1, 2)[1:-1]]).flatten(1)                         # blank and full only once
     return all_[torch.randint(len(all_), (n,), device=device)]
+
+
+def captions_of(pictures, side=4):
+    """Bars or stripes (N, side^2) -> what they show, in words: "rows 1 and 3 dark"."""
+    texts = []
+    for dark in (pictures == 0).view(-1, side, side):
+        rows = bool((dark == dark[:, :1]).all())
+        which = [str(i + 1) for i, line in enumerate(dark if rows else dark.T) if line.all()]
+        name = ("row" if rows else "column") + "s" * (len(which) > 1)
+        listed = " and ".join(p for p in (", ".join(which[:-1]), *which[-1:]) if p)
+        texts.append("all dark" if dark.all() else "all light" if not dark.any() else f"{name} {listed} dark")
+    return texts
 
 
 def fit_ids(model, batches, steps, lr=2e-3):
