@@ -23,8 +23,10 @@ Try it yourself:
   3. Sample with use_cache=False and time it against the default for --image_size 8 and 16.
 """
 import argparse
+import json
 import math
 import time
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -34,11 +36,11 @@ SIZES = {
     "tiny": dict(n_layer=4, n_head=4, n_embd=128),
     "small": dict(n_layer=6, n_head=4, n_embd=192),          # the default on a CPU
     "medium": dict(n_layer=12, n_head=6, n_embd=384),        # the default on a GPU
-    "gpt-b": dict(n_layer=12, n_head=12, n_embd=768),        # LlamaGen's sizes
-    "gpt-l": dict(n_layer=24, n_head=16, n_embd=1024),
-    "gpt-xl": dict(n_layer=36, n_head=20, n_embd=1280),
-    "gpt-xxl": dict(n_layer=48, n_head=24, n_embd=1536),
-    "gpt-3b": dict(n_layer=24, n_head=32, n_embd=3200),
+    "gpt-b": dict(n_layer=12, n_head=12, n_embd=768, multiple_of=256),                      # LlamaGen's; it trains them
+    "gpt-l": dict(n_layer=24, n_head=16, n_embd=1024, multiple_of=256),                     # with dropout=0.1
+    "gpt-xl": dict(n_layer=36, n_head=20, n_embd=1280, multiple_of=256),
+    "gpt-xxl": dict(n_layer=48, n_head=24, n_embd=1536, multiple_of=256),
+    "gpt-3b": dict(n_layer=24, n_head=32, n_embd=3200, multiple_of=256),
 }
 
 
@@ -55,18 +57,26 @@ class RMSNorm(nn.Module):
         return y.type_as(x) * self.weight
 
 
-def rope_table(grid, head_dim, prefix, base=10000.0):
+def rope_table(grid, head_dim, prefix, base=10000.0, zero_prefix=False):
     """Rotary angles for a prefix and a grid of tokens: -> (P + T, head_dim / 2, 2) holding cos and sin.
 
     The head_dim / 2 pairs are shared out among the axes of the grid: for (rows, cols) the first half turns with the
-    row, the second with the column (LlamaGen). Prefix tokens stand at the origin of every axis and do not turn.
+    row, the second with the column (LlamaGen). Prefix tokens stand at the origin of every axis and do not turn. On one axis
+    (T,) the prefix is counted too: rows 0 .. P + T - 1, as in any language model. zero_prefix: cos = sin = 0 for the prefix,
+    as in LlamaGen's released weights: its keys vanish, so that every score with it is 0, and only its values count.
     """
     axes = len(grid)
+    if axes == 1:
+        places = torch.arange(prefix + grid[0]).float()[:, None]
+    else:
+        places = torch.cartesian_prod(*[torch.arange(n).float() for n in grid])
+        places = torch.cat([torch.zeros(prefix, axes), places])                             # (P + T, axes)
     pairs = [head_dim // 2 // axes + (a < head_dim // 2 % axes) for a in range(axes)]
-    places = torch.cartesian_prod(*[torch.arange(n).float() for n in grid]).view(-1, axes)  # (T, axes)
     angles = torch.cat([places[:, a:a + 1] * base ** (-torch.arange(n) / n) for a, n in enumerate(pairs)], 1)
-    angles = torch.cat([torch.zeros(prefix, head_dim // 2), angles])                        # (P + T, head_dim / 2)
-    return torch.stack([angles.cos(), angles.sin()], -1)
+    table = torch.stack([angles.cos(), angles.sin()], -1)                                   # (P + T, head_dim / 2, 2)
+    if zero_prefix:
+        table[:prefix] = 0
+    return table
 
 
 def rotate(x, rope):
@@ -88,17 +98,18 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
         self.wo = nn.Linear(n_embd, n_embd, bias=False)
 
-    def forward(self, x, rope, cache=None, start=0, mask=None):
-        """x (B, S, C) -> (B, S, C). With cache (2, B, n_head, P + T, head_dim), x are the rows start .. start + S - 1:
-        their keys and values are written into it, and earlier ones are read from it. S > 1 only at start 0.
-        mask (S, S) bool, True where a row may look; without it, at earlier rows and itself."""
+    def forward(self, x, rope, mask=None, cache=None, at=None):
+        """x (B, S, C) -> (B, S, C). mask: bool, broadcast to (B, n_head, S, keys), True where a row may look; without it,
+        at earlier rows and itself. With cache (2, B, n_head, keys, head_dim), x are the rows at (S,) int64 of a longer
+        sequence: their keys and values are written there, and all those of the cache are looked at."""
         B, S, C = x.shape
-        q, k, v = self.wqkv(x).view(B, S, 3, self.n_head, C // self.n_head).unbind(2)       # (B, S, n_head, head_dim)
-        q, k, v = (y.transpose(1, 2) for y in (rotate(q, rope), rotate(k, rope), v))        # (B, n_head, S, head_dim)
+        qkv = self.wqkv(x).view(B, S, 3 * self.n_head, C // self.n_head)                    # q heads, k heads, v heads
+        q, k = rotate(qkv[:, :, :2 * self.n_head], rope).transpose(1, 2).chunk(2, 1)        # (B, n_head, S, head_dim)
+        v = qkv[:, :, 2 * self.n_head:].transpose(1, 2)
         if cache is not None:
-            cache[0, :, :, start:start + S] = k
-            cache[1, :, :, start:start + S] = v
-            k, v = cache[:, :, :, :start + S].type_as(q)
+            cache[0].index_copy_(2, at, k.type_as(cache))
+            cache[1].index_copy_(2, at, v.type_as(cache))
+            k, v = cache.type_as(q)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and S > 1)  # softmax(q k^T / sqrt(d)) v
         return self.dropout(self.wo(y.transpose(1, 2).reshape(B, S, C)))
 
@@ -119,13 +130,13 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, n_embd, n_head, dropout=0.0):
+    def __init__(self, n_embd, n_head, dropout=0.0, multiple_of=64):
         super().__init__()
         self.norm1, self.attn = RMSNorm(n_embd), Attention(n_embd, n_head, dropout)
-        self.norm2, self.mlp = RMSNorm(n_embd), SwiGLU(n_embd, dropout)
+        self.norm2, self.mlp = RMSNorm(n_embd), SwiGLU(n_embd, dropout, multiple_of)
 
-    def forward(self, x, rope, cache=None, start=0, mask=None):                             # (B, S, C) -> (B, S, C)
-        x = x + self.attn(self.norm1(x), rope, cache, start, mask)
+    def forward(self, x, rope, mask=None, cache=None, at=None):                             # (B, S, C) -> (B, S, C)
+        x = x + self.attn(self.norm1(x), rope, mask, cache, at)
         return x + self.mlp(self.norm2(x))
 
 
@@ -169,15 +180,67 @@ class CategoricalHead(nn.Module):
         return ids, log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
+def bytes_of(texts, P):
+    """Texts -> their UTF-8 bytes (B, P) int64, zeros in front: the last byte stands beside the first token of the image.
+    ValueError if one of them has more than P bytes."""
+    rows = [list(text.encode()) for text in texts]
+    for text, row in zip(texts, rows):
+        if len(row) > P:
+            raise ValueError(f"a caption of {len(row)} bytes where there is room for {P}: {text!r}")
+    return torch.tensor([[0] * (P - len(row)) + row for row in rows])
+
+
+class CaptionEmbedder(nn.Module):
+    """A caption -> P prefix tokens. Shorter captions have zeros in front.
+
+    features: an int, the E numbers per token of a frozen text encoder (LlamaGen: FLAN-T5's 2048): fc2(gelu(fc1 x)), without
+    bias, so that padding stays 0. Or "bytes": the transformer learns to read by itself. RoPE gives the prefix no order, so
+    each byte is told its place, and a convolution over 7 bytes shows the first layer words instead of letters.
+    """
+
+    def __init__(self, P, features, n_embd):
+        super().__init__()
+        self.bytes, E = features == "bytes", n_embd if features == "bytes" else features
+        self.fc1, self.fc2 = nn.Linear(E, n_embd, bias=False), nn.Linear(n_embd, n_embd, bias=False)
+        self.register_buffer("none", torch.randn(P, E) / math.sqrt(E))                      # "no caption": fixed, as published
+        for layer in (self.fc1, self.fc2):
+            nn.init.normal_(layer.weight, std=n_embd ** -0.5 if self.bytes else 0.02)
+        if self.bytes:
+            self.byte, self.place = nn.Embedding(256, E), nn.Parameter(torch.randn(P, E))
+            self.words = nn.Conv1d(E, E, 7, padding=3)
+
+    def keep(self, text, drop=None):
+        """text (B, P) bytes or (B, P, E) -> (B, P) bool, True where there is text. Where drop: everywhere, except that with
+        features "no caption" keeps the padding of the caption it replaces, as published."""
+        if not self.bytes:
+            return (text != 0).any(-1)
+        return text != 0 if drop is None else (text != 0) | drop[:, None]
+
+    def forward(self, text, drop=None):
+        """text (B, P) bytes or (B, P, E), drop (B,) bool: True for "no caption" -> (B, P, C)."""
+        x = text
+        if self.bytes:
+            x = (self.byte(text.long()) + self.place) * (text != 0)[..., None]              # (B, P, E)
+            x = self.words(x.transpose(1, 2)).transpose(1, 2)
+        if drop is not None:
+            x = torch.where(drop[:, None, None], self.none.type_as(x), x)
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
 class ARTransformer(nn.Module):
     """p(tokens | cond) for tokens in raster order. Give vocab_size for ids or token_dim for real vectors.
 
-    cond is a class, or with prefix = (P, E) a sequence of P vectors: the tokens of another image, features of a text. They
-    are given, so they see each other both ways; only what is generated is causal.
+    cond is a class (B,), or
+      text = (P, E)           captions (B, P, E): features of a text encoder, zeros in front. Causal, like the image.
+      text = (P, "bytes")     captions (B, P): their bytes, see bytes_of().
+      prefix = (P, E)         P vectors (B, P, E), all of them there: the tokens of another image. They see each other both ways.
+    places: learned absolute places on top of RoPE. None: for real vectors (GIVT), not for ids (LlamaGen).
+    multiple_of: the width of the MLP is rounded up to it. zero_prefix: see rope_table.
     """
 
     def __init__(self, head, seq_len, num_classes, token_dim=None, vocab_size=None, grid=None, n_layer=6, n_head=4,
-                 n_embd=192, dropout=0.0, label_drop=0.1, rope_base=10000.0, prefix=None):
+                 n_embd=192, dropout=0.0, label_drop=0.1, rope_base=10000.0, prefix=None, text=None, places=None,
+                 multiple_of=64, zero_prefix=False):
         super().__init__()
         side = math.isqrt(seq_len)
         grid = tuple(grid or ((side, side) if side * side == seq_len else (seq_len,)))
@@ -185,37 +248,48 @@ class ARTransformer(nn.Module):
             raise ValueError(f"grid {grid} holds {math.prod(grid)} tokens, not seq_len = {seq_len}")
         if n_embd % n_head or n_embd // n_head % 2:
             raise ValueError(f"n_embd {n_embd} over n_head {n_head} must be an even head width")
+        if prefix and text:
+            raise ValueError("prefix and text: the condition is one of them")
         self.seq_len, self.num_classes, self.token_dim, self.vocab_size = seq_len, num_classes, token_dim, vocab_size
-        self.n_prefix, self.n_head, self.label_drop = prefix[0] if prefix else 1, n_head, label_drop
+        self.grid, self.n_head, self.label_drop, self.rope_base = grid, n_head, label_drop, rope_base
+        self.n_prefix = P = (prefix or text or [1])[0]
         self.tok_embed = nn.Embedding(vocab_size, n_embd) if vocab_size else nn.Linear(token_dim, n_embd)
         if prefix:
             self.pre_embed = nn.Linear(prefix[1], n_embd)
-            self.pre_place = nn.Parameter(torch.zeros(prefix[0], n_embd))
+            self.pre_place = nn.Parameter(torch.zeros(P, n_embd))
             self.pre_none = nn.Parameter(torch.zeros(n_embd))                               # each vector of "no prefix"
-        else:
+        elif not text:
             self.cls_embed = nn.Embedding(num_classes + 1, n_embd)                          # the last row: "no class"
-        self.pos_embed = nn.Parameter(torch.zeros(seq_len, n_embd))                         # absolute places, as in GIVT
-        self.blocks = nn.ModuleList([Block(n_embd, n_head, dropout) for _ in range(n_layer)])
+        self.pos_embed = nn.Parameter(torch.zeros(seq_len, n_embd)) if places or places is None and token_dim else None
+        self.blocks = nn.ModuleList([Block(n_embd, n_head, dropout, multiple_of) for _ in range(n_layer)])
         self.norm = RMSNorm(n_embd)
         self.dropout = nn.Dropout(dropout)
-        self.register_buffer("rope", rope_table(grid, n_embd // n_head, self.n_prefix, rope_base), persistent=False)
-        row = torch.arange(self.n_prefix + seq_len)
-        mask = (row <= row[:, None]) | (row < self.n_prefix)                                # (P + T, P + T)
-        self.register_buffer("mask", mask if prefix else None, persistent=False)
+        self.register_buffer("rope", rope_table(grid, n_embd // n_head, P, rope_base, zero_prefix), persistent=False)
+        row = torch.arange(P + seq_len)
+        look = (row <= row[:, None]) | (row < (P if prefix else 0))                         # who may look where
+        self.register_buffer("row", row, persistent=False), self.register_buffer("look", look, persistent=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
-        for place in [self.pos_embed] + ([self.pre_place, self.pre_none] if prefix else []):
-            nn.init.normal_(place, std=0.02)
+        for name, p in self.named_parameters(recurse=False):                                # the learned places
+            nn.init.normal_(p, std=0.02)
+        self.caption = CaptionEmbedder(*text, n_embd) if text else None
+        self.causal_only, self.static = not prefix and not text, None
         self.head = head                                    # last, so that it keeps its own initialisation
 
-    def embed(self, tokens, start=0):
-        """tokens (B, n[, D]) standing at start .. start + n - 1 -> (B, n, C). The line that knows the token type."""
-        return self.tok_embed(tokens) + self.pos_embed[start:start + tokens.shape[1]]
+    def embed(self, tokens, at=None):
+        """tokens (B, n[, D]) -> (B, n, C), standing at rows at (n,), counted with the prefix; None: the first n of the image.
+        The line that knows the token type."""
+        x = self.tok_embed(tokens)
+        if self.pos_embed is None:
+            return x
+        return x + (self.pos_embed[:x.shape[1]] if at is None else self.pos_embed[at - self.n_prefix])
 
     def prefix(self, cond, drop=None):
-        """cond: (B,) int64 labels (num_classes means "no class"), or vectors (B, P, E) -> (B, P, C).
+        """cond as in the class, labels (B,) int64 with num_classes for "no class" -> (B, P, C).
         drop (B,) bool: True where the condition is to be hidden."""
+        if self.caption is not None:
+            return self.caption(cond, drop)
         if cond.ndim == 1:
             cond = cond if drop is None else torch.where(drop, self.num_classes, cond)
             return self.cls_embed(cond)[:, None]
@@ -223,14 +297,34 @@ class ARTransformer(nn.Module):
         x = x if drop is None else torch.where(drop[:, None, None], self.pre_none.type_as(x), x)
         return x + self.pre_place
 
+    def keep(self, cond, drop=None):
+        """Which rows of each sequence are not padding: (B, P + T) bool, or None where there is none."""
+        if self.caption is None:
+            return None
+        return F.pad(self.caption.keep(cond, drop), (0, self.seq_len), value=True)
+
+    def mask(self, at, end, keep=None):
+        """Who may look where: rows at (S,), keys 0 .. end - 1 -> bool (S, end), or with padding (B, 1, S, end).
+        A row of padding looks at itself: a softmax over nothing would be nan."""
+        look = self.look[at, :end]
+        if keep is None:
+            return look
+        return (look & keep[:, None, :end] | (at[:, None] == self.row[:end]))[:, None]
+
+    def run(self, x, start=0, caches=None, keep=None):
+        """Rows x (B, S, C) standing at start .. start + S - 1 -> h (B, S, C). With caches, S = 1 or start = 0: the earlier
+        rows are in there. Only the filled part of a cache is looked at, so its view grows (see decode_step)."""
+        S, end = x.shape[1], start + x.shape[1]
+        at, rope = self.row[start:end], self.rope[start:end]
+        mask = None if self.causal_only or (S == 1 and keep is None) else self.mask(at, end, keep)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, mask, None if caches is None else caches[i][:, :, :, :end], at)
+        return self.norm(x)
+
     def hidden(self, tokens, cond, drop=None):
         """tokens (B, T[, D]), cond as in prefix() -> h (B, T, C), where h[:, t] has seen cond and tokens before t only."""
         x = torch.cat([self.prefix(cond, drop), self.embed(tokens[:, :-1])], 1)             # (B, P + T - 1, C)
-        S, x = x.shape[1], self.dropout(x)
-        mask = None if self.mask is None else self.mask[:S, :S]
-        for block in self.blocks:
-            x = block(x, self.rope[:S], mask=mask)
-        return self.norm(x[:, self.n_prefix - 1:])
+        return self.run(self.dropout(x), keep=self.keep(cond, drop))[:, self.n_prefix - 1:]
 
     def logits(self, tokens, cond):
         """tokens (B, T) int64, cond as in prefix() -> (B, T, V): position t predicts token t. For a categorical head."""
@@ -246,56 +340,89 @@ class ARTransformer(nn.Module):
         loss = self.head.loss(self.hidden(tokens, cond, drop), tokens).mean()
         return loss, {}
 
-    def caches(self, x):
-        """Room for the keys and values of len(x) whole sequences, for each block: x (B, P, C)."""
+    def caches(self, x, stay=False):
+        """Room for the keys and values of len(x) whole sequences, for each block: x (B, P, C).
+        stay: the same memory as in the last call if it fits, since a CUDA graph writes to fixed addresses."""
         shape = 2, len(x), self.n_head, self.n_prefix + self.seq_len, x.shape[-1] // self.n_head
-        return [x.new_zeros(shape) for _ in self.blocks]
+        if not stay:
+            return [x.new_zeros(shape) for _ in self.blocks]
+        if self.static is None or (self.static[0].shape, self.static[0].dtype, self.static[0].device) != (shape, x.dtype, x.device):
+            self.static = [x.new_zeros(shape) for _ in self.blocks]
+            for cache in self.static:
+                torch._dynamo.mark_static_address(cache, guard=False)
+        return self.static
 
-    def advance(self, x, caches, start):
-        """Rows x (B, S, C) standing at start .. start + S - 1 (cached: S = 1, or start = 0) -> h of the last (B, C)."""
-        S = x.shape[1]
-        mask = None if self.mask is None or S == 1 else self.mask[:S, :S]
+    def decode_step(self, tokens, at, caches, keep=None):
+        """One token per sequence in static shapes, for torch.compile: tokens (B[, D]) at row at (1,) int64 -> h (B, C).
+
+        The same numbers as run(), which on a CPU is faster. Here every step looks at the whole cache, the rest masked, and
+        the row is a tensor: one graph serves all T steps. With caches for 2B sequences the tokens are fed to both halves.
+        """
+        x = self.embed(tokens[:, None], at)
+        x = x.repeat(caches[0].shape[1] // len(x), 1, 1)
+        mask = self.mask(at, len(self.row), keep)
         for block, cache in zip(self.blocks, caches):
-            x = block(x, self.rope[start:start + S], cache, start, mask)
+            x = block(x, self.rope[at], mask, cache, at)
         return self.norm(x[:, -1])
-
-    def blank(self, n, device):
-        """n sequences of nothing yet -> (n, T[, D])."""
-        if self.vocab_size:
-            return torch.zeros(n, self.seq_len, dtype=torch.long, device=device)
-        return torch.zeros(n, self.seq_len, self.token_dim, device=device)
 
     @torch.no_grad()
     def sample(self, cond, steps=None, cfg=1.0, temperature=1.0, known=None, known_mask=None, on_step=None,
-               use_cache=True, **tricks):
+               use_cache=True, cfg_interval=-1, compile=False, **tricks):
         """cond as in prefix() -> tokens (B, T[, D]), drawn one after the other.
 
-        cfg is the guidance scale s of p(x|c)^s p(x)^(1-s), 1 is off. known (B, T[, D]) with known_mask (B, T) True
+        cfg is the guidance scale s of p(x|c)^s p(x)^(1-s), 1 is off. cfg_interval c: only the first c + 2 tokens are guided
+        (so counts LlamaGen's code: the first token and steps 0 .. c), -1: all. known (B, T[, D]) with known_mask (B, T) True
         where a token is given: it is kept, and later ones see it (earlier ones cannot: the model is causal).
         on_step(t, tokens, mask) is called after each token, mask True where still unknown. tricks go to the head.
+        compile: True compiles decode_step, on a GPU as one CUDA graph; or the name of another backend of torch.compile.
         """
-        B, T, guided = len(cond), self.seq_len, cfg != 1.0
+        B, T, P, guided = len(cond), self.seq_len, self.n_prefix, cfg != 1.0
         if steps not in (None, T):
             raise ValueError(f"an autoregressive model draws one token per step: steps must be {T}, not {steps}")
         tokens, unknown = self.blank(B, cond.device), torch.ones(B, T, dtype=torch.bool, device=cond.device)
-        x = self.prefix(cond)                                                               # (B, P, C)
+        x, keep, until = self.prefix(cond), self.keep(cond), T if cfg_interval < 0 else cfg_interval + 2
         if guided:
-            x = torch.cat([x, self.prefix(cond, torch.ones_like(unknown[:, 0]))])           # (2B, P, C)
-        caches = self.caches(x) if use_cache else [None] * len(self.blocks)
+            none = torch.ones_like(unknown[:, 0])
+            x = torch.cat([x, self.prefix(cond, none)])                                     # (2B, P, C)
+            keep = None if keep is None else torch.cat([keep, self.keep(cond, none)])
+        caches = self.caches(x, stay=bool(compile)) if use_cache else None
+        step = self.compiled(compile) if compile else None
+        h = self.run(x, 0, caches, keep)[:, -1]                                             # (B or 2B, C)
         for t in range(T):
-            h = self.advance(x, caches, self.n_prefix + t - 1 if use_cache and t else 0)    # (B or 2B, C)
+            if guided and t == until and not compile:       # from here on half of the rows are not needed
+                guided, h, x, keep = False, h[:B], x[:B], None if keep is None else keep[:B]
+                caches = caches and [cache[:, :B] for cache in caches]
             h, h_uncond = h.chunk(2) if guided else (h, None)
-            new, _ = self.head.sample(h, h_uncond, cfg, temperature, **tricks)              # (B[, D])
+            new, _ = self.head.sample(h, h_uncond, cfg if t < until else 1.0, temperature, **tricks)     # (B[, D])
             if known is not None:
                 given = known_mask[:, t].view(B, *[1] * (new.ndim - 1))
                 new = torch.where(given, known[:, t].type_as(new), new)
             tokens[:, t], unknown[:, t] = new, False
             if on_step is not None:
                 on_step(t, tokens, unknown)
-            e = self.embed(new[:, None], t)                                                 # (B, 1, C)
+            if t == T - 1:
+                break
+            if compile:
+                torch.compiler.cudagraph_mark_step_begin()
+                h = step(new, torch.full((1,), P + t, device=cond.device), caches, keep)
+                continue
+            e = self.embed(new[:, None], self.row[P + t:P + t + 1])                         # (B, 1, C)
             e = torch.cat([e, e]) if guided else e
             x = e if use_cache else torch.cat([x, e], 1)
+            h = self.run(x, P + t if use_cache else 0, caches, keep)[:, -1]
         return tokens
+
+    def compiled(self, how=True):
+        """decode_step as one graph, for each batch size anew; beyond 8 of them torch goes back to single kernels, with a warning.
+        reduce-overhead records CUDA graphs: a step of a small model is all kernel launches."""
+        options = dict(mode="reduce-overhead") if how is True else dict(backend=how, fullgraph=True)
+        return torch.compile(self.decode_step, dynamic=False, **options)
+
+    def blank(self, n, device):
+        """n sequences of nothing yet -> (n, T[, D])."""
+        if self.vocab_size:
+            return torch.zeros(n, self.seq_len, dtype=torch.long, device=device)
+        return torch.zeros(n, self.seq_len, self.token_dim, device=device)
 
     @torch.no_grad()
     def beam_search(self, cond, beam=4, fan=8, temperature=1.0, **tricks):
@@ -311,10 +438,11 @@ class ARTransformer(nn.Module):
         first = torch.arange(B, device=device)[:, None] * beam                              # (B, 1)
         tokens = self.blank(B * beam, device)
         total = torch.where(torch.arange(beam, device=device) == 0, 0.0, -math.inf).repeat(B, 1)   # at first only one is real
-        x = self.prefix(cond.repeat_interleave(beam, 0))
+        cond = cond.repeat_interleave(beam, 0)
+        x, keep = self.prefix(cond), self.keep(cond)
         caches = self.caches(x)
         for t in range(T):
-            h = self.advance(x, caches, self.n_prefix + t - 1 if t else 0)
+            h = self.run(x, self.n_prefix + t - 1 if t else 0, caches, keep)[:, -1]
             h = h[:, None].expand(-1, fan, -1)                                              # (B beam, fan, C)
             new, _ = self.head.sample(h, temperature=temperature, **tricks)                 # (B beam, fan[, D])
             log_p = -self.head.loss(h, new)                                                 # (B beam, fan)
@@ -324,8 +452,159 @@ class ARTransformer(nn.Module):
             parent = (first + best // fan).flatten()
             tokens, caches = tokens[parent], [cache[:, parent] for cache in caches]
             tokens[:, t] = new.flatten(0, 1)[parent * fan + (best % fan).flatten()]
-            x = self.embed(tokens[:, t:t + 1], t)
+            x = self.embed(tokens[:, t:t + 1], self.row[self.n_prefix + t:][:1])
         return tokens[first[:, 0]], total[:, 0]             # topk sorts: the first is the best
+
+    @classmethod
+    def from_official(cls, state_dict, n_head=None, grid=(16, 16)):
+        """LlamaGen's class- or text-conditional GPT: a state dict or a path -> ARTransformer in eval mode, head included.
+
+        Reads "ema", else "model" (their DDP files), else a plain dict (FSDP). The sizes are read off the shapes, of which
+        two say nothing: n_head (None: that of n_embd in SIZES) and grid, (16, 16) for 256 pixels, (24, 24) for 384. Labels are
+        torchvision's ImageNet order; captions are FLAN-T5-XL features (B, 120, 2048). Refuses unknown or missing keys by name.
+        """
+        if not isinstance(state_dict, dict):
+            state_dict = load_weights(state_dict)
+        sd = next((state_dict[k] for k in ("ema", "model", "module", "state_dict") if k in state_dict), state_dict)
+        sd = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in sd.items()}
+        conds = ("cls_embedding.embedding_table.weight", "cls_embedding.uncond_embedding")
+        kind = conds[conds[1] in sd]
+        need = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight", kind)
+        if lost := [k for k in need if k not in sd]:
+            raise ValueError(f"not the weights of a LlamaGen GPT: missing {lost}; the keys begin with {list(sd)[:3]}")
+        (V, C), hidden, n_layer = sd[need[0]].shape, len(sd[need[1]]), 1 + max(int(k.split(".")[1]) for k in sd if k[:7] == "layers.")
+        n_head = n_head or next((s["n_head"] for s in SIZES.values() if s["n_embd"] == C), None)
+        if n_head is None:
+            raise ValueError(f"n_embd {C} is none of the published sizes: say n_head=")
+        text = tuple(sd[kind].shape) if kind == conds[1] else None
+        model = cls(CategoricalHead(C, V), math.prod(grid), 1 if text else len(sd[kind]) - 1, vocab_size=V, grid=grid,
+                    n_layer=n_layer, n_head=n_head, n_embd=C, text=text, multiple_of=hidden, zero_prefix=True)
+        ours = {official_name(k): k for k in model.state_dict()}
+        missing, unknown = ([k for k in a if k not in b] for a, b in ((ours, sd), (sd, ours)))
+        if missing or unknown:
+            raise ValueError(f"the weights do not fit LlamaGen's GPT: missing {missing[:3]}, unknown {unknown[:3]}")
+        model.load_state_dict({ours[k]: v.float() for k, v in sd.items()})
+        return model.eval()
+
+
+def official_name(key):
+    """Our name of a weight -> LlamaGen's."""
+    for ours, theirs in (("tok_embed", "tok_embeddings"), ("head.proj", "output"), ("blocks.", "layers."),
+                         ("norm1", "attention_norm"), ("norm2", "ffn_norm"), (".attn.", ".attention."), (".mlp.", ".feed_forward."),
+                         ("cls_embed", "cls_embedding.embedding_table"), ("caption.none", "cls_embedding.uncond_embedding"),
+                         ("caption.", "cls_embedding.cap_proj.")):
+        key = key.replace(ours, theirs)
+    return key
+
+
+def load_weights(path):
+    """A .pt, .pth, .ckpt or .safetensors file -> state dict on the CPU. Never runs code from the file."""
+    if str(path).endswith(".safetensors"):
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ValueError(f"{path} needs the optional package safetensors: pip install safetensors") from None
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Export: the same network as a Hugging Face LlamaForCausalLM, for other people's fast servers
+
+MODELING = '''"""LlamaGen in transformers: Llama with a table of rotary angles, a row per token of the image. Made by ar_transformer.py."""
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+
+class RotaryTable(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        shape = config.max_position_embeddings, config.head_dim
+        self.register_buffer("cos", torch.ones(shape))      # the values lie in model.safetensors
+        self.register_buffer("sin", torch.zeros(shape))
+
+    def forward(self, x, position_ids):                     # (B, S) -> cos, sin (B, S, head_dim)
+        return self.cos[position_ids].to(x.dtype), self.sin[position_ids].to(x.dtype)
+
+
+class LlamaGenForCausalLM(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.rotary_emb = RotaryTable(config)
+'''
+
+
+def to_llama(model):
+    """A model of ids and classes -> config, generation config, weights of transformers' LlamaForCausalLM with equal logits.
+
+    Class c is the id V + c, in front of the tokens; V + num_classes is "no class". Their logits are 0 and must be banned (the
+    generation config does). transformers turns the two halves of a head against each other where we turn neighbours: rows of
+    q and k are reordered. One axis of positions is stock Llama. A grid or zero_prefix needs the class in MODELING, which looks
+    the angles up; stock Llama would read such a folder with wrong angles, hence another name in "architectures".
+    """
+    if model.vocab_size is None or not hasattr(model, "cls_embed") or model.pos_embed is not None:
+        raise ValueError("Llama can hold a model of ids and classes without learned places, not this one")
+    C, (hidden, _), rows = model.tok_embed.embedding_dim, model.blocks[0].mlp.w1.weight.shape, len(model.row)
+    classes, V, hd = model.num_classes + 1, model.vocab_size, C // model.n_head
+    halves = lambda w: w.view(model.n_head, hd // 2, 2, C).transpose(1, 2).reshape(C, C)    # pairs 2k, 2k + 1 -> k, k + hd / 2
+    sd = {"model.embed_tokens.weight": torch.cat([model.tok_embed.weight, model.cls_embed.weight]),
+          "model.norm.weight": model.norm.weight, "lm_head.weight": F.pad(model.head.proj.weight, (0, 0, 0, classes))}
+    for i, block in enumerate(model.blocks):
+        q, k, v = block.attn.wqkv.weight.chunk(3)
+        parts = {"self_attn.q_proj": halves(q), "self_attn.k_proj": halves(k), "self_attn.v_proj": v,
+                 "self_attn.o_proj": block.attn.wo.weight, "mlp.gate_proj": block.mlp.w1.weight,
+                 "mlp.up_proj": block.mlp.w3.weight, "mlp.down_proj": block.mlp.w2.weight,
+                 "input_layernorm": block.norm1.weight, "post_attention_layernorm": block.norm2.weight}
+        sd |= {f"model.layers.{i}.{name}.weight": w for name, w in parts.items()}
+    config = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=V + classes, hidden_size=C,
+                  intermediate_size=hidden, num_hidden_layers=len(model.blocks), num_attention_heads=model.n_head,
+                  num_key_value_heads=model.n_head, head_dim=hd, hidden_act="silu", rms_norm_eps=model.norm.eps,
+                  rope_theta=model.rope_base, rope_parameters=dict(rope_type="default", rope_theta=model.rope_base),
+                  max_position_embeddings=rows, attention_bias=False, mlp_bias=False, tie_word_embeddings=False,
+                  bos_token_id=None, eos_token_id=None, pad_token_id=None, torch_dtype="float32",
+                  grid=list(model.grid), num_image_tokens=V, num_classes=model.num_classes)
+    if len(model.grid) > 1 or (model.rope[0] == 0).all():
+        cos, sin = model.rope.unbind(-1)                                                    # (P + T, head_dim / 2)
+        sd |= {"model.rotary_emb.cos": torch.cat([cos, cos], 1), "model.rotary_emb.sin": torch.cat([sin, sin], 1)}
+        config |= dict(architectures=["LlamaGenForCausalLM"],
+                       auto_map={"AutoModelForCausalLM": "modeling_llamagen.LlamaGenForCausalLM"})
+    generation = dict(max_new_tokens=model.seq_len, min_new_tokens=model.seq_len, do_sample=True, top_k=0,
+                      suppress_tokens=list(range(V, V + classes)), bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    return config, generation, {k: v.detach().contiguous() for k, v in sd.items()}
+
+
+def load_for_export(source, grid=None, n_head=None):
+    """A run folder of train.py, or a file of LlamaGen's -> ARTransformer in eval mode. grid as in from_official."""
+    if not Path(source).is_dir():
+        return ARTransformer.from_official(source, n_head, grid or (16, 16))
+    checkpoint = torch.load(Path(source) / "ckpt.pt", map_location="cpu", weights_only=True)
+    flags, grid = checkpoint["flags"], grid or checkpoint.get("grid")
+    sd = {k.removeprefix("module."): v for k, v in checkpoint["ema"].items() if k.startswith("module.")}
+    if (flags.get("generator"), flags.get("head")) != ("ar", "categorical") or "cls_embed.weight" not in sd:
+        raise ValueError(f"{source}: not a run of --generator ar --head categorical that draws images of classes")
+    if grid is None:
+        raise ValueError(f"{source}: say --grid ROWS COLUMNS, that of the tokens: the weights do not tell")
+    (V, C), classes = sd["tok_embed.weight"].shape, len(sd["cls_embed.weight"]) - 1
+    model = ARTransformer(CategoricalHead(C, V), math.prod(grid), classes, vocab_size=V, grid=grid, **SIZES[flags["size"]])
+    model.load_state_dict(sd)
+    return model.eval()
+
+
+def export(source, out, grid=None, n_head=None):
+    """Write the folder that transformers' from_pretrained(out) reads (a grid: with trust_remote_code=True)."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise ValueError("export needs the optional package safetensors: pip install safetensors") from None
+    config, generation, weights = to_llama(load_for_export(source, grid, n_head))
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (out / "generation_config.json").write_text(json.dumps(generation) + "\n")
+    if "auto_map" in config:
+        (out / "modeling_llamagen.py").write_text(MODELING)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -338,6 +617,18 @@ def bars_and_stripes(n, device, side=4):
     rows = bits[:, :, None].expand(-1, -1, side)
     all_ = torch.cat([rows, rows.transpose(1, 2)[1:-1]]).flatten(1)                         # blank and full only once
     return all_[torch.randint(len(all_), (n,), device=device)]
+
+
+def captions_of(pictures, side=4):
+    """Bars or stripes (N, side^2) -> what they show, in words: "rows 1 and 3 dark"."""
+    texts = []
+    for dark in (pictures == 0).view(-1, side, side):
+        rows = bool((dark == dark[:, :1]).all())
+        which = [str(i + 1) for i, line in enumerate(dark if rows else dark.T) if line.all()]
+        name = ("row" if rows else "column") + "s" * (len(which) > 1)
+        listed = " and ".join(p for p in (", ".join(which[:-1]), *which[-1:]) if p)
+        texts.append("all dark" if dark.all() else "all light" if not dark.any() else f"{name} {listed} dark")
+    return texts
 
 
 def fit_ids(model, batches, steps, lr=2e-3):
