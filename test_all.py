@@ -1412,6 +1412,21 @@ def test_mar_reproduces_the_authors_hidden_states(name):
             close(model.hidden(g["tokens"], torch.full((3,), 10), mask, 4), g["z_uncond"], 1e-5)
 
 
+@pytest.mark.parametrize("causal, masked", [(False, False), (True, False), (False, True)])
+def test_attention_by_formula_is_the_fused_kernel(causal, masked):
+    """In bf16 training on a CPU the formula stands in for the fused kernel: the same values and gradients."""
+    q, k, v = (torch.randn(2, 3, 9, 16).bfloat16().requires_grad_() for _ in range(3))
+    mask = (torch.rand(2, 1, 9, 9) < 0.6) | torch.eye(9, dtype=torch.bool) if masked else None
+    ours = mar.attention(q, k, v, mask, causal)
+    assert ours.dtype == torch.bfloat16 and ours.grad_fn.name() != "ScaledDotProductFlashAttentionForCpuBackward0"
+    ours.float().square().sum().backward()
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    truth = F.scaled_dot_product_attention(*exact, mask, is_causal=causal)
+    truth.square().sum().backward()
+    for a, b in zip((ours, *(x.grad for x in (q, k, v))), (truth, *(x.grad for x in exact))):
+        assert (a - b).abs().max() < 0.02 * b.abs().max(), "not softmax(q k^T / sqrt(d)) v"
+
+
 def test_mar_patchify_in_the_authors_order():
     g = golden("mar/mar_forward")
     for p, name in ((2, "patchify"), (1, "patchify1")):
