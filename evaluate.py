@@ -297,6 +297,81 @@ def measure_maps(args, run, device):
     return rows + [("seconds_per_map", "seconds per map", seconds, "s", "8 samples each")]
 
 
+@torch.no_grad()
+def read_scene(images, sizes=4, tilts=7):
+    """What a drawn picture shows, judged from its pixels: images (N, 3, H, W) in [-1, 1] -> {name: (N,) int64}.
+
+    background: the nearest of data.BACKGROUNDS to the median colour of the border. colour: the nearest of data.COLOURS to the
+    median of the 3% of pixels farthest from it. Then each pixel's cover is its place on the way from the one to the other, and
+    shape is the one of the ten that leaves the smallest squared difference of cover, when it is laid on the centre of mass
+    of the cover at one of `sizes` sizes and `tilts` tilts. No network, nothing learned.
+    """
+    N, _, H, W = images.shape
+    device = images.device
+    border = torch.cat([images[:, :, 0], images[:, :, -1], images[..., 0], images[..., -1]], -1)           # (N, 3, 4 H)
+    ground = border.median(-1).values
+    away = images - ground[:, :, None, None]
+    far = away.norm(dim=1).flatten(1).topk(H * W // 32).indices                             # (N, 3% of the pixels)
+    colour = images.flatten(2).gather(2, far[:, None].expand(-1, 3, -1)).median(-1).values
+    axis = (colour - ground)[:, :, None, None]
+    cover = ((away * axis).sum(1) / axis.square().sum(1).clamp(min=1e-6)).clamp(0, 1)       # (N, H, W)
+    line = (torch.arange(H, device=device) + 0.5) * (2 / H) - 1
+    mass = cover.sum((1, 2)).clamp(min=1e-6)
+    mx, my = (cover.sum(1) * line).sum(1) / mass, (cover.sum(2) * line).sum(1) / mass
+    fine = torch.linspace(-1.2, 1.2, 96, device=device)
+    fy, fx = torch.meshgrid(fine, fine, indexing="ij")
+    least, shape = torch.full((N,), math.inf, device=device), torch.zeros(N, dtype=torch.long, device=device)
+    for k in range(len(data.SHAPES)):
+        inside = data.distance(k, fx, fy) < 0                                               # a shape's own centre of mass
+        ox, oy = fx[inside].mean(), fy[inside].mean()
+        for r in torch.linspace(data.SMALL, data.LARGE, sizes).tolist():
+            for tilt in torch.linspace(-data.TILT, data.TILT, tilts).tolist():
+                cos, sin = math.cos(tilt), math.sin(tilt)
+                dx = line[None, None] - (mx - r * (cos * ox - sin * oy))[:, None, None]     # (N, 1, W)
+                dy = line[None, :, None] - (my - r * (sin * ox + cos * oy))[:, None, None]  # (N, H, 1)
+                d = data.distance(k, (cos * dx + sin * dy) / r, (cos * dy - sin * dx) / r) * r
+                error = ((0.5 - d * (H / 2)).clamp(0, 1) - cover).square().sum((1, 2))
+                shape, least = torch.where(error < least, k, shape), torch.minimum(least, error)
+    nearest = lambda x, colours: torch.cdist(x, torch.tensor(list(colours.values()), device=device) / 127.5 - 1).argmin(1)
+    return dict(shape=shape, colour=nearest(colour, data.COLOURS), background=nearest(ground, data.BACKGROUNDS))
+
+
+def unseen_captions(run, n):
+    """n captions of the drawn world that describe no training image -> texts, {name: (n,) int64} of what they ask for."""
+    seen, texts, wanted = set(train.captions_of(run.args, train.open_data(run.args, "train", run.device), "train")), {}, []
+    start = data.VAL_INDEX
+    while len(texts) < n and start < data.VAL_INDEX + 100_000:
+        index = torch.arange(start, start + 1000)
+        s = data.scene(index, run.args.seed)
+        for i, text in enumerate(data.captions(index, run.args.seed)):
+            if text not in seen and text not in texts and len(texts) < n:
+                texts[text] = True
+                wanted.append([s[name][i].item() for name in ("label", "colour", "background")])
+        start += 1000
+    if len(texts) < n:
+        raise data.BadInput(f"--n {n}: only {len(texts)} captions of the drawn world are not in the training set")
+    return list(texts), dict(zip(("shape", "colour", "background"), torch.tensor(wanted).T))
+
+
+def measure_captions(args, run, device):
+    """A --condition text run on the drawn world: are new captions obeyed? The rule is first tried on real images -> rows."""
+    if run.args.data != "shapes":
+        raise data.BadInput(f"{args.run}: captions are judged on the drawn world only (--data shapes)")
+    n = min(args.n, 200)
+    index = torch.arange(data.VAL_INDEX, data.VAL_INDEX + 500)
+    real, s = data.draw(index, run.args.image_size, run.args.seed)[0], data.scene(index, run.args.seed)
+    told = read_scene(real)
+    rows = [(f"rule_{name}", f"the rule on 500 real images: {name}", 100 * (told[name] == s[key]).float().mean().item(), "%",
+             "its own limit") for name, key in (("shape", "label"), ("colour", "colour"), ("background", "background"))]
+    texts, wanted = unseen_captions(run, n)
+    images = sample.draw_captions(run, texts, cfg=args.cfg, temperature=args.temperature, batch_size=args.batch_size, seed=args.seed)
+    told = {name: v.cpu() for name, v in read_scene(images.clamp(-1, 1)).items()}
+    right = {name: told[name] == wanted[name] for name in wanted}
+    right["all three"] = right["shape"] & right["colour"] & right["background"]
+    return rows + [(f"caption_{name.replace(' ', '_')}", f"{n} unseen captions, {name} as asked", 100 * v.float().mean().item(), "%",
+                    "higher is better") for name, v in right.items()]
+
+
 def mean_iou(predicted, true, num_classes):
     """Label maps (N, H, W) -> mean over the classes that occur of intersection / union of their pixels, in [0, 1]."""
     pairs = (true * num_classes + predicted).flatten()          # one number for each (true, predicted)
@@ -455,8 +530,8 @@ def probe_accuracy(x, y, val_x, val_y, decays=(1e-3, 1e-2, 1e-1)):
 
 def probe(args, run, device, most=5000):
     """Probes of every layer, of the pixels and of the latents, on `most` images -> rows; writes RUN/probe.png."""
-    if run.source is not None:
-        raise data.BadInput(f"--probe: {args.run} makes maps of images, and no class is hidden from it")
+    if run.source is not None or run.args.condition == "text":
+        raise data.BadInput(f"--probe: {args.run} was never told a class that could be hidden from it")
     if run.generator is None:
         raise data.BadInput(f"--probe: {args.run} is a tokenizer without a generator, so it has no layers")
     if not hasattr(run.generator, "blocks"):
@@ -542,6 +617,8 @@ def measure(args, run, device):
     """All that applies to this run -> rows."""
     if run.source is not None:
         return measure_maps(args, run, device)
+    if run.args.condition == "text" and run.generator is not None:
+        return measure_captions(args, run, device)
     train_set, val_set = (train.open_data(run.args, split, device) for split in ("train", "val"))
     cleanfid = check(args, run, val_set)
     net, accuracy = classifier_for(run, device, train_set, val_set)

@@ -7,6 +7,7 @@ Draw from a trained run: a labelled grid, an .npz batch for evaluators, an anima
     python sample.py runs/shapes-vae-ar-gmm --gif                   # RUN/samples.gif, token by token
 
     python sample.py RUN --image x.png --mask right                 # the rest of an image: repaint where the mask is
+    python sample.py RUN --prompt "a large green star on a red background"     # a run with --condition text
     python sample.py RUN --diffusion_steps 50:5                     # fewer denoising steps for later tokens (MAR)
     python sample.py --official mar_base.pth --vae kl16.ckpt --label 207        # the authors' weights: a golden retriever
     python sample.py RUN --top_p 0.9 --clip 2 --guidance closed     # GIVT's sampling tricks; --beam 4: a likely image
@@ -34,8 +35,9 @@ DEFAULTS = {"ar-gmm": dict(cfg=1.5, temperature=0.9), "maskgit-gmm": dict(cfg=3.
             "mar-gmm": dict(cfg=1.5, temperature=0.9), "mar-diffusion": dict(cfg=2.5, temperature=1.0),
             "ar-diffusion": dict(cfg=2.5, temperature=1.0), "ar-categorical": dict(cfg=2.0, temperature=1.0),
             "maskgit-categorical": dict(cfg=2.0, temperature=1.0), "mar-categorical": dict(cfg=2.0, temperature=1.0),
+            "text": dict(cfg=3.0, temperature=1.0),
             "segment": dict(cfg=1.0, temperature=0.9), "depth": dict(cfg=1.0, temperature=0.9)}
-TRICKS = ("steps", "schedule", "choice_temperature", "guidance", "top_k", "top_p", "clip", "beam", "fan", "cfg_schedule",
+TRICKS = ("steps", "schedule", "choice_temperature", "guidance", "top_k", "top_p", "clip", "beam", "fan", "cfg_schedule", "cfg_interval",
           "diffusion_steps", "sampler", "spacing")
 
 
@@ -52,6 +54,8 @@ def draw_tokens(run, cond, cfg=None, temperature=None, on_step=None, beam=1, fan
 
 
 def default_of(run):
+    if run.args.condition == "text":
+        return DEFAULTS["text"]
     return DEFAULTS[run.args.task if run.source is not None else f"{run.args.generator}-{run.args.head}"]
 
 
@@ -88,9 +92,34 @@ def official_run(args, device):
         raise BadInput(f"--vae {args.vae}: gives {fit[0]} tokens of {fit[1]} numbers, {args.official} writes {generator.seq_len} "
                        f"of {generator.token_dim}")
     classes = [str(k) for k in range(generator.num_classes)]
-    flags = argparse.Namespace(image_size=tokenizer.image_size, generator="mar", head="diffusion", mix="vector")
+    flags = argparse.Namespace(image_size=tokenizer.image_size, generator="mar", head="diffusion", mix="vector",
+                               condition="class")
     return SimpleNamespace(folder=Path(args.official).with_suffix(""), args=flags, tokenizer=tokenizer, generator=generator,
                            source=None, classes=classes, device=device)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Captions (--condition text of train.py)
+
+def some_captions(run, n):
+    """n captions of validation images."""
+    from train import captions_of, open_data
+    texts = captions_of(run.args, open_data(run.args, "val", run.device), "val")
+    return [texts[i] for i in torch.linspace(0, len(texts) - 1, n).long().tolist()]
+
+
+def draw_captions(run, texts, **options):
+    """texts, a list of str -> an image of each (N, 3, H, W)."""
+    from train import encode_texts
+    return draw_samples(run, encode_texts(run.args, texts), **options)
+
+
+def save_captions(path, run, texts, each=8, **options):
+    """Picture: a row per caption. -> images, as many of each caption."""
+    images = draw_captions(run, [t for t in texts for _ in range(each)], **options)
+    rows = [(text, x) for text, x in zip(texts, images.split(each))]
+    data.save_rows(path, rows, f"{run.folder.name}: samples")
+    return images
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -229,6 +258,9 @@ def parse_args(argv=None):
     p.add_argument("--clip", type=float, help="gmm: cut every component off at so many sigmas")
     p.add_argument("--beam", type=int, help="ar: keep so many sequences and return the likeliest (no guidance); 1 is off")
     p.add_argument("--fan", type=int, help="ar: candidates for each next token of each sequence of the beam (default: 8)")
+    p.add_argument("--prompt", nargs="+", help="captions to draw, each in quotes, for a run with --condition text (default: of "
+                                               "validation images)")
+    p.add_argument("--cfg_interval", type=int, help="ar: guide only the first so many tokens + 2, as LlamaGen counts; -1: all")
     p.add_argument("--image", help="an image to edit; --mask says where it is repainted")
     p.add_argument("--mask", help="left, right, top, bottom, centre, border, all, a box y0,x0,y1,x1 in fractions, or a .png")
     p.add_argument("--seed", type=int, default=0, help="the same seed gives the same samples")
@@ -273,6 +305,10 @@ def check(args, run):
         raise BadInput("--image and --mask belong together: which image, and where to repaint it")
     if run.source is not None and (args.image or args.cls or args.gif is not None):
         raise BadInput("--image, --class, --gif: this run makes maps of images, it knows no classes")
+    if run.args.condition == "text" and (args.image or args.cls or args.gif is not None):
+        raise BadInput("--image, --class, --gif: this run draws captions; ask with --prompt")
+    if args.prompt and run.args.condition != "text":
+        raise BadInput(f"--prompt: {args.run} knows classes, not captions: ask with --class, or train with --condition text")
     tricks = {name: getattr(args, name) for name in TRICKS if getattr(args, name) is not None}
     if "diffusion_steps" in tricks:
         tricks["diffusion_steps"] = parse_steps(args.diffusion_steps, run)
@@ -309,6 +345,15 @@ def main(argv=None):
             n = args.n or 10
             save_maps(out, run, n, args.seed, cfg=args.cfg, temperature=args.temperature, **tricks)
             print(f"wrote {out}: {n} validation images and their maps, {time.perf_counter() - start:.1f} s")
+            return
+        if run.args.condition == "text":
+            texts = args.prompt or some_captions(run, args.n or 8)
+            each = max(1, (args.n or 8) // len(texts)) if args.prompt else 8
+            images = save_captions(out, run, texts, each, cfg=args.cfg, temperature=args.temperature, batch_size=args.batch_size,
+                                   seed=args.seed, **tricks)
+            if args.npz:
+                np.savez(args.npz, arr_0=data.to_uint8(images).permute(0, 2, 3, 1).numpy(), texts=np.repeat(texts, each))
+            print(f"wrote {out}: {len(texts)} captions, {each} images of each, {time.perf_counter() - start:.1f} s")
             return
         labels = class_labels(args, run.classes)
         if args.image:

@@ -2275,6 +2275,40 @@ def test_sample_draws_from_the_authors_files(tmp_path, monkeypatch, capsys):
             sample.main([change.get(i, w) for i, w in enumerate(words)])
 
 
+def test_the_rule_that_judges_captions_reads_real_pictures():
+    index = torch.arange(data.VAL_INDEX, data.VAL_INDEX + 60)
+    images, s = data.draw(index, 32)[0], data.scene(index)
+    told = evaluate.read_scene(images)
+    assert (told["shape"] == s["label"]).float().mean() >= 0.97 and (told["colour"] == s["colour"]).float().mean() >= 0.97
+    assert (told["background"] == s["background"]).all()
+    assert (evaluate.read_scene(images.roll(1, 1))["colour"] == s["colour"]).float().mean() < 0.5, "other colours are not noticed"
+
+
+@pytest.mark.parametrize("words, folder", [(IDS, "shapes-vq-text-ar-categorical"), ([], "shapes-vae-text-ar-gmm")])
+def test_captions_are_trained_drawn_and_judged(words, folder, tiny_run, tmp_path, capsys):
+    train.main([*TINY, "--runs", str(tiny_run), "--condition", "text", *words])
+    run = train.load_run(tiny_run / folder)
+    assert run.args.text_len == max(len(t.encode()) for t in data.captions(torch.arange(200)))
+    texts = ["a small red ring in the middle on a black background", "a large blue disc at the top on a dark red background " * 9]
+    one, other = (sample.draw_captions(run, [t] * 4) for t in texts)
+    assert one.shape == (4, 3, 16, 16) and torch.isfinite(one).all() and not torch.equal(one, other), "the caption has no effect"
+    sample.main([str(tiny_run / folder), "--prompt", *texts, "--n", "6", "--out", str(tmp_path / "x.png"), "--npz", str(tmp_path / "x.npz")])
+    with np.load(tmp_path / "x.npz") as f:
+        assert f["arr_0"].shape == (6, 16, 16, 3) and list(f["texts"]) == [texts[0]] * 3 + [texts[1]] * 3
+    unseen, wanted = evaluate.unseen_captions(run, 20)
+    assert not set(unseen) & set(data.captions(torch.arange(200)))
+    for text, k, c in zip(unseen, wanted["shape"], wanted["colour"]):
+        assert data.SHAPES[k] in text and list(data.COLOURS)[c] in text
+    args = argparse.Namespace(n=20, seed=0, batch_size=20, cfg=None, temperature=None)
+    rows = {key: value for key, _, value, _, _ in evaluate.measure_captions(args, run, "cpu")}
+    assert all(0 <= v <= 100 for v in rows.values()) and rows["caption_all_three"] <= rows["caption_shape"]
+    for words, sentence in [(["--class", "star"], "ask with --prompt"), (["--prompt"], "expected at least one")]:
+        with pytest.raises(SystemExit, match=sentence if sentence[0] == "a" else None):
+            sample.main([str(tiny_run / folder), *words])
+    with pytest.raises(SystemExit, match="knows classes, not captions"):
+        sample.main([str(tiny_run / "shapes-vae-ar-gmm"), "--prompt", "a star"])
+
+
 def test_editing_keeps_what_lies_outside_the_mask(tiny_run, tmp_path, capsys):
     train.main([*TINY, "--runs", str(tiny_run), "--generator", "maskgit", "--name", "edit"])
     picture = tmp_path / "p.png"

@@ -6,6 +6,7 @@ Train any tokenizer, and any generator with any head on top of it.
     python train.py --tokenizer vq --head categorical          # LlamaGen: whole numbers as tokens, a softmax over them
     python train.py --tokenizer vae --generator maskgit        # ... tokens in parallel: GIVT-MaskGIT
     python train.py --tokenizer vae --generator mar --head diffusion       # MAR: random order, a diffusion loss per token
+    python train.py --tokenizer vq --condition text            # ... from captions, not classes
     python train.py --tokenizer vae --task segment             # ... image in, label map out (GIVT section 4.3)
     torchrun --standalone --nproc_per_node=2 train.py ...      # ... on several GPUs (or CPU processes), same global batch
 
@@ -49,7 +50,7 @@ STAGE1 = ("data", "image_size", "flip", "n_shapes", "seed", "task", "tokenizer",
           "tok_lr", "token_dim", "channels", "likelihood", "beta", "corrupt", "vocab_size", "codebook")
 STAGE2 = STAGE1 + ("adapter", "generator", "head", "mix", "n_mix", "objective", "head_width", "head_depth", "batch_mul",
                    "order", "attention", "n_buffer", "mask_min", "joint", "size", "steps", "batch_size", "lr", "optimizer",
-                   "label_drop", "dropout")
+                   "label_drop", "dropout", "condition", "text_encoder", "text_len")
 BOTH = ("weight_decay", "warmup", "grad_clip", "ema")
 
 TOKENIZERS = {"vae": (vae.VAE, vae.SIZES), "vq": (vq.VQ, vq.SIZES)}
@@ -61,7 +62,8 @@ CODEBOOKS = {                                               # --codebook: unit l
     "plain": dict(l2_norm=False), "ema": dict(l2_norm=False, ema=0.99),                     # VQGAN's, and VQ-VAE's
 }
 DEFAULTS = {                                                # what a flag is when nobody says it
-    "any": dict(data="shapes", image_size=32, flip=False, n_shapes=20_000, seed=0, task="class", channels=3, likelihood="mse",
+    "any": dict(data="shapes", image_size=32, flip=False, n_shapes=20_000, seed=0, task="class", condition="class",
+                text_encoder="bytes", text_len=None, channels=3, likelihood="mse",
                 corrupt=0.0, vocab_size=None, codebook=None, adapter="none", mix="vector", n_mix=8, objective="diffusion",
                 batch_mul=4, order="random",
                 attention="bidirectional", joint=False, label_drop=0.1, weight_decay=0.02, warmup=50, grad_clip=1.0,
@@ -74,7 +76,7 @@ DEFAULTS = {                                                # what a flag is whe
     "cpu-maskgit": dict(steps=3000),                        # a pass teaches the hidden tokens only, so it needs more of them
     "cuda-maskgit": dict(steps=16_000),
     "cpu-segment": dict(steps=2000),
-    "cpu-mar": dict(steps=3000, dropout=0.0, mask_min=0.0), # of 16 tokens, all counts must be trained: see mar.MAR
+    "cpu-mar": dict(size="tiny", steps=8000, dropout=0.0, mask_min=0.0),                    # all counts: see mar.MAR
     "cuda-mar": dict(steps=16_000, dropout=0.0, mask_min=0.0),
 }
 
@@ -133,6 +135,10 @@ def parse_args(argv=None):
     g.add_argument("--attention", choices=["bidirectional", "causal"], help="mar: an encoder-decoder, or a GPT told where to write")
     g.add_argument("--n_buffer", type=int, help="mar: copies of the class, room to think in (default: that of the size)")
     g.add_argument("--mask_min", type=float, help="mar: least share of the tokens hidden in training (published: 0.7)")
+    g.add_argument("--condition", choices=["class", "text"], help="what an image is asked for by: its class, or its caption (drawn "
+                                                                  "shapes have one, own images where NAME.txt lies beside NAME.jpg)")
+    g.add_argument("--text_encoder", help="bytes: the model learns to read; or a T5 encoder of `transformers`, by name or folder")
+    g.add_argument("--text_len", type=int, help="longest caption, in bytes or T5's tokens (default: of the training captions)")
     g.add_argument("--joint", action="store_const", const=True, help="train VAE and transformer together by the exact bound")
     g.add_argument("--label_drop", type=float, help="fraction of labels hidden in training, for guidance")
     g.add_argument("--dropout", type=float, help="dropout in the transformer, 0 to 1 (default: that of the size)")
@@ -192,13 +198,20 @@ def check(args):
     for name, neutral in (("adapter", "none"), ("joint", False), ("task", "class"), ("likelihood", "mse"), ("corrupt", 0)):
         if not continuous and getattr(args, name) not in (None, neutral):
             raise BadInput(f"--{name}: needs the real-valued tokens of --tokenizer vae")
+    if args.condition == "text" and (args.generator not in ("ar", "none") or args.joint or args.task not in (None, "class")):
+        raise BadInput("--condition text: only --generator ar reads captions, without --task and --joint")
+    if args.condition == "text" and args.flip:
+        raise BadInput("--flip: a caption may say left or right, which a mirrored image contradicts; leave it out")
+    for name in ("text_encoder", "text_len"):
+        if args.condition != "text" and getattr(args, name) not in (None, "bytes"):
+            raise BadInput(f"--{name}: goes with --condition text")
     for name in ("vocab_size", "codebook"):
         if args.tokenizer != "vq" and getattr(args, name) is not None:
             raise BadInput(f"--{name}: is for --tokenizer vq")
     if args.tok_size is not None and args.tok_size not in TOKENIZERS[args.tokenizer][1]:
         raise BadInput(f"--tok_size {args.tok_size}: --tokenizer {args.tokenizer} has {', '.join(TOKENIZERS[args.tokenizer][1])}")
     for name in ("image_size", "n_shapes", "tok_steps", "tok_batch_size", "steps", "batch_size", "n_mix", "token_dim",
-                 "vocab_size", "head_width", "head_depth", "batch_mul", "n_buffer", "log_every", "eval_every", "save_every"):
+                 "vocab_size", "text_len", "head_width", "head_depth", "batch_mul", "n_buffer", "log_every", "eval_every", "save_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: must be at least 1")
     for name in ("tok_lr", "lr", "grad_clip"):
@@ -288,6 +301,8 @@ def build_generator(args, tokenizer, num_classes, source=None):
     the images on which maps are conditioned (--task)."""
     model_class, sizes = GENERATORS[args.generator]
     size = sizes[args.size] | (dict(dropout=args.dropout) if args.dropout is not None else {})
+    if args.condition == "text":
+        size["text"] = (args.text_len, "bytes" if args.text_encoder == "bytes" else args.text_features)
     if source is not None:
         size["prefix"] = (source.seq_len, source.token_dim)
     if args.generator == "mar":
@@ -309,6 +324,65 @@ def build_generator(args, tokenizer, num_classes, source=None):
     if args.adapter == "flow":
         model = flow_adapter.Adapted(flow_adapter.FlowAdapter(tokenizer.token_dim, tokenizer.grid), model)
     return model
+
+
+def encode_texts(args, texts):
+    """Captions -> what the generator reads, on the CPU: bytes (N, P) uint8, or T5 features (N, P, E) float16, zeros in
+    front. P is args.text_len; what is longer loses its end."""
+    if args.text_encoder == "bytes":
+        cut = [text.encode()[:args.text_len].decode(errors="ignore") for text in texts]
+        return ar_transformer.bytes_of(cut, args.text_len).to(torch.uint8)
+    tokenizer, encoder = load_t5(args.text_encoder)
+    parts = []
+    for i in range(0, len(texts), 64):
+        words = tokenizer(texts[i:i + 64], padding="max_length", truncation=True, max_length=args.text_len, return_tensors="pt")
+        with torch.no_grad():
+            x = encoder(**words).last_hidden_state                                          # (B, P, E), padding behind
+        count = words["attention_mask"].sum(1)
+        turned = [torch.cat([row[n:] * 0, row[:n]]) for row, n in zip(x, count)]            # LlamaGen pads in front
+        parts.append(torch.stack(turned).half())
+    return torch.cat(parts)
+
+
+@functools.lru_cache(maxsize=1)
+def load_t5(name):
+    """A frozen T5 encoder, by its name or folder -> tokenizer, encoder. LlamaGen's is google/flan-t5-xl, 120 tokens."""
+    try:
+        from transformers import AutoTokenizer, T5EncoderModel
+    except ImportError:
+        raise BadInput(f"--text_encoder {name}: needs the optional package transformers: pip install transformers "
+                       "sentencepiece; or --text_encoder bytes") from None
+    try:
+        return AutoTokenizer.from_pretrained(name), T5EncoderModel.from_pretrained(name).eval()
+    except (OSError, ValueError) as e:
+        raise BadInput(f"--text_encoder {name}: {str(e).splitlines()[0]}") from None
+
+
+def captions_of(args, images, split):
+    """The captions of an ImageSet -> list of str."""
+    if args.data == "shapes":
+        start = data.VAL_INDEX if split == "val" else 0
+        return data.captions(torch.arange(start, start + len(images)), args.seed)
+    if images.texts is None:
+        raise BadInput(f"--condition text: not every image of --data {args.data} has a caption; write NAME.txt beside NAME.jpg")
+    return images.texts
+
+
+def text_cache(args, texts, folder, split, main_process):
+    """encode_texts, kept in `folder` where it was T5's work."""
+    if args.text_encoder == "bytes":
+        return encode_texts(args, texts)
+    key = hashlib.sha1(repr((args.text_encoder, args.text_len, texts)).encode()).hexdigest()
+    path = folder / f"captions-{split}.pt"
+    if path.exists():
+        with contextlib.suppress(Exception):                # a damaged cache is made anew
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if saved["key"] == key:
+                return saved["features"]
+    saved = dict(key=key, features=encode_texts(args, texts))
+    if main_process:
+        save_atomically(saved, path)
+    return saved["features"]
 
 
 def read_checkpoint(folder):
@@ -363,7 +437,8 @@ def load_run(folder, device="cpu"):
 # Tokens: encoded once, kept as posteriors
 
 class Tokens:
-    """The training set as tokens: mean, std (N, T, D) of a VAE, or ids (N, T); labels (N,). Drawn in batches."""
+    """The training set as tokens: mean, std (N, T, D) of a VAE, or ids (N, T); labels (N,), or captions (N, P[, E]) in
+    their place. Drawn in batches."""
 
     def __init__(self, tokenizer, arrays, labels):
         self.tokenizer, self.arrays, self.labels = tokenizer, arrays, labels
@@ -721,6 +796,13 @@ def train_generator(given, folder, tokenizer, tok_args, tok_folder, world, sourc
         for s, maps in tokens.items():
             images = token_cache(image_tokenizer, open_data(image_args, s, world.device), image_folder, s, world.rank == 0)
             tokens[s] = Pairs(maps, images)
+    if args.condition == "text":
+        texts = {s: captions_of(args, images, s) for s, images in sets.items()}
+        if args.text_len is None:
+            args.text_len = 120 if args.text_encoder != "bytes" else max(len(t.encode()) for t in texts["train"])
+        for s, of in tokens.items():
+            of.labels = text_cache(args, texts[s], tok_folder, s, world.rank == 0).to(world.device)
+        args.text_features = tokens["train"].labels.shape[-1]                               # E of T5; not used for bytes
     torch.manual_seed(args.seed)
     generator = named_generator(args, tokenizer, sets["train"].classes, source and source[0])
     folder.mkdir(parents=True, exist_ok=True)
@@ -761,7 +843,9 @@ def save_samples(run, generator, world):
     """The picture at the end of stage 2: a row per class, or images with their maps."""
     if world.rank == 0:
         run.generator = generator
-        if run.source is not None:
+        if run.args.condition == "text":
+            sample.save_captions(run.folder / "samples.png", run, sample.some_captions(run, 8), seed=run.args.seed)
+        elif run.source is not None:
             sample.save_maps(run.folder / "samples.png", run, n=10, seed=run.args.seed)
         else:
             labels = torch.arange(min(len(run.classes), 20)).repeat_interleave(8)
@@ -798,7 +882,7 @@ def main(argv=None):
     data_name = Path(given.data or "shapes").name.split(".")[0] or "data"
     tok_folder = Path(given.runs) / (given.tok_name or f"{data_name}-{given.tokenizer}")
     task = given.task if given.task not in (None, "class") else None
-    parts = [data_name, given.tokenizer, task, "joint" if given.joint else None,
+    parts = [data_name, given.tokenizer, task, "text" if given.condition == "text" else None, "joint" if given.joint else None,
              given.adapter if given.adapter == "flow" else None, given.generator, given.head]
     folder = Path(given.runs) / (given.name or "-".join(p for p in parts if p))
     if given.resume and not any((f / "ckpt.pt").exists() for f in (folder, tok_folder)):
