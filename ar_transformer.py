@@ -207,37 +207,44 @@ def bytes_of(texts, P):
 
 
 class CaptionEmbedder(nn.Module):
-    """A caption -> P prefix tokens. Shorter captions have zeros in front.
+    """A caption -> prefix tokens. Shorter captions have zeros in front.
 
-    features: an int, the E numbers per token of a frozen text encoder (LlamaGen: FLAN-T5's 2048): fc2(gelu(fc1 x)), without
-    bias, so that padding stays 0. Or "bytes": the transformer learns to read by itself. RoPE gives the prefix no order, so
-    each byte is told its place, and a convolution over 7 bytes shows the first layer words instead of letters.
+    features: an int, the E numbers of each of P tokens of a frozen text encoder (LlamaGen: 120 of FLAN-T5's 2048):
+    fc2(gelu(fc1 x)), without bias, so that padding stays 0. Or "bytes": the transformer learns to read P bytes by itself. RoPE
+    gives the prefix no order, so each byte is told its place; and a convolution over 8 bytes in steps of 4 shows the first
+    layer words instead of letters, in a quarter of the rows.
     """
 
     def __init__(self, P, features, n_embd):
         super().__init__()
         self.bytes, E = features == "bytes", n_embd if features == "bytes" else features
+        self.n_rows = -(-P // 4) if self.bytes else P
         self.fc1, self.fc2 = nn.Linear(E, n_embd, bias=False), nn.Linear(n_embd, n_embd, bias=False)
-        self.register_buffer("none", torch.randn(P, E) / math.sqrt(E))                      # "no caption": fixed, as published
+        self.register_buffer("none", torch.randn(self.n_rows, E) / math.sqrt(E))            # "no caption": fixed, as published
         for layer in (self.fc1, self.fc2):
             nn.init.normal_(layer.weight, std=n_embd ** -0.5 if self.bytes else 0.02)
         if self.bytes:
-            self.byte, self.place = nn.Embedding(256, E), nn.Parameter(torch.randn(P, E))
-            self.words = nn.Conv1d(E, E, 7, padding=3)
+            self.byte, self.place = nn.Embedding(256, E), nn.Parameter(torch.randn(4 * self.n_rows, E))
+            self.words = nn.Conv1d(E, E, 8, stride=4, padding=2)
+
+    def whole(self, text):                                  # (B, P) bytes -> (B, 4 rows), zeros in front
+        return F.pad(text.long(), (4 * self.n_rows - text.shape[1], 0))
 
     def keep(self, text, drop=None):
-        """text (B, P) bytes or (B, P, E) -> (B, P) bool, True where there is text. Where drop: everywhere, except that with
+        """text (B, P) bytes or (B, P, E) -> (B, rows) bool, True where there is text. Where drop: everywhere, except that with
         features "no caption" keeps the padding of the caption it replaces, as published."""
         if not self.bytes:
             return (text != 0).any(-1)
-        return text != 0 if drop is None else (text != 0) | drop[:, None]
+        there = (self.whole(text) != 0).unflatten(1, (-1, 4)).any(-1)
+        return there if drop is None else there | drop[:, None]
 
     def forward(self, text, drop=None):
-        """text (B, P) bytes or (B, P, E), drop (B,) bool: True for "no caption" -> (B, P, C)."""
+        """text (B, P) bytes or (B, P, E), drop (B,) bool: True for "no caption" -> (B, rows, C)."""
         x = text
         if self.bytes:
-            x = (self.byte(text.long()) + self.place) * (text != 0)[..., None]              # (B, P, E)
-            x = self.words(x.transpose(1, 2)).transpose(1, 2)
+            text = self.whole(text)
+            x = (self.byte(text) + self.place) * (text != 0)[..., None]                     # (B, 4 rows, E)
+            x = self.words(x.transpose(1, 2)).transpose(1, 2)                               # (B, rows, E)
         if drop is not None:
             x = torch.where(drop[:, None, None], self.none.type_as(x), x)
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -248,7 +255,7 @@ class ARTransformer(nn.Module):
 
     cond is a class (B,), or
       text = (P, E)           captions (B, P, E): features of a text encoder, zeros in front. Causal, like the image.
-      text = (P, "bytes")     captions (B, P): their bytes, see bytes_of().
+      text = (P, "bytes")     captions (B, P): their bytes, see bytes_of(); four of them make a prefix token.
       prefix = (P, E)         P vectors (B, P, E), all of them there: the tokens of another image. They see each other both ways.
     places: learned absolute places on top of RoPE. None: for real vectors (GIVT), not for ids (LlamaGen).
     multiple_of: the width of the MLP is rounded up to it. zero_prefix: see rope_table.
@@ -268,7 +275,8 @@ class ARTransformer(nn.Module):
             raise ValueError("prefix and text: the condition is one of them")
         self.seq_len, self.num_classes, self.token_dim, self.vocab_size = seq_len, num_classes, token_dim, vocab_size
         self.grid, self.n_head, self.label_drop, self.rope_base = grid, n_head, label_drop, rope_base
-        self.n_prefix = P = (prefix or text or [1])[0]
+        self.caption = CaptionEmbedder(*text, n_embd) if text else None
+        self.n_prefix = P = self.caption.n_rows if text else (prefix or [1])[0]
         self.tok_embed = nn.Embedding(vocab_size, n_embd) if vocab_size else nn.Linear(token_dim, n_embd)
         if prefix:
             self.pre_embed = nn.Linear(prefix[1], n_embd)
@@ -284,12 +292,11 @@ class ARTransformer(nn.Module):
         row = torch.arange(P + seq_len)
         look = (row <= row[:, None]) | (row < (P if prefix else 0))                         # who may look where
         self.register_buffer("row", row, persistent=False), self.register_buffer("look", look, persistent=False)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)) and not name.startswith("caption."):
                 nn.init.normal_(module.weight, std=0.02)
         for name, p in self.named_parameters(recurse=False):                                # the learned places
             nn.init.normal_(p, std=0.02)
-        self.caption = CaptionEmbedder(*text, n_embd) if text else None
         self.causal_only, self.static = not prefix and not text, None
         self.head = head                                    # last, so that it keeps its own initialisation
 

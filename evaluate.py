@@ -668,7 +668,7 @@ def main():
             f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads"
         metrics.update(n=args.n, seed=args.seed)
         if run.generator is not None:
-            metrics.update({k: v if getattr(args, k) is None else getattr(args, k) for k, v in sample.default_of(run).items()})
+            metrics.update({k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in sample.default_of(run).items()})
         metrics.update(device=str(device), machine=machine, **{k: v for k, v in before.items() if k.startswith("probe_")})
     path.write_text(json.dumps(metrics, indent=1) + "\n")
     wide = [max(len(line[c]) for line in lines) for c in range(3)]

@@ -9,7 +9,8 @@ Draw from a trained run: a labelled grid, an .npz batch for evaluators, an anima
     python sample.py RUN --image x.png --mask right                 # the rest of an image: repaint where the mask is
     python sample.py RUN --prompt "a large green star on a red background"     # a run with --condition text
     python sample.py RUN --diffusion_steps 50:5                     # fewer denoising steps for later tokens (MAR)
-    python sample.py --official mar_base.pth --vae kl16.ckpt --label 207        # the authors' weights: a golden retriever
+    python sample.py --official mar_base.pth --vae kl16.ckpt --label 207        # MAR's weights: a golden retriever
+    python sample.py --official c2i_B_256.pt --vq vq_ds16_c2i.pt --label 207    # LlamaGen's
     python sample.py RUN --top_p 0.9 --clip 2 --guidance closed     # GIVT's sampling tricks; --beam 4: a likely image
 
 Without --cfg and --temperature the defaults below are used; evaluate.py and train.py use the same ones.
@@ -25,14 +26,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import ar_transformer
 import data
 import mar
 import vae
+import vq
 from data import BadInput
 from maskgit import SCHEDULES
 
 DEFAULTS = {"ar-gmm": dict(cfg=1.5, temperature=0.9), "maskgit-gmm": dict(cfg=3.0, temperature=0.9),
-            "mar-gmm": dict(cfg=1.5, temperature=0.9), "mar-diffusion": dict(cfg=2.5, temperature=1.0),
+            "mar-gmm": dict(cfg=1.5, temperature=0.9), "mar-diffusion": dict(cfg=4.0, temperature=1.0, cfg_schedule="constant"),
             "ar-diffusion": dict(cfg=2.5, temperature=1.0), "ar-categorical": dict(cfg=2.0, temperature=1.0),
             "maskgit-categorical": dict(cfg=2.0, temperature=1.0), "mar-categorical": dict(cfg=2.0, temperature=1.0),
             "text": dict(cfg=3.0, temperature=1.0),
@@ -46,6 +49,7 @@ def draw_tokens(run, cond, cfg=None, temperature=None, on_step=None, beam=1, fan
     """cond (B,) labels or (B, P, E) vectors -> tokens (B, T[, D]) on the run's device; None: the default of this run.
     beam > 1: the likeliest of a beam search, without guidance. tricks: keywords of the generator's and the head's sample."""
     default = default_of(run)
+    tricks = {k: v for k, v in default.items() if k not in ("cfg", "temperature")} | tricks
     temperature = default["temperature"] if temperature is None else temperature
     if beam > 1:
         return run.generator.beam_search(cond.to(run.device), beam, fan, temperature, **tricks)[0]
@@ -75,27 +79,39 @@ def draw_samples(run, cond, cfg=None, temperature=None, batch_size=250, seed=0, 
 
 
 def official_run(args, device):
-    """--official and --vae -> the authors' weights as a run, like train.load_run: ImageNet's 1000 classes, by number."""
+    """--official with --vae or --vq -> the authors' weights as a run, like train.load_run; ImageNet's classes are numbers.
+
+    MAR-B/L/H with their KL-16 VAE; LlamaGen's class- or text-conditional GPT with its vq_ds16 or vq_ds8.
+    """
     def load(flag, path, read):
-        if path is None:
-            raise BadInput(f"{flag}: --official needs the tokenizer's file too, such as kl16.ckpt")
         if not Path(path).is_file():
             raise BadInput(f"{flag} {path}: there is no such file (README says where the authors keep them)")
         try:
-            return read(path).to(device)
+            with torch.serialization.safe_globals([argparse.Namespace]):                    # their flags lie beside
+                return read(path)
         except Exception as e:                              # a damaged file, or one that from_official refuses by name
             raise BadInput(f"{flag} {path}: {str(e).splitlines()[0]}") from None
-    generator = load("--official", args.official, mar.MAR.from_official)
-    tokenizer = load("--vae", args.vae, vae.VAE.from_official)
-    fit = (tokenizer.seq_len, tokenizer.token_dim)
-    if fit != (generator.seq_len, generator.token_dim):
-        raise BadInput(f"--vae {args.vae}: gives {fit[0]} tokens of {fit[1]} numbers, {args.official} writes {generator.seq_len} "
-                       f"of {generator.token_dim}")
-    classes = [str(k) for k in range(generator.num_classes)]
-    flags = argparse.Namespace(image_size=tokenizer.image_size, generator="mar", head="diffusion", mix="vector",
-                               condition="class")
-    return SimpleNamespace(folder=Path(args.official).with_suffix(""), args=flags, tokenizer=tokenizer, generator=generator,
-                           source=None, classes=classes, device=device)
+    if (args.vae is None) == (args.vq is None):
+        raise BadInput("--official: name its tokenizer too, --vae kl16.ckpt for MAR or --vq vq_ds16_c2i.pt for LlamaGen")
+    if args.vae:
+        tokenizer = load("--vae", args.vae, vae.VAE.from_official)
+        generator = load("--official", args.official, mar.MAR.from_official)
+        flags = dict(generator="mar", head="diffusion", condition="class")
+    else:
+        tokenizer = load("--vq", args.vq, lambda path: vq.VQ.from_official(path, args.image_size))
+        generator = load("--official", args.official, lambda path: ar_transformer.ARTransformer.from_official(path, grid=tokenizer.grid))
+        texts = generator.caption is not None
+        flags = dict(generator="ar", head="categorical", condition="text" if texts else "class", text_len=generator.n_prefix)
+        if texts and (not args.prompt or not args.text_encoder):
+            raise BadInput(f"--official {args.official}: reads captions; give --prompt and --text_encoder google/flan-t5-xl")
+    ours, theirs = ((m.seq_len, m.token_dim or m.vocab_size) for m in (tokenizer, generator))
+    if ours != theirs:
+        raise BadInput(f"--official {args.official}: writes {theirs[0]} tokens of {theirs[1]} numbers or ids, {args.vae or args.vq} "
+                       f"has {ours[0]} of {ours[1]}; is --image_size {args.image_size} right?")
+    flags = argparse.Namespace(image_size=args.image_size, mix="vector", text_encoder=args.text_encoder, data="", **flags)
+    return SimpleNamespace(folder=Path(args.official).with_suffix(""), args=flags, tokenizer=tokenizer.to(device),
+                           generator=generator.to(device), source=None, device=device,
+                           classes=[str(k) for k in range(generator.num_classes)])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -111,7 +127,8 @@ def some_captions(run, n):
 def draw_captions(run, texts, **options):
     """texts, a list of str -> an image of each (N, 3, H, W)."""
     from train import encode_texts
-    return draw_samples(run, encode_texts(run.args, texts), **options)
+    cond = encode_texts(run.args, texts)
+    return draw_samples(run, cond.float() if cond.is_floating_point() else cond, **options)
 
 
 def save_captions(path, run, texts, each=8, **options):
@@ -235,7 +252,10 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Draw samples from a trained run.")
     p.add_argument("run", nargs="?", help="run folder of a generator, such as runs/shapes-vae-ar-gmm")
     p.add_argument("--official", help="instead of a run: the authors' weights, such as mar_base.pth (README has the names)")
-    p.add_argument("--vae", help="with --official: the file of its tokenizer, such as kl16.ckpt")
+    p.add_argument("--vae", help="with --official, for MAR: the file of its tokenizer, kl16.ckpt")
+    p.add_argument("--vq", help="with --official, for LlamaGen: the file of its tokenizer, such as vq_ds16_c2i.pt")
+    p.add_argument("--image_size", type=int, default=256, help="with --official, for LlamaGen: 256 (default), 384 or 512 pixels")
+    p.add_argument("--text_encoder", help="with --official, for LlamaGen's text-conditional files: google/flan-t5-xl, or its folder")
     p.add_argument("--n", type=int, help="number of samples (default: 8 per class, or 16 of one --class)")
     p.add_argument("--class", "--label", dest="cls", help="only this class, by name or number")
     p.add_argument("--cfg", type=float, help="guidance scale; 1 is off")
@@ -271,8 +291,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if (args.run is None) == (args.official is None):
         raise BadInput("name a run folder, or weights with --official: one of them")
-    if args.vae and not args.official:
-        raise BadInput("--vae: goes with --official; a run has its tokenizer in it")
+    if (args.vae or args.vq or args.text_encoder) and not args.official:
+        raise BadInput("--vae, --vq, --text_encoder: go with --official; a run has them in it")
     return args
 
 

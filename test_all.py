@@ -1179,7 +1179,7 @@ def test_ar_learns_what_captions_say():
     text, P = ar_transformer.captions_of(ar_transformer.bars_and_stripes(2000, "cpu").unique(dim=0)), 24
     assert len(set(text)) == 30 and "rows 1 and 3 dark" in text and "column 2 dark" in text
     model = ar_transformer.ARTransformer(ar_transformer.CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=2,
-                                         n_embd=64, text=(P, "bytes"))
+                                         n_embd=64, text=(P, "bytes"), label_drop=0.3)
     everything = ar_transformer.bars_and_stripes(2000, "cpu").unique(dim=0)
     cond = ar_transformer.bytes_of(text, P)
     pick = lambda step: torch.randint(30, (32,))
@@ -2266,11 +2266,32 @@ def test_sample_draws_from_the_authors_files(tmp_path, monkeypatch, capsys):
     model = mar.MAR.from_official(tmp_path / "mar_tiny.pth")
     torch.manual_seed(0)
     tokens = model.sample(
-        torch.tensor([7, 7]), steps=3, cfg=sample.DEFAULTS["mar-diffusion"]["cfg"], diffusion_steps=lambda p: round(3 - 2 * p))
+        torch.tensor([7, 7]), steps=3, **sample.DEFAULTS["mar-diffusion"], diffusion_steps=lambda p: round(3 - 2 * p))
     images = vae.VAE.from_official(official_vae()[0]).decode_raw(tokens / 0.2325).clamp(-1, 1)
     assert np.array_equal(drawn, data.to_uint8(images).permute(0, 2, 3, 1).numpy()), "not the authors' scale of tokens"
     for change, sentence in [({3: str(tmp_path / "no.ckpt")}, "no such file"), ({1: str(tmp_path / "kl.ckpt")}, "not the weights of a MAR"),
                              ({5: "10"}, "--class 10: the classes are")]:
+        with pytest.raises(SystemExit, match=sentence):
+            sample.main([change.get(i, w) for i, w in enumerate(words)])
+
+
+def test_sample_draws_from_llamagens_files(tmp_path, monkeypatch, capsys):
+    """--official and --vq: the tiny golden GPT (16 ids of 64) on the tiny golden tokenizer, whose grid is 4 x 4 at 8 pixels."""
+    _, g, sd = llamagen("generate_c2i")
+    tokenizer = vq_golden("vq")[1]
+    torch.save({"model": sd, "args": argparse.Namespace(lr=1)}, tmp_path / "c2i.pt")
+    torch.save({"model": tokenizer}, tmp_path / "vq.pt")
+    monkeypatch.setitem(ar_transformer.SIZES, "tiny golden", dict(n_embd=32, n_head=4))
+    label = int(g["in/cls"][1])
+    words = ["--official", str(tmp_path / "c2i.pt"), "--vq", str(tmp_path / "vq.pt"), "--image_size", "8", "--label", str(label), "--n", "1",
+             "--cfg", "3", "--top_k", "1", "--out", str(tmp_path / "x.png"), "--npz", str(tmp_path / "x.npz")]
+    sample.main(words)
+    with np.load(tmp_path / "x.npz") as f:
+        drawn = f["arr_0"]
+    truth = vq.VQ.from_official(tokenizer, 8).decode(g["out/tokens_cfg3.0_int-1"][1:2].long())
+    assert np.array_equal(drawn, data.to_uint8(truth).permute(0, 2, 3, 1).numpy()), "not the picture of the authors' tokens"
+    for change, sentence in [({5: "16"}, "is --image_size 16 right"), ({1: str(tmp_path / "vq.pt")}, "--official .*missing"),
+                             ({2: "--vae"}, "not an LDM-style autoencoder")]:
         with pytest.raises(SystemExit, match=sentence):
             sample.main([change.get(i, w) for i, w in enumerate(words)])
 

@@ -76,7 +76,7 @@ DEFAULTS = {                                                # what a flag is whe
     "cpu-maskgit": dict(steps=3000),                        # a pass teaches the hidden tokens only, so it needs more of them
     "cuda-maskgit": dict(steps=16_000),
     "cpu-segment": dict(steps=2000),
-    "cpu-mar": dict(size="tiny", steps=8000, dropout=0.0, mask_min=0.0),                    # all counts: see mar.MAR
+    "cpu-mar": dict(size="tiny", steps=7000, dropout=0.0, mask_min=0.0),                    # all counts: see mar.MAR
     "cuda-mar": dict(steps=16_000, dropout=0.0, mask_min=0.0),
 }
 
@@ -449,15 +449,17 @@ class Tokens:
     def batch(self, index):
         """index (B,) -> tokens (B, T[, D]), labels (B,). A fresh draw from the posterior each time (GIVT section 3.1)."""
         index = index.to(self.labels.device, non_blocking=True)
+        cond = self.labels[index]
+        cond = cond.float() if cond.is_floating_point() else cond                           # features are kept in half
         if "flipped" in self.arrays:                        # the second half of the arrays are the mirrored images
             turned = torch.rand(len(index), device=index.device) < 0.5
             row = index + turned * len(self.labels)
         else:
             row = index
         if "ids" in self.arrays:
-            return self.arrays["ids"][row], self.labels[index]
+            return self.arrays["ids"][row], cond
         z = self.tokenizer.reparameterise(self.arrays["mean"][row], self.arrays["std"][row])
-        return self.tokenizer.normalise(z), self.labels[index]
+        return self.tokenizer.normalise(z), cond
 
 
 class Pairs:

@@ -150,7 +150,7 @@ class VAE(nn.Module):
             raise ValueError(f"image_size {image_size} is not a multiple of {1 << (len(ch_mult) - 1)}, the stride of this VAE")
         if likelihood not in ("mse", "logistic"):
             raise ValueError(f"likelihood {likelihood!r} must be 'mse' or 'logistic'")
-        self.image_size, self.grid, self.seq_len, self.token_dim = image_size, (side, side), side * side, D
+        self.grid, self.seq_len, self.token_dim = (side, side), side * side, D
         self.beta, self.corrupt, self.channels, self.likelihood = beta, corrupt, channels, likelihood
         enc_attn = (len(ch_mult) - 1,) if enc_attn is None else enc_attn
         self.encoder = Encoder(2 * D, ch, ch_mult, n_res, enc_attn, groups, channels)
