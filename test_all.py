@@ -2584,6 +2584,8 @@ IDS = ["--tokenizer", "vq", "--head", "categorical"]
     (["--head", "diffusion", "--head_width", "32", "--head_depth", "1"], "shapes-vae-ar-diffusion"),
     ([*IDS], "shapes-vq-ar-categorical"), ([*IDS, "--generator", "maskgit"], "shapes-vq-maskgit-categorical"),
     ([*IDS, "--generator", "mar"], "shapes-vq-mar-categorical"),
+    (["--perceptual", "1", "--gan", "0.5", "--gan_start", "12", "--adaptive", "--tok_name", "vg", "--name", "vg-ar"], "vg-ar"),
+    ([*IDS, "--gan", "0.5", "--gan_loss", "non-saturating", "--tok_name", "qg", "--name", "qg-ar"], "qg-ar"),
     ([*IDS, "--codebook", "ema", "--vocab_size", "32", "--tok_name", "ve", "--generator", "mar", "--attention", "causal",
       "--flip", "--name", "vc"], "vc")])
 def test_every_combination_trains_loads_and_samples(words, name, tiny_run, capsys):

@@ -41,13 +41,15 @@ import flow_adapter
 import gmm_head
 import mar
 import maskgit
+import perceptual_gan
 import sample
 import vae
 import vq
 from data import BadInput
 
 STAGE1 = ("data", "image_size", "flip", "n_shapes", "seed", "task", "tokenizer", "tok_size", "tok_steps", "tok_batch_size",
-          "tok_lr", "token_dim", "channels", "likelihood", "beta", "corrupt", "vocab_size", "codebook")
+          "tok_lr", "token_dim", "channels", "likelihood", "beta", "corrupt", "vocab_size", "codebook",
+          "perceptual", "lpips", "gan", "gan_loss", "gan_start", "adaptive")
 STAGE2 = STAGE1 + ("adapter", "generator", "head", "mix", "n_mix", "objective", "head_width", "head_depth", "batch_mul",
                    "order", "attention", "n_buffer", "mask_min", "joint", "size", "steps", "batch_size", "lr", "optimizer",
                    "label_drop", "dropout", "condition", "text_encoder", "text_len")
@@ -64,7 +66,8 @@ CODEBOOKS = {                                               # --codebook: unit l
 DEFAULTS = {                                                # what a flag is when nobody says it
     "any": dict(data="shapes", image_size=32, flip=False, n_shapes=20_000, seed=0, task="class", condition="class",
                 text_encoder="bytes", text_len=None, channels=3, likelihood="mse",
-                corrupt=0.0, vocab_size=None, codebook=None, adapter="none", mix="vector", n_mix=8, objective="diffusion",
+                corrupt=0.0, vocab_size=None, codebook=None,
+                perceptual=0.0, lpips=None, gan=0.0, gan_loss="hinge", gan_start=None, adaptive=False, adapter="none", mix="vector", n_mix=8, objective="diffusion",
                 batch_mul=4, order="random",
                 attention="bidirectional", joint=False, label_drop=0.1, weight_decay=0.02, warmup=50, grad_clip=1.0,
                 optimizer="muon"),
@@ -116,6 +119,13 @@ def parse_args(argv=None):
     g.add_argument("--beta", type=float, help="weight of the KL in nats per image against the summed squared error (logistic: "
                                               "against the nats of the pixels, default 1); 0: AE. vq: of the commitment")
     g.add_argument("--corrupt", type=float, help="standard deviation of noise on the input pixels: a denoising autoencoder")
+    g.add_argument("--perceptual", type=float, help="weight of a perceptual distance of reconstructions (0: none; VQGAN: 1), by "
+                                                    "a small classifier of the data, or by --lpips")
+    g.add_argument("--lpips", nargs="+", help="LPIPS's files: VGG16 of torchvision (vgg16-397923af.pth) and its linear layers (vgg.pth)")
+    g.add_argument("--gan", type=float, help="weight of a patch critic (0: none; LlamaGen: 0.5)")
+    g.add_argument("--gan_loss", choices=["hinge", "non-saturating"], help="the loss of the critic")
+    g.add_argument("--gan_start", type=int, help="steps before the critic has a say (default: half of --tok_steps)")
+    g.add_argument("--adaptive", action="store_const", const=True, help="VQGAN's adaptive weight of the critic")
     g = p.add_argument_group("stage 2, the generator")
     g.add_argument("--adapter", choices=["none", "flow"], help="flow: bend the tokens by a volume-preserving flow first (GIVT)")
     g.add_argument("--size", choices=list(ar_transformer.SIZES | maskgit.SIZES | mar.SIZES),
@@ -217,7 +227,13 @@ def check(args):
     for name in ("tok_lr", "lr", "grad_clip"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise BadInput(f"--{name} {getattr(args, name)}: must be above 0")
-    for name in ("beta", "corrupt", "label_drop", "dropout", "weight_decay", "warmup", "ema"):
+    if args.lpips and (len(args.lpips) > 2 or not args.perceptual):
+        raise BadInput("--lpips: one or two files, and --perceptual 1 gives it a weight")
+    if (args.gan_start is not None or args.adaptive) and not args.gan:
+        raise BadInput("--gan_start, --adaptive: go with --gan")
+    if (args.gan or args.perceptual) and (args.joint or args.likelihood == "logistic" or args.task not in (None, "class")):
+        raise BadInput("--gan, --perceptual: not with --joint, --likelihood logistic or --task, whose losses mean something else")
+    for name in ("perceptual", "gan", "gan_start", "beta", "corrupt", "label_drop", "dropout", "weight_decay", "warmup", "ema"):
         if getattr(args, name) is not None and not getattr(args, name) >= 0:
             raise BadInput(f"--{name} {getattr(args, name)}: must not be negative")
     for name in ("label_drop", "dropout", "ema"):
@@ -294,6 +310,26 @@ def build_tokenizer(args):
         return model_class(**size)
     except ValueError as e:
         raise BadInput(f"--image_size {args.image_size} with --tok_size {args.tok_size}: {e}") from None
+
+
+def with_losses(args, tokenizer, images, held_out, folder, device):
+    """The tokenizer behind the losses of perceptual_gan.py that the flags name; it is .tokenizer of what comes back."""
+    perceptual, critic = None, None
+    if args.lpips:
+        try:
+            perceptual = perceptual_gan.LPIPS.from_files(*args.lpips)
+        except (OSError, ValueError, RuntimeError) as e:
+            raise BadInput(f"--lpips {' '.join(args.lpips)}: {str(e).splitlines()[0]}") from None
+    elif args.perceptual:
+        import evaluate                                     # here, for it imports this file
+        run = SimpleNamespace(args=args, folder=folder)
+        net, _ = evaluate.classifier_for(run, device, images, held_out, seed=1)             # seed 0 is the judge's
+        perceptual = perceptual_gan.ClassifierFeatures(net.stages)
+    if args.gan:
+        critic = perceptual_gan.PatchCritic.for_images(args.image_size)
+    start = args.tok_steps // 2 if args.gan_start is None else args.gan_start
+    return perceptual_gan.AdversarialTokenizer(tokenizer, critic, perceptual, args.gan_loss, args.gan or 0.0, args.perceptual or 0.0,
+                                               start, adaptive=bool(args.adaptive))
 
 
 def build_generator(args, tokenizer, num_classes, source=None):
@@ -398,7 +434,10 @@ def read_checkpoint(folder):
 
 def averaged(checkpoint):
     """The EMA weights of a checkpoint as a plain state dict."""
-    return {k.removeprefix("module."): v for k, v in checkpoint["ema"].items() if k.startswith("module.")}
+    weights = {k.removeprefix("module."): v for k, v in checkpoint["ema"].items() if k.startswith("module.")}
+    if any(k.startswith("tokenizer.") for k in weights):    # the critic stays behind
+        weights = {k.removeprefix("tokenizer."): v for k, v in weights.items() if k.startswith("tokenizer.")}
+    return weights
 
 
 def load_run(folder, device="cpu"):
@@ -570,6 +609,8 @@ def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finis
         for opt, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             opt.load_state_dict(state)
         first = checkpoint["step"]
+    critic = list(raw.critic.parameters()) if getattr(raw, "critic", None) is not None else []
+    others = [p for p in raw.parameters() if all(p is not q for q in critic)]
     if world.compile:
         model = torch.compile(model)
     if world.size > 1:
@@ -605,7 +646,9 @@ def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finis
         for opt in optimizers:
             opt.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(others, args.grad_clip)
+        if critic:                                          # by itself: its gradient is often the larger by far
+            torch.nn.utils.clip_grad_norm_(critic, args.grad_clip)
         bad_step = torch.where(torch.isfinite(loss.detach() + norm), bad_step, bad_step.clamp(max=step))
         evaluating = step + 1 == steps or (step + 1) % args.eval_every == 0
         checkpointing = evaluating or (step + 1) % args.save_every == 0
@@ -746,7 +789,10 @@ def train_tokenizer(given, folder, world):
         images, held_out = open_data(args_io, "train", world.device), open_data(args_io, "val", world.device)
         folder.mkdir(parents=True, exist_ok=True)
 
+        model = with_losses(args, tokenizer, images, held_out, folder, world.device) if args.gan or args.perceptual else tokenizer
+
         def finish(model):
+            model = getattr(model, "tokenizer", model)
             measured = encode_all(model, images)
             if model.vocab_size:
                 used = len(measured["ids"].unique())
@@ -761,7 +807,7 @@ def train_tokenizer(given, folder, world):
                 data.save_rows(folder / "reconstructions.png", rows, folder.name)
 
         loop_args = argparse.Namespace(**vars(args), **loop_flags(given))
-        fit(1, tokenizer, images, validate(held_out, 100, args, world), loop_args, folder, world, checkpoint,
+        fit(1, model, images, validate(held_out, 100, args, world), loop_args, folder, world, checkpoint,
             dict(classes=images.classes), finish, UNITS["logistic" if args.likelihood == "logistic" else args.tokenizer])
         barrier(world)                                      # until process 0 has written the checkpoint
     run = load_run(folder, world.device)
