@@ -75,7 +75,7 @@ DEFAULTS = {                                                # what a flag is whe
                 size="small", steps=1600, batch_size=64, lr=4e-3),
     "cuda": dict(tok_size="medium", tok_steps=4000, tok_batch_size=128, tok_lr=1e-3, beta=0.02,
                  size="medium", steps=8000, batch_size=256, lr=1e-3),
-    "any-vq": dict(beta=0.25, codebook="l2"),               # beta: of the commitment
+    "any-vq": dict(beta=0.25, codebook="l2-ema"),           # beta: of the commitment. LlamaGen's own l2 leaves half unused here
     "cpu-maskgit": dict(steps=3000),                        # a pass teaches the hidden tokens only, so it needs more of them
     "cuda-maskgit": dict(steps=16_000),
     "cpu-segment": dict(steps=2000),

@@ -36,10 +36,10 @@ SIZES = {
                  groups=32),                                # 71,883,403 parameters: LlamaGen's vq_ds16, 16 x 16 tokens
     "ds8": dict(image_size=256, vocab_size=16384, code_dim=8, ch=128, ch_mult=(1, 2, 2, 4), n_res=2, z_channels=256,
                 groups=32),                                 # 70,109,835 parameters: vq_ds8, 32 x 32 tokens
-    "small": dict(image_size=32, vocab_size=512, code_dim=8, ch=16, ch_mult=(1, 2, 4), n_res=1, z_channels=32, groups=8),
-    "coarse": dict(image_size=32, vocab_size=1024, code_dim=8, ch=16, ch_mult=(1, 2, 4, 4), n_res=1, z_channels=32, groups=8),
+    "small": dict(image_size=32, vocab_size=1024, code_dim=8, ch=16, ch_mult=(1, 2, 4, 4), n_res=1, z_channels=32, groups=8),
+    "fine": dict(image_size=32, vocab_size=512, code_dim=8, ch=16, ch_mult=(1, 2, 4), n_res=1, z_channels=32, groups=8),
     "medium": dict(image_size=32, vocab_size=1024, code_dim=8, ch=64, ch_mult=(1, 2, 4), n_res=2, z_channels=128, groups=16),
-}                                                           # small, medium: 8 x 8 tokens on a CPU, a GPU; coarse: 4 x 4
+}                                                           # small: 4 x 4 tokens, for a CPU; fine and medium: 8 x 8
 
 
 class ResBlock(nn.Module):

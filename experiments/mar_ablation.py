@@ -28,7 +28,7 @@ import train
 from benchmark import machine_name
 from sampling import measure
 
-HEADS = {"categorical": "--tokenizer vq --tok_size coarse --codebook l2-ema", "diffusion": "--tokenizer vae"}
+HEADS = {"categorical": "--tokenizer vq", "diffusion": "--tokenizer vae"}
 MODELS = {"raster causal": "--order raster --attention causal", "random causal": "--order random --attention causal",
           "random bidirectional": "--order random --attention bidirectional"}
 ROWS = [("raster", "causal", "1"), ("random", "causal", "1"), ("random", "bidirectional", "1"), ("random", "bidirectional", ">1")]
