@@ -428,7 +428,7 @@ def main():
     results = []
     for dim, l2_norm in ((2, True), (4, True), (8, True), (32, True), (256, True), (256, False)):
         torch.manual_seed(0)
-        model = VQ(**SIZES["small"] | dict(vocab_size=args.vocab, code_dim=dim, l2_norm=l2_norm))
+        model = VQ(**SIZES["fine"] | dict(vocab_size=args.vocab, code_dim=dim, l2_norm=l2_norm))
         model.to(device, memory_format=torch.channels_last)                                 # faster on a CPU
         seconds = fit_vq(model, images, args.steps)
         ids = model.eval().encode(held_out)                                                 # (128, 64)

@@ -77,6 +77,18 @@ def head_sizes(run, ruler, steps):
     return curves
 
 
+def largest(run, n, batch_size=500):
+    """Does any of n samples explode? -> the largest |number| of their tokens, and of as many real ones."""
+    torch.manual_seed(0)
+    drawn, train_set, real = 0.0, train.open_data(run.args, "train", run.device), 0.0
+    for i in range(0, n, batch_size):
+        labels = torch.arange(i, i + batch_size) % len(run.classes)
+        drawn = max(drawn, sample.draw_tokens(run, labels, diffusion_steps=25).abs().max().item())
+        real = max(real, run.tokenizer.encode(train_set.batch(torch.arange(i, i + batch_size))[0]).abs().max().item())
+    print(f"largest |number| of the tokens of {n} samples {drawn:.1f}, of {n} training images {real:.1f}", flush=True)
+    return dict(n=n, samples=drawn, training_images=real)
+
+
 def save_curves(path, curves, name, steps):
     import matplotlib
     matplotlib.use("Agg")
@@ -145,6 +157,7 @@ def main():
     p.add_argument("--heads", action="store_true", help="train heads of other widths and depths too")
     p.add_argument("--head_steps", type=int, default=1000, help="training steps of each of those")
     p.add_argument("--n", type=int, default=1000, help="samples per point")
+    p.add_argument("--many", type=int, default=10_000, help="samples among which an exploding one is looked for")
     args = p.parse_args()
     run = train.load_run(args.run)
     if run.generator is None or (run.args.generator, run.args.head) != ("mar", "diffusion"):
@@ -157,6 +170,7 @@ def main():
     curves["denoising"] = [(v, ruler(run, f"{v} denoising steps", diffusion_steps=str(v))) for v in DENOISING]
     curves["temperature"] = [(v, ruler(run, f"temperature {v}", temperature=v, diffusion_steps="25")) for v in TEMPERATURES]
     curves["passes"] = [(v, ruler(run, f"{v} passes", steps=v, diffusion_steps="25")) for v in PASSES]
+    curves["largest"] = largest(run, args.many)
     arms = {}
     for arm, (options, choices) in ANNEALED.items():
         if arm.startswith("flow") and not args.flow:
