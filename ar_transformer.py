@@ -7,19 +7,20 @@ An image becomes a sequence by reading its grid of tokens row by row. The chain 
 
 and a causal transformer computes all T factors in one pass. This is LlamaGen (https://arxiv.org/abs/2406.06525) when
 the tokens are ids and the head is a softmax, and GIVT-Causal (https://arxiv.org/abs/2312.02116) when they are real
-vectors and the head a Gaussian mixture: only the input line and the head differ. The condition c (a class) is a token
-in front. While sampling, a KV cache keeps every earlier key and value, so a new token costs one row and not T.
+vectors and the head a Gaussian mixture: only the input line and the head differ. The condition c stands in front as
+P tokens: one for a class, more for a caption. While sampling, a KV cache keeps every earlier key and value, so a new
+token costs one row and not T. from_official() reads LlamaGen's weights; export writes a Hugging Face Llama.
 
 Shapes:  B batch, T tokens, D numbers in a token or V ids, C width (n_embd), P prefix tokens, S = P + T - 1
 
-    cond (B,) --Embedding--> (B, P, C) --cat--> (B, S, C) --n_layer Blocks--> h (B, T, C) --head--> p(x_t | h_t)
-    tokens (B, T, D) --Linear--> (B, T - 1, C) --^               (position t predicts token t)
+    cond (B,) | caption --embed--> (B, P, C) --cat--> (B, S, C) --n_layer Blocks--> h (B, T, C) --head--> p(x_t | h_t)
+    tokens (B, T[, D]) --embed--> (B, T - 1, C) --^               (position t predicts token t)
 
-    python ar_transformer.py   # exact optimum, samples, surprise; writes ar_transformer.png; about 1 minute on 2 cores
+    python ar_transformer.py   # words, samples, surprise; writes ar_transformer.png; about 1 minute on 2 CPU cores
 
 Try it yourself:
   1. Let the model see the future: causal=False in Attention. The loss falls to nothing. What do samples look like?
-  2. Set rope_base to 1e9: every pair but the first stops turning. What does the nll of bars-and-stripes become?
+  2. Set label_drop=0 in read_captions. What does the model say of pictures without a caption, and why?
   3. Sample with use_cache=False and time it against the default for --image_size 8 and 16.
 """
 import argparse
@@ -631,8 +632,8 @@ def export(source, out, grid=None, n_head=None):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Demo: two worlds of ids. Bars-and-stripes has exactly 30 pictures of 4 x 4, so the best possible model has a
-# negative log-likelihood of ln 30 = 3.401 nats. Small drawn shapes in four greys show sampling and surprise.
+# Demo: two worlds of ids. Bars-and-stripes has exactly 30 pictures of 4 x 4: told in words which one it is, the best possible
+# model has nothing left to say, 0 nats; untold, ln 30 = 3.401. Small drawn shapes in four greys show sampling and surprise.
 
 def bars_and_stripes(n, device, side=4):
     """n pictures uniform over the 2 (2^side - 1) distinct ones with full rows or full columns -> (n, side^2) int64."""
@@ -668,11 +669,49 @@ def fit_ids(model, batches, steps, lr=2e-3):
     return losses
 
 
+def read_captions(device, steps=600):
+    """Train on bars-and-stripes with captions, half of them hidden -> model, curve [(step, nats told, nats untold)]."""
+    pictures = bars_and_stripes(2000, device).unique(dim=0)                                 # (30, 16): all there are
+    cond, curve = bytes_of(captions_of(pictures), 23).to(device), []
+    model = ARTransformer(CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=2, n_embd=64, text=(23, "bytes"),
+                          label_drop=0.5).to(device)
+
+    @torch.no_grad()
+    def measure(step):
+        model.eval()
+        hide = torch.zeros(60, dtype=torch.bool, device=device)
+        hide[30:] = True
+        twice = pictures.repeat(2, 1)
+        nats = model.head.loss(model.hidden(twice, cond.repeat(2, 1), hide), twice).sum(1).view(2, 30).mean(1)
+        model.train()
+        curve.append((step, *nats.tolist()))
+
+    def batch(step):
+        if step % 20 == 0:
+            measure(step)
+        i = torch.randint(30, (32,), device=device)
+        return pictures[i], cond[i]
+    fit_ids(model, batch, steps, 5e-3)
+    measure(steps)
+    return model.eval(), curve
+
+
 def main():
     parser = argparse.ArgumentParser(description="A causal transformer on bars-and-stripes and on little drawn shapes.")
     parser.add_argument("--image_size", type=int, default=10, help="side of the little drawn shapes, in pixels")
     parser.add_argument("--steps", type=int, default=500, help="training steps on the drawn shapes")
+    commands = parser.add_subparsers(dest="command", title="other uses")
+    e = commands.add_parser("export", help="write a folder that Hugging Face's transformers reads, instead of the demo")
+    e.add_argument("source", help="a run folder of train.py (--generator ar --head categorical), or a file of LlamaGen's weights")
+    e.add_argument("out", help="the folder to write: config.json, model.safetensors")
+    e.add_argument("--grid", type=int, nargs="+", help="rows and columns of tokens (default: 16 16 for LlamaGen's files)")
+    e.add_argument("--n_head", type=int, help="attention heads of a LlamaGen file that is none of the published sizes")
     args = parser.parse_args()
+    if args.command == "export":
+        try:
+            return export(args.source, args.out, args.grid, args.n_head)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -680,12 +719,15 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
 
-    bars = ARTransformer(CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=2, n_embd=64, label_drop=0).to(device)
-    zeros = torch.zeros(256, dtype=torch.long, device=device)
-    curve = [16 * v for v in fit_ids(bars, lambda step: (bars_and_stripes(256, device), zeros), 400, 5e-3)]
-    with torch.no_grad():
-        nll = 16 * bars.eval()(bars_and_stripes(20_000, device), zeros.repeat(79)[:20_000])[0]
-    print(f"bars-and-stripes: {nll:.3f} nats per picture, the optimum is ln 30 = {math.log(30):.3f}")
+    start = time.perf_counter()
+    bars, curve = read_captions(device)
+    print(f"bars-and-stripes: {curve[-1][2]:.3f} nats per picture, the optimum is ln 30 = {math.log(30):.3f}; told its caption "
+          f"{curve[-1][1]:.3f}, the optimum is 0; {time.perf_counter() - start:.0f} s")
+    texts = ["rows 1 and 3 dark", "column 4 dark", "rows 2, 3 and 4 dark", "columns 1 and 4 dark", "no caption", "no caption"]
+    cond = bytes_of(["" if text == "no caption" else text for text in texts], 23).to(device)
+    torch.manual_seed(2)
+    told, untold = bars.sample(cond), bars.sample(cond, cfg=0.0)                            # cfg 0 leaves p(x) alone
+    told = torch.where(torch.tensor([text == "no caption" for text in texts], device=device)[:, None], untold, told)
 
     side, levels = args.image_size, 4
     images, labels, _, _ = data.draw(torch.arange(8000, device=device), side)
@@ -701,7 +743,7 @@ def main():
     for use_cache in (False, True):
         torch.manual_seed(1)
         start = time.perf_counter()
-        tokens = model.sample(cond, cfg=2.0, use_cache=use_cache)
+        model.sample(cond, cfg=2.0, use_cache=use_cache)
         print(f"10 samples of {side * side} tokens with guidance, {'KV cache' if use_cache else 'no cache'}: "
               f"{time.perf_counter() - start:.2f} s")
     keep = {round(side * side * f) - 1 for f in (0.25, 0.5, 0.75, 1)}
@@ -712,8 +754,8 @@ def main():
     with torch.no_grad():
         surprise = model.head.loss(model.hidden(real, cond), real)                          # (10, T) nats
 
-    fig = plt.figure(figsize=(12, 7))
-    left, right = fig.add_gridspec(1, 2, width_ratios=[2.3, 1], left=0.15, right=0.97, top=0.9, bottom=0.1, wspace=0.25)
+    fig = plt.figure(figsize=(12.5, 7))
+    left, right = fig.add_gridspec(1, 2, width_ratios=[2, 1], left=0.145, right=0.98, top=0.9, bottom=0.05, wspace=0.17)
     rows = left.subgridspec(6, 10, wspace=0.08, hspace=0.08)
     maps = [(f"{p}% of the tokens", s, "gray") for p, s in zip((25, 50, 75, 100), stages)]
     maps += [("a training picture", real, "gray"), ("its surprise, token by token", surprise, "magma")]
@@ -727,12 +769,21 @@ def main():
                 ax.set_title(data.SHAPES[c], fontsize=8)
             if c == 0:
                 ax.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
-    ax = fig.add_subplot(right)
-    ax.plot(curve, lw=1, label="causal transformer")
-    ax.axhline(math.log(30), color="k", ls="--", label="optimum: ln 30 nats")
-    ax.set(xlabel="training step", ylabel="nats per picture", title="bars-and-stripes 4 x 4", ylim=(3, 11.5))
-    ax.legend()
-    fig.suptitle("ar_transformer.py: an image is written token by token; surprise is high where the shape decides itself")
+    upper, lower = right.subgridspec(2, 1, height_ratios=[1, 0.95], hspace=0.32)
+    ax, (steps, with_caption, without) = fig.add_subplot(upper), zip(*curve)
+    ax.plot(steps, without, label="no caption")
+    ax.plot(steps, with_caption, label="given its caption")
+    ax.axhline(math.log(30), color="k", ls="--", lw=1, label="least possible: ln 30, and 0")
+    ax.axhline(0, color="k", ls="--", lw=1)
+    ax.set(xlabel="training step", ylabel="nats per picture", title="bars-and-stripes 4 x 4")
+    ax.legend(fontsize=9)
+    for i, cell in enumerate(lower.subgridspec(2, 3, wspace=0.25, hspace=0.3)):
+        ax = fig.add_subplot(cell)
+        ax.imshow(told[i].view(4, 4).cpu(), cmap="gray", vmin=-0.3, vmax=1.1)
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(texts[i], fontsize=8)
+    fig.suptitle("ar_transformer.py: an image is written token by token; surprise is high where the shape decides itself; "
+                 "words can tell it all")
     fig.savefig("ar_transformer.png", dpi=80)
     print("wrote ar_transformer.png")
 
