@@ -19,7 +19,7 @@ Shapes:  B batch, F frames, H W pixels, x' = decode(encode(x))
     python perceptual_gan.py   # what each term does to texture, writes perceptual_gan.png; 50 s on one CPU core
 
 Try it yourself:
-  1. --gan_weight 0.5, LlamaGen's, who train 100 times longer: what do the pictures lose, and which number tells?
+  1. --gan_weight 0.5, LlamaGen's, who train 1000 times longer: what do the pictures lose, and which number tells?
   2. Give the third model adaptive=True and gan_weight=0.5, and print model.balance: which fixed weight is that?
   3. Take .detach() away in duel(): the critic's loss then moves the tokenizer too. Which way, and how far?
 """
@@ -95,7 +95,7 @@ def generator_loss(fake, kind="hinge"):
 def unit_channels(f):
     """Feature maps (B, C, h, w) -> float32, of length 1 over the channels at each position; zeros stay zeros.
 
-    The epsilon is under the root, unlike LPIPS's: the gradient of a norm at 0 is nan, and ReLUs do give zeros.
+    The epsilon is under the root, where LPIPS adds it to the norm: the gradient of a norm at 0 is nan.
     """
     f = f.float()
     return f / (f.square().sum(1, keepdim=True) + 1e-20).sqrt()
@@ -231,7 +231,7 @@ class AdversarialTokenizer(nn.Module):
         if gan not in ("hinge", "non-saturating"):
             raise ValueError(f"gan {gan!r} must be 'hinge' or 'non-saturating'")
         if getattr(tokenizer, "likelihood", "mse") != "mse":
-            raise ValueError(f"likelihood {tokenizer.likelihood!r} gives an exact bound, which these losses spoil: use 'mse'")
+            raise ValueError(f"likelihood {tokenizer.likelihood!r} is an exact bound, which these losses spoil: use 'mse'")
         self.seq_len, self.grid = tokenizer.seq_len, tokenizer.grid
         self.token_dim, self.vocab_size = tokenizer.token_dim, tokenizer.vocab_size
         self.tokenizer, self.critic = tokenizer, critic
@@ -418,8 +418,8 @@ def draw_results(rows, path):
         line[0].set_ylabel(text, rotation=0, ha="right", va="center", labelpad=8, fontsize=10.5)
     axes[0, 2].set_title("held-out images", fontsize=11)
     axes[0, n + 1].set_title("12 x 12 pixels of the last three", fontsize=11)
-    fig.suptitle("perceptual_gan.py: 64 numbers cannot hold the grain. Squared error averages it away, a perceptual distance\n"
-                 "helps a little, and the critic makes the decoder invent grain: as sharp as the images, farther off in pixels",
+    fig.suptitle("perceptual_gan.py: 64 numbers cannot hold the grain. Squared error averages it away, a perceptual\n"
+                 "distance helps a little, and the critic makes the decoder invent grain: sharp, but farther off in pixels",
                  fontsize=12)
     fig.subplots_adjust(left=0.165, right=0.995, bottom=0.01, top=0.84, wspace=0.05, hspace=0.05)
     fig.savefig(path, dpi=80)

@@ -861,7 +861,7 @@ def test_lpips_equals_a_slow_loop_over_vgg16(tmp_path, monkeypatch):
 def test_lpips_reads_whole_checkpoints_and_names_what_is_missing(tmp_path, monkeypatch):
     vgg, lins = vgg_files(tmp_path, monkeypatch)
     a, b = torch.rand(2, 2, 3, 16, 16) * 2 - 1
-    load, reference = perceptual_gan.LPIPS.from_files, None
+    load = perceptual_gan.LPIPS.from_files
     vqgan = {f"loss.perceptual_loss.{k}": v for k, v in lins.items()} | {"encoder.conv_in.weight": torch.zeros(1)}
     vqgan |= {"loss.perceptual_loss.net.slice1." + k.removeprefix("features."): v for k, v in vgg.items() if k[0] == "f"}
     torch.save({"state_dict": vqgan}, tmp_path / "vqgan.ckpt")
@@ -898,8 +898,12 @@ def test_classifier_features_compare_directions_and_survive_dead_units():
         def forward(self, x):
             return [F.relu(x), F.relu(-x)]
     x = torch.zeros(2, 3, 4, 4, requires_grad=True)
-    perceptual_gan.ClassifierFeatures(Maps())(x, torch.ones(2, 3, 4, 4)).sum().backward()
-    assert torch.equal(x.grad, torch.zeros_like(x)), "at a dead position the gradient is 0, not nan"
+    d = perceptual_gan.ClassifierFeatures(Maps())(x, torch.ones(2, 3, 4, 4))
+    d.sum().backward()
+    assert torch.allclose(d, torch.tensor(0.5)) and torch.equal(x.grad, torch.zeros_like(x)), "1 and 0 by the two maps"
+    x.grad = None
+    perceptual_gan.unit_channels(x).sum().backward()
+    assert torch.isfinite(x.grad).all(), "a norm has no gradient at 0"
     with pytest.raises(ValueError, match="activation"):
         perceptual_gan.ClassifierFeatures(nn.Sequential(nn.Conv2d(3, 4, 1)))
 
