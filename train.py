@@ -611,7 +611,7 @@ def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finis
         first = checkpoint["step"]
     critic = list(raw.critic.parameters()) if getattr(raw, "critic", None) is not None else []
     others = [p for p in raw.parameters() if all(p is not q for q in critic)]
-    if world.compile:
+    if world.compile and not getattr(raw, "adaptive", False):           # the adaptive weight asks for gradients on the way
         model = torch.compile(model)
     if world.size > 1:
         model = DistributedDataParallel(model)
