@@ -24,6 +24,7 @@ Try it yourself:
   3. Sample with schedule="linear" and 4 steps. Why is it worse to reveal many tokens in the first step?
 """
 import argparse
+import itertools
 import math
 import time
 
@@ -36,8 +37,8 @@ SIZES = {
     "small": dict(n_layer=6, n_head=4, n_embd=192),          # the default on a CPU
     "medium": dict(n_layer=12, n_head=6, n_embd=384),        # the default on a GPU
     "givt": dict(n_layer=24, n_head=16, n_embd=1024, dropout=0.4),                          # GIVT-MaskGIT, 304M with its head
-    "maskgit": dict(n_layer=24, n_head=16, n_embd=768, dropout=0.1, post_norm=True),        # MaskGIT, 24 x 768
-}
+    "maskgit": dict(n_layer=24, n_head=16, n_embd=768, dropout=0.1, post_norm=True),        # MaskGIT, and TiTok's generator:
+}                                                           # 177M with the latter's 4096 ids. (MaskGIT's paper says 8 heads)
 SCHEDULES = {                                               # share of the tokens still hidden at progress r in [0, 1]
     "cosine": lambda r: torch.cos(math.pi / 2 * r),
     "linear": lambda r: 1 - r,
@@ -73,9 +74,10 @@ class EncoderBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def n_hidden(u, T):
-    """How many of T tokens training hides: u in [0, 1] -> ceil(T cos(pi/2 u)), at least 1."""
-    return (T * torch.cos(math.pi / 2 * u)).ceil().clamp(1, T)
+def n_hidden(u, T, schedule="cosine"):
+    """How many of T tokens training hides: u in [0, 1] -> ceil(T cos(pi/2 u)), at least 1. TiTok has arccos, rounded."""
+    n = T * SCHEDULES[schedule](u)
+    return (n.round() if schedule == "arccos" else n.ceil()).clamp(1, T)
 
 
 def still_hidden(n_start, step, steps, schedule="cosine"):
@@ -92,6 +94,37 @@ def keep_hidden(score, n):
     """The n (B, 1) positions of lowest score (B, T) -> mask (B, T), True where hidden again. Ties: the earlier position."""
     rank = score.argsort(dim=1, stable=True).argsort(dim=1)                                 # 0 for the lowest
     return rank < n
+
+
+def halton_rank(grid, device=None):
+    """When each token's turn comes in a Halton sequence: grid, such as (rows, cols) -> (T,) float32, 0 is the first.
+
+    Point i has the digits of i in base 2 mirrored at the point as its row in [0, 1), those in base 3 as its column, so
+    that the places of any stretch of points lie far apart. Tokens far apart say little about each other, and to draw
+    them in one pass costs least. (Halton-MaskGIT, Besnier et al. 2025, https://arxiv.org/abs/2503.17076)
+    """
+    places = {}                                             # token: its turn
+    for i in itertools.count(1):
+        token = 0
+        for n, base in zip(grid, (2, 3, 5)):
+            share, rest, unit = 0.0, i, 1.0
+            while rest:
+                rest, digit, unit = rest // base, rest % base, unit / base
+                share += digit * unit
+            token = token * n + int(share * n)
+        places.setdefault(token, len(places))
+        if len(places) == math.prod(grid):
+            return torch.tensor([places[t] for t in range(len(places))], dtype=torch.float32, device=device)
+
+
+def masked_mean(loss, weight, per_image=True):
+    """Mean of loss (B, T) under weight (B, T) -> (). Within each image first (MaskGIT), or over the batch (GIVT, TiTok).
+
+    Per image, one with a single hidden token counts as much as one with all of them hidden.
+    """
+    if per_image:
+        return ((loss * weight).sum(1) / weight.sum(1)).mean()
+    return (loss * weight).sum() / weight.sum()
 
 
 class CategoricalHead(nn.Module):
@@ -140,16 +173,21 @@ class MaskGIT(nn.Module):
     u_max: training hides ceil(T cos(pi/2 u)) tokens, u ~ U(0, u_max). MaskGIT's 1; GIVT has 0.7, which never hides less
     than 45%. choice_temperature weighs the noise of the choice: 4.5 for ids (MaskGIT). Log densities of real vectors
     spread much wider: GIVT takes 35 for 16 numbers per token; 2 per number is the default here.
+    smoothing, for ids: a tenth of the target goes to all V ids alike, so that no confidence is worth more than ln(9 V).
+    seen_weight is the weight of tokens that are not hidden: 0, TiTok's 0.1 with train_schedule="arccos".
     """
 
     def __init__(self, head, seq_len, num_classes, token_dim=None, vocab_size=None, grid=None, n_layer=6, n_head=4,
-                 n_embd=192, hidden=None, dropout=0.0, label_drop=0.1, u_max=1.0, choice_temperature=None, post_norm=False):
+                 n_embd=192, hidden=None, dropout=0.0, label_drop=0.1, u_max=1.0, choice_temperature=None, post_norm=False,
+                 smoothing=0.1, seen_weight=0.0, train_schedule="cosine"):
         super().__init__()
         if n_embd % n_head:
             raise ValueError(f"n_embd {n_embd} over n_head {n_head} must be a whole head width")
         self.seq_len, self.num_classes, self.token_dim, self.vocab_size = seq_len, num_classes, token_dim, vocab_size
         self.grid, self.label_drop, self.u_max = tuple(grid or (seq_len,)), label_drop, u_max
-        self.choice_temperature = choice_temperature or (4.5 if vocab_size else 2.0 * token_dim)
+        self.smoothing, self.seen_weight, self.train_schedule = smoothing, seen_weight, train_schedule
+        usual = 4.5 if vocab_size else 2.0 * token_dim
+        self.choice_temperature = usual if choice_temperature is None else choice_temperature
         if vocab_size:
             self.tok_embed = nn.Embedding(vocab_size + 1, n_embd)                           # the last row: "hidden"
         else:                                               # a hidden vector has no value: half of the width says which
@@ -194,37 +232,52 @@ class MaskGIT(nn.Module):
 
     def training_mask(self, B, device):
         """-> mask (B, T): ceil(T cos(pi/2 u)) tokens of each row, drawn without replacement. GIVT section 3.5."""
-        n = n_hidden(torch.rand(B, 1, device=device) * self.u_max, self.seq_len)
+        n = n_hidden(torch.rand(B, 1, device=device) * self.u_max, self.seq_len, self.train_schedule)
         return torch.rand(B, self.seq_len, device=device).argsort(1).argsort(1) < n
 
     def forward(self, tokens, cond):
-        """tokens (B, T[, D]), cond (B,) int64 -> mean loss of the head per masked token of the whole batch (), logs.
+        """tokens (B, T[, D]), cond (B,) int64 -> mean loss per hidden token (), logs.
 
         While training, a tenth of the labels become "no class" for guidance. Not a likelihood of the image: the tokens
-        hidden together are predicted each on its own.
+        hidden together are predicted each on its own. logs for ids, both over the hidden tokens alone: nll (nats per
+        token, without the smoothing that the loss has) and accuracy. With the seen ones, copying would count as skill.
         """
         if self.training and self.label_drop > 0:
             drop = torch.rand(cond.shape, device=cond.device) < self.label_drop
             cond = torch.where(drop, self.num_classes, cond)
         mask = self.training_mask(len(tokens), tokens.device)
-        loss = self.head.loss(self.hidden(tokens, cond, mask), tokens)                      # (B, T): static shapes
-        loss = (loss * mask).sum() / mask.sum()
-        return loss, {}
+        h = self.hidden(tokens, cond, mask)
+        weight = mask + self.seen_weight * ~mask                                            # (B, T): static shapes
+        if not self.vocab_size:
+            return masked_mean(self.head.loss(h, tokens), weight, per_image=False), {}
+        log_p = self.head.logits(h).log_softmax(-1)                                         # (B, T, V)
+        nll = -log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)                           # (B, T)
+        loss = (1 - self.smoothing) * nll - self.smoothing * log_p.mean(-1)
+        hit = (log_p.detach().argmax(-1) == tokens).float()
+        logs = {"nll": masked_mean(nll.detach(), mask, per_image=False), "accuracy": masked_mean(hit, mask, per_image=False)}
+        return masked_mean(loss, weight, per_image=not self.seen_weight), logs
 
     @torch.no_grad()
     def sample(self, cond, steps=None, cfg=1.0, temperature=1.0, known=None, known_mask=None, on_step=None,
-               schedule="cosine", choice_temperature=None, **tricks):
+               schedule="cosine", choice_temperature=None, order="confidence", **tricks):
         """cond (B,) int64 labels -> tokens (B, T[, D]), drawn in `steps` passes (default: 12, or T if that is less).
 
         known (B, T[, D]) with known_mask (B, T) True where a token is given: it stays and all others see it, so holes
         anywhere can be filled. cfg is the guidance scale of the head, 1 is off; both branches share one forward pass.
-        on_step(i, tokens, mask) after each step, mask True where still hidden. tricks go to the head.
+        order: "confidence", MaskGIT's, or "halton", a fixed order spread over the grid, without a look at confidence;
+        the same model serves both. on_step(i, tokens, mask) after each step, mask True where still hidden, tokens with
+        what was just drawn there. tricks go to the head.
         """
         B, T, device = len(cond), self.seq_len, cond.device
         steps = min(12, T) if steps is None else steps
         if not 1 <= steps <= T:
             raise ValueError(f"steps must be 1 to {T}, the number of tokens, not {steps}")
+        if order not in ("confidence", "halton"):
+            raise ValueError(f"order {order!r} is neither 'confidence' nor 'halton'")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")
         weight = self.choice_temperature if choice_temperature is None else choice_temperature
+        turn = halton_rank(self.grid, device) if order == "halton" else None
         shape = (B, T) if self.vocab_size else (B, T, self.token_dim)
         tokens = torch.zeros(shape, device=device, dtype=torch.long if self.vocab_size else torch.float32)
         mask = torch.ones(B, T, dtype=torch.bool, device=device)
@@ -241,12 +294,76 @@ class MaskGIT(nn.Module):
             # Confidence stays in log space: exp of a log density in 16 dimensions overflows (and then the authors' code
             # hides known tokens again). The noise fades to 0 with the last step, which reveals everything.
             gumbel = -torch.log(-torch.log(torch.rand(B, T, device=device).clamp(1e-20, 1 - 1e-7)))
-            score = log_p + weight * (1 - (i + 1) / steps) * gumbel
+            score = log_p + weight * (1 - (i + 1) / steps) * gumbel if turn is None else -turn.expand(B, T)
             n = torch.minimum(still_hidden(n_start, i, steps, schedule), mask.sum(1, keepdim=True) - 1)   # one at least
             mask = mask & keep_hidden(score.masked_fill(~mask, math.inf), n)
             if on_step is not None:
                 on_step(i, tokens, mask)
         return tokens
+
+    @classmethod
+    def from_official(cls, state_dict, n_head=16):
+        """TiTok's generator (the authors' "ImageBert"): a state dict or a path -> MaskGIT in eval mode.
+
+        Their ids are one table: V codes, hidden, the classes, no class. The sizes are read off the shapes; n_head they
+        do not tell. Trained with seen_weight 0.1 and arccos masks, which the model keeps for further training. Their
+        sampler is another one: it compares raw logits, and its temperature falls to 0. Refuses unknown or missing keys
+        by name.
+        """
+        if not isinstance(state_dict, dict):
+            state_dict = load_weights(state_dict)
+        sd = {k.removeprefix("model."): v.float() for k, v in state_dict.items() if not k.endswith("position_ids")}
+        table, place, out = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight", "lm_head.weight"
+        lost = [k for k in (table, place, out, "encoder.layer.0.intermediate.dense.weight") if k not in sd]
+        if lost:
+            raise ValueError(f"not the weights of TiTok's generator: missing {lost}")
+        (V, n_embd), T = sd[out].shape, len(sd[place]) - 1
+        n_layer = len({k.split(".")[2] for k in sd if k.startswith("encoder.layer.")})
+        head = CategoricalHead(n_embd, V)
+        head.proj = nn.Linear(n_embd, V)                    # theirs has a bias
+        model = cls(head, T, len(sd[table]) - V - 2, vocab_size=V, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+                    hidden=len(sd["encoder.layer.0.intermediate.dense.weight"]), dropout=0.1, post_norm=True,
+                    seen_weight=0.1, train_schedule="arccos")
+        names = bert_names(n_layer)                         # theirs: ours
+        missing, unknown = [k for k in names if k not in sd], [k for k in sd if k not in names]
+        if missing or unknown:
+            raise ValueError(f"the generator's weights do not fit: missing {missing[:3]}, unknown {unknown[:3]}")
+        ours = {name: sd[key] for key, name in names.items() if name}
+        for i in range(n_layer):
+            for kind in ("weight", "bias"):
+                qkv = [sd[f"encoder.layer.{i}.attention.self.{n}.{kind}"] for n in ("query", "key", "value")]
+                ours[f"blocks.{i}.wqkv.{kind}"] = torch.cat(qkv)
+        ours["tok_embed.weight"], ours["cls_embed.weight"] = sd[table][:V + 1], sd[table][V + 1:]
+        ours["pos_embed"] = sd[place] + sd["embeddings.token_type_embeddings.weight"][0]    # the type is 0 everywhere
+        model.load_state_dict(ours)
+        return model.eval()
+
+
+def bert_names(n_layer):
+    """The keys of a BERT of n_layer layers with its output layer -> ours, None where from_official puts it together."""
+    names = {f"embeddings.{n}_embeddings.weight": None for n in ("word", "position", "token_type")}
+    for kind in ("weight", "bias"):
+        names |= {f"embeddings.LayerNorm.{kind}": f"norm_in.{kind}", f"lm_head.{kind}": f"head.proj.{kind}"}
+        for i in range(n_layer):
+            layer, block = f"encoder.layer.{i}", f"blocks.{i}"
+            names |= {f"{layer}.attention.self.{n}.{kind}": None for n in ("query", "key", "value")}
+            names |= {f"{layer}.attention.output.dense.{kind}": f"{block}.wo.{kind}",
+                      f"{layer}.attention.output.LayerNorm.{kind}": f"{block}.norm1.{kind}",
+                      f"{layer}.intermediate.dense.{kind}": f"{block}.fc1.{kind}",
+                      f"{layer}.output.dense.{kind}": f"{block}.fc2.{kind}",
+                      f"{layer}.output.LayerNorm.{kind}": f"{block}.norm2.{kind}"}
+    return names
+
+
+def load_weights(path):
+    """A .pt, .pth, .ckpt or .safetensors file -> state dict on the CPU. Never runs code from the file."""
+    if str(path).endswith(".safetensors"):
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ValueError(f"{path} needs the optional package safetensors: pip install safetensors") from None
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -1035,6 +1035,168 @@ def test_maskgit_one_token_per_pass_comes_close_to_bars_and_stripes():
     assert many[0] > 0.8 and many[1] < few[1], (few, many)
 
 
+@pytest.mark.parametrize("name", ["cosine", "arccos"])
+@pytest.mark.parametrize("N", [32, 64, 128, 256, 1024])
+@pytest.mark.parametrize("T", [4, 8, 10, 12, 16])
+def test_maskgit_hides_as_many_ids_as_the_authors(name, N, T):
+    theirs, unknown, ours = golden("tokenizers/maskgit_schedules")[f"{name}_N{N}_T{T}"], torch.tensor([[N]]), []
+    for t in range(T):
+        unknown = torch.minimum(maskgit.still_hidden(torch.tensor([[N]]), t, T, name), unknown - 1)
+        ours.append(unknown.item())
+    assert theirs[-1] == 1 and ours[-1] == 0, "theirs hides one after the last pass and returns its id all the same"
+    assert ours[:-1] == theirs[:-1].tolist()
+
+
+def test_maskgit_schedules_are_the_authors_functions():
+    g = golden("tokenizers/maskgit_schedules")
+    for ours, theirs in (("cosine", "cosine"), ("linear", "uniform"), ("square", "pow2")):
+        close(maskgit.SCHEDULES[ours](g["ratio_x"]), g[f"ratio_{theirs}"], 1e-6)
+    g = golden("tokenizers/maskgit_train_mask")
+    for name in ("cosine", "arccos"):
+        close(maskgit.SCHEDULES[name](g["u"]), g[f"{name}_ratio"], 1e-6)
+    assert torch.equal(maskgit.n_hidden(g["u"], 64), g["num_masked_cosine_ceil_N64"])
+    assert torch.equal(maskgit.n_hidden(g["u"], 64, "arccos"), g["num_masked_arccos_N64"])
+
+
+def test_maskgit_halton_order_is_the_authors_and_reveals_tokens_far_apart():
+    g = golden("tokenizers/maskgit_schedules")
+    for n in (8, 16):
+        rows, columns = g[f"halton_{n}x{n}_order"].unbind(1)
+        assert torch.equal(maskgit.halton_rank((n, n)).argsort(), rows * n + columns)
+    assert maskgit.halton_rank((8,)).tolist() == [7, 3, 1, 5, 0, 4, 2, 6], "the digits of 1, 2, 3 ... in base 2, mirrored"
+    assert sorted(maskgit.halton_rank((3, 4, 5)).tolist()) == list(range(60))
+    model, passes = small_maskgit(False, grid=(3, 4)).eval(), []
+    known_mask = torch.tensor([[0, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0], [0] * 12]).bool()
+    y = model.sample(torch.tensor([1, 2]), steps=4, known=torch.full((2, 12), 7), known_mask=known_mask, order="halton",
+                     schedule="linear", on_step=lambda i, x, m: passes.append(m))
+    assert (y[known_mask] == 7).all() and not passes[-1].any()
+    turn = maskgit.halton_rank((3, 4))
+    for mask in passes[:-1]:
+        for row in range(2):
+            shown = ~mask[row] & ~known_mask[row]
+            assert turn[shown].max() < turn[mask[row]].min(), "a token was revealed before its turn"
+    with pytest.raises(ValueError, match="halton"):
+        model.sample(torch.tensor([1]), order="spiral")
+    with pytest.raises(ValueError, match="arccos"):
+        model.sample(torch.tensor([1]), schedule="cubic")
+
+
+def test_maskgit_replays_the_authors_jax_decoding_of_ids(monkeypatch):
+    """Their toy network in the place of hidden(), their Gumbel noise in the place of multinomial and rand."""
+    g = golden("tokenizers/maskgit_decode_jax")
+    K, T, steps, passes = 11, 16, 8, []
+    model = maskgit.MaskGIT(maskgit.CategoricalHead(32, K), T, 4, vocab_size=K, n_layer=1, n_head=2, n_embd=32).eval()
+    model.head.proj = nn.Identity()
+
+    def network(tokens, cond, mask):
+        ids = torch.cat([K + cond[:, None], torch.where(mask, len(g["A"]) - 1, tokens)], 1)    # -1 is their last row
+        a = g["A"][ids]
+        t = len(passes)
+        assert torch.equal(torch.where(mask, -1, tokens), g[f"step{t}_ids_in"][:, 1:].long()), f"pass {t} sees other tokens"
+        logits = g["P"] + 0.5 * a + 2 * a.mean(1, keepdim=True)
+        close(logits, g[f"step{t}_logits"])
+        return logits[:, 1:]
+
+    def gumbel_argmax(p, n):
+        return (p.log() + g[f"step{len(passes)}_gumbel_sample"][:, 1:].flatten(0, 1)).argmax(-1, keepdim=True)
+    uniform = lambda *a, **k: torch.exp(-torch.exp(-g[f"step{len(passes)}_gumbel_choice"][:, 1:].double())).float()
+    monkeypatch.setattr(model, "hidden", network)
+    monkeypatch.setattr(torch, "multinomial", gumbel_argmax)
+    monkeypatch.setattr(torch, "rand", uniform)
+    tokens = model.sample(g["init"][:, 0].long() - K, steps=steps, choice_temperature=g["temperature"].item(),
+                          on_step=lambda i, x, m: passes.append((x, m)))
+    for t, (x, mask) in enumerate(passes):
+        assert torch.equal(x, g[f"step{t}_sampled"][:, 1:].long()), f"pass {t} draws other ids"
+        if t < steps - 1:                                   # their last pass hides one again, ours none
+            assert torch.equal(mask, g[f"step{t}_masking"][:, 1:]), f"pass {t} hides other tokens again"
+    assert torch.equal(tokens, g["final_seqs"][:, -1, 1:].long()) and not passes[-1][1].any()
+
+
+def test_maskgit_losses_are_the_authors(monkeypatch):
+    g = golden("tokenizers/maskgit_losses")
+    def loss_of(smoothing, **options):
+        model = maskgit.MaskGIT(maskgit.CategoricalHead(32, 9), 6, 1, vocab_size=9, n_layer=1, n_head=2, n_embd=32,
+                                smoothing=smoothing, label_drop=0, **options).train()
+        model.head.proj = nn.Identity()
+        monkeypatch.setattr(model, "hidden", lambda tokens, cond, mask: g["logits"])
+        monkeypatch.setattr(model, "training_mask", lambda B, device: g["weights"].bool())
+        return model(g["labels"], torch.zeros(2, dtype=torch.long))
+    for smoothing in (0.0, 0.1):
+        loss, logs = loss_of(smoothing)
+        close(loss, g[f"loss_ls{smoothing}"], 1e-5)
+    mask = g["weights"].bool()
+    nll = [-g["logits"][b, t].log_softmax(-1)[g["labels"][b, t]] for b in range(2) for t in range(6) if mask[b, t]]
+    hits = [g["logits"][b, t].argmax() == g["labels"][b, t] for b in range(2) for t in range(6) if mask[b, t]]
+    close(logs["nll"], torch.stack(nll).mean(), 1e-5), close(logs["accuracy"], torch.stack(hits).float().mean(), 1e-5)
+    close(loss_of(0.1, seen_weight=0.1)[0], g["titok_mlm_loss"], 1e-5)
+    close(maskgit.masked_mean(g["ce_per_token_ls0.1"], g["weights"]), g["loss_ls0.1"], 1e-5)
+
+
+def test_maskgit_loads_titoks_generator_and_gets_the_authors_logits(tmp_path):
+    g = golden("tokenizers/imagebert_tiny")
+    sd = {k.removeprefix("sd."): v for k, v in g.items() if k.startswith("sd.")}
+    model = maskgit.MaskGIT.from_official(sd, n_head=4)
+    assert (model.seq_len, model.vocab_size, model.num_classes, model.smoothing) == (16, 64, 10, 0.1) and not model.training
+    mask = g["input_ids"] == 64
+    assert 0 < mask.sum() < 48
+    for cond, name in ((g["condition"], "cond"), (torch.full((3,), 10), "uncond")):
+        close(model.logits(g["input_ids"].clamp(max=63), cond, mask), g[f"logits_{name}"])
+    for step in range(4):                                   # guided as in their run: c + 3 (c - u) is u + 4 (c - u)
+        ids = g[f"step{step}_ids_in"]
+        c, u = (model.logits(ids.clamp(max=63), cond, ids == 64) for cond in (g["condition"], torch.full((3,), 10)))
+        close(u + 4 * (c - u), g[f"step{step}_guided_logits"])
+    torch.save(sd, tmp_path / "generator.bin")
+    model = maskgit.MaskGIT.from_official(tmp_path / "generator.bin", n_head=4)
+    y = model.sample(torch.tensor([3, 4]), steps=4, cfg=2.0)
+    assert y.shape == (2, 16) and 0 <= y.min() and y.max() < 64
+    with pytest.raises(ValueError, match="extra.weight"):
+        maskgit.MaskGIT.from_official(sd | {"model.extra.weight": torch.zeros(1)}, n_head=4)
+    for key in ("model.lm_head.bias", "model.encoder.layer.1.attention.self.key.bias", "model.lm_head.weight"):
+        with pytest.raises(ValueError, match=key.removeprefix("model.")):
+            maskgit.MaskGIT.from_official({k: v for k, v in sd.items() if k != key}, n_head=4)
+
+
+def test_maskgit_of_titok_has_its_parameter_count():
+    with torch.device("meta"):
+        model = maskgit.MaskGIT(maskgit.CategoricalHead(768, 4096), 32, 1000, vocab_size=4096, **maskgit.SIZES["maskgit"])
+    ours = sum(p.numel() for p in model.parameters())
+    assert ours + 4096 + 2 * 768 == 177_202_432             # theirs has a bias per id and two token types; published: 177M
+
+
+def test_maskgit_label_dropping_reaches_the_null_row_in_training_only():
+    tokens, cond = torch.randint(11, (4, 12)), torch.arange(4)
+    for drop, mode, row in ((1.0, True, True), (1.0, False, False), (0.0, True, False)):
+        model = small_maskgit(False, label_drop=drop).train(mode)
+        nn.init.normal_(model.head.proj.weight)             # at zero, no gradient would pass it
+        model(tokens, cond)[0].backward()
+        rows = model.cls_embed.weight.grad.abs().sum(1) > 0
+        assert rows[5] == row and rows[:4].any() != row
+
+
+def test_maskgit_mathematics_does_not_depend_on_the_mode():
+    model = small_maskgit(False, label_drop=0)
+    nn.init.normal_(model.head.proj.weight)
+    tokens, cond, losses = torch.randint(11, (4, 12)), torch.arange(4), []
+    for mode in (True, False):
+        torch.manual_seed(3)
+        losses.append(model.train(mode)(tokens, cond)[0])
+    assert torch.equal(*losses) and losses[0] > math.log(11)
+    nn.init.zeros_(model.head.proj.weight)
+    assert abs(model(tokens, cond)[0] - math.log(11)) < 1e-5, "smoothed or not, an undecided head pays ln V"
+
+
+def test_maskgit_guidance_takes_one_pass_and_is_off_at_one(monkeypatch):
+    model, cond, rows = small_maskgit(False).eval(), torch.arange(3), []
+    nn.init.normal_(model.head.proj.weight)
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *a: rows.append(a[1]) or hidden(*a))
+    plain = [torch.manual_seed(1) and model.sample(cond, steps=4), torch.manual_seed(1) and model.sample(cond, steps=4, cfg=1.0)]
+    assert torch.equal(*plain) and [len(r) for r in rows] == [3] * 8
+    rows.clear()
+    model.sample(cond, steps=4, cfg=3.0)
+    assert [r.tolist() for r in rows] == [[0, 1, 2, 5, 5, 5]] * 4, "classes and their absence share a pass"
+
+
 # ---------------------------------------------------------------------------------------------------
 # flow_adapter.py
 
