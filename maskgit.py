@@ -19,7 +19,7 @@ Shapes:  B batch, T tokens, D numbers in a token or V ids, C width (n_embd); mas
     python maskgit.py          # masks and pictures pass by pass, exact errors; writes maskgit.png; about 80 s on 2 cores
 
 Try it yourself:
-  1. Set choice_temperature to 0 in main(): the most confident tokens first, no noise. What do all pictures share?
+  1. Sample the shapes with choice_temperature=0: the most confident tokens first, no noise. What do all pictures share?
   2. Take the loss on all tokens instead of the masked ones. It falls faster. Why does that say nothing?
   3. Sample with schedule="linear" and 4 steps. Why is it worse to reveal many tokens in the first step?
 """
@@ -173,7 +173,8 @@ class MaskGIT(nn.Module):
     u_max: training hides ceil(T cos(pi/2 u)) tokens, u ~ U(0, u_max). MaskGIT's 1; GIVT has 0.7, which never hides less
     than 45%. choice_temperature weighs the noise of the choice: 4.5 for ids (MaskGIT). Log densities of real vectors
     spread much wider: GIVT takes 35 for 16 numbers per token; 2 per number is the default here.
-    smoothing, for ids: a tenth of the target goes to all V ids alike, so that no confidence is worth more than ln(9 V).
+    smoothing, for ids: a tenth of the target goes to all V ids alike (MaskGIT). A perfect model then draws a wild id every
+    tenth time; among 1000 ids it has a low log p and is hidden again, among a few it is not: set 0 for a small V.
     seen_weight is the weight of tokens that are not hidden: 0, TiTok's 0.1 with train_schedule="arccos".
     """
 
@@ -392,83 +393,114 @@ def fit_ids(model, batches, steps, lr=2e-3):
     return losses
 
 
-def error_of_parallel_decoding(model, steps, n=6000):
-    """Draw n bars-and-stripes in `steps` passes -> share that are valid, total variation to uniform over the 30."""
+def error_of_parallel_decoding(model, steps, n=4000, **options):
+    """Draw n bars-and-stripes in `steps` passes -> share that are valid, total variation to uniform over the 30.
+
+    4000 draws from the truth itself would show a total variation of 0.03.
+    """
     device = model.pos_embed.device
-    drawn = model.sample(torch.zeros(n, dtype=torch.long, device=device), steps=steps)
+    drawn = model.sample(torch.zeros(n, dtype=torch.long, device=device), steps=steps, **options)
     all_ = bars_and_stripes(5000, device).unique(dim=0)                                     # (30, 16)
     p = (drawn[:, None] == all_[None]).all(-1).float().mean(0)                              # (30,)
     return p.sum().item(), 0.5 * ((p - 1 / 30).abs().sum() + 1 - p.sum()).item()
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Masked tokens filled in, many at a time.")
-    parser.add_argument("--image_size", type=int, default=8, help="side of the little drawn shapes, in pixels")
-    parser.add_argument("--steps", type=int, default=700, help="training steps on the drawn shapes")
-    args = parser.parse_args()
+ORDERS = {"confidence with noise": {}, "confidence alone": dict(choice_temperature=0.0), "halton": dict(order="halton")}
+
+
+def show_passes(passes, errors, painted, trace, names):
+    """maskgit.png: masks and pictures pass by pass, painted halves, errors against the number of passes.
+
+    errors: {order: [(valid, distance), ...]}; painted: rows (text, values (8, S, S)); trace: per pass (tokens, mask) of
+    len(names) samples, each (n, S, S). Values are greys 0 .. 3, below 0 where hidden.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    fig = plt.figure(figsize=(12.5, 8))
+    left, right = fig.add_gridspec(1, 2, width_ratios=[2.1, 1], left=0.115, right=0.985, top=0.86, bottom=0.07, wspace=0.17)
+    rows = []
+    for k, name in enumerate(names):
+        rows.append((f"{name}:\nkept tokens", [torch.where(mask[k], -1, x[k]) for x, mask in trace]))
+        rows.append(("all that is\ndrawn", [x[k] for x, _ in trace]))
+    rows += painted
+    heights = [1.0 if r % 2 == 0 else 1.12 for r in range(len(rows))]
+    cells = left.subgridspec(len(rows), len(trace), wspace=0.06, hspace=0.1, height_ratios=heights)
+    for r, (text, values) in enumerate(rows):
+        for c, picture in enumerate(values):
+            ax, picture = fig.add_subplot(cells[r, c]), picture.float().cpu()
+            ax.imshow(picture.masked_fill(picture < 0, torch.nan), cmap="gray", vmin=0, vmax=3)
+            ax.set(xticks=[], yticks=[], facecolor="#8fbce6")
+            if r == 0:
+                ax.set_title(f"pass {c + 1}", fontsize=10)
+            if c == 0:
+                ax.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
+    cells = right.subgridspec(3, 1, hspace=0.62)
+    for k, (title, factor) in enumerate((("% of samples that are bars or stripes", 100), ("total variation to the truth", 1))):
+        ax = fig.add_subplot(cells[k])
+        for (name, pairs), style in zip(errors.items(), ("o-", "s--", "^:")):
+            ax.plot(passes, [factor * pair[k] for pair in pairs], style, label=name)
+        ax.set(xscale="log", xlabel="passes for the 16 tokens of a 4 x 4 picture", ylim=(0, 108 if factor > 1 else 0.8), title=title)
+        ax.set_xticks(passes, passes)
+        ax.minorticks_off()
+    ax.legend(fontsize=8)
+    ax, r = fig.add_subplot(cells[2]), torch.linspace(0, 1, 100)
+    for name, share in SCHEDULES.items():
+        ax.plot(r, share(r), label=name)
+    ax.set(xlabel="share of the passes done", title="share of the tokens still hidden")
+    ax.legend(fontsize=8)
+    fig.suptitle("maskgit.py: every pass draws all hidden tokens (blue) at once and keeps those it is most confident of\n"
+                 "left: 64 tokens in 8 passes, below a half that is given;   right: many passes cost time, few passes "
+                 "cost truth", fontsize=12)
+    fig.savefig("maskgit.png", dpi=80)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Masked tokens filled in, many at a time.")
+    parser.add_argument("--image_size", type=int, default=8, help="side of the little drawn shapes, in pixels")
+    parser.add_argument("--steps", type=int, default=600, help="training steps on the drawn shapes")
+    args = parser.parse_args()
     import data
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
 
-    bars = MaskGIT(CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=4, n_embd=64, label_drop=0).to(device)
+    bars = MaskGIT(CategoricalHead(64, 2), 16, 1, vocab_size=2, grid=(4, 4), n_layer=2, n_head=4, n_embd=64, label_drop=0,
+                   smoothing=0).to(device)                  # with 0.1 and two ids, a perfect model errs in 5% of its draws
     zeros = torch.zeros(256, dtype=torch.long, device=device)
     fit_ids(bars, lambda step: (bars_and_stripes(256, device), zeros), 300, 5e-3)
-    passes = (1, 2, 4, 8, 16)
-    exact = [error_of_parallel_decoding(bars.eval(), n) for n in passes]
-    for n, (valid, tv) in zip(passes, exact):
-        print(f"bars-and-stripes in {n:2d} passes: {valid:.1%} valid, total variation to the truth {tv:.3f}")
+    passes, errors = (1, 2, 4, 8, 16), {}
+    for name, options in ORDERS.items():
+        errors[name] = [error_of_parallel_decoding(bars.eval(), n, **options) for n in passes]
+        print(f"bars-and-stripes, {name:21s} " + "   ".join(f"{n} pass{'es' * (n > 1)}: {valid:.0%} valid, off by {tv:.2f}"
+                                                           for n, (valid, tv) in zip(passes, errors[name])))
 
-    side, levels = args.image_size, 4
+    side, levels, n_pass = args.image_size, 4, 8
     images, labels, _, _ = data.draw(torch.arange(8000, device=device), side)
     greys = ((images.amax(1) + 1) / 2 * levels).long().clamp(0, levels - 1).flatten(1)      # (N, side^2) ids
-    model = MaskGIT(CategoricalHead(96, levels), side * side, 10, vocab_size=levels, n_layer=4, n_head=3, n_embd=96)
-    model.to(device)
-    pick = lambda step: torch.randint(8000, (32,), device=device)
+    model = MaskGIT(CategoricalHead(96, levels), side * side, 10, vocab_size=levels, grid=(side, side), n_layer=3, n_head=3,
+                    n_embd=96, smoothing=0).to(device)
     start = time.perf_counter()
-    losses = fit_ids(model, lambda step: (lambda i: (greys[i], labels[i]))(pick(step)), args.steps)
-    print(f"drawn shapes in {levels} greys: {sum(losses[-20:]) / 20:.3f} nats per hidden pixel after "
-          f"{time.perf_counter() - start:.0f} s")
-    model.eval()
-    cond, n_pass, maps = torch.arange(10, device=device), 8, []
-    start = time.perf_counter()
-    keep = lambda i, x, mask: maps.append((f"after pass {i + 1}", torch.where(mask, -1, x))) if i in (0, 1, 3, 5, 7) else None
-    model.sample(cond, steps=n_pass, cfg=2.0, on_step=keep)
-    print(f"10 samples of {side * side} tokens in {n_pass} passes with guidance: {time.perf_counter() - start:.2f} s")
-    whole = greys[[int((labels == k).nonzero()[0]) for k in range(10)]]                     # one picture of each class
-    hole = (torch.arange(side * side, device=device) % side >= side // 2).expand(10, -1)    # the right half
-    maps.append(("the left half is given", torch.where(hole, -1, whole)))
-    maps.append(("the right half painted", model.sample(cond, steps=n_pass, cfg=2.0, known=whole, known_mask=~hole)))
 
-    fig = plt.figure(figsize=(12, 7.4))
-    left, right = fig.add_gridspec(1, 2, width_ratios=[2.2, 1], left=0.15, right=0.98, top=0.9, bottom=0.08, wspace=0.2)
-    rows = left.subgridspec(len(maps), 10, wspace=0.08, hspace=0.08)
-    for r, (text, values) in enumerate(maps):
-        for c in range(10):
-            ax = fig.add_subplot(rows[r, c])
-            shown = values[c].view(side, side).float().cpu()
-            ax.imshow(shown.masked_fill(shown < 0, torch.nan), cmap="gray", vmin=0, vmax=3)
-            ax.set(xticks=[], yticks=[], facecolor="#b9d4ee")
-            if r == 0:
-                ax.set_title(data.SHAPES[c], fontsize=8)
-            if c == 0:
-                ax.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
-    top, bottom = right.subgridspec(2, 1, hspace=0.35)
-    ax = fig.add_subplot(top)
-    ax.plot(passes, [100 * v for v, _ in exact], "o-", label="% of samples that are bars or stripes")
-    ax.plot(passes, [100 * tv for _, tv in exact], "s-", label="100 x total variation to the truth")
-    ax.set(xscale="log", xlabel="passes for 16 tokens", ylim=(0, 130), title="bars-and-stripes 4 x 4")
-    ax.set_xticks(passes, passes)
-    ax.legend(fontsize=8)
-    ax, r = fig.add_subplot(bottom), torch.linspace(0, 1, 100)
-    for name, share in SCHEDULES.items():
-        ax.plot(r, share(r), label=name)
-    ax.set(xlabel="progress", ylabel="share of tokens still hidden", title="schedules")
-    ax.legend(fontsize=8)
-    fig.suptitle("maskgit.py: all hidden tokens are drawn at once, the most confident stay (blue: still hidden)")
-    fig.savefig("maskgit.png", dpi=80)
+    def batch(step):
+        i = torch.randint(8000, (32,), device=device)
+        return greys[i], labels[i]
+    fit_ids(model, batch, args.steps)
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        logs = model.eval()(greys[:1000], labels[:1000])[1]
+    print(f"drawn shapes in {levels} greys: {logs['nll']:.3f} nats per hidden pixel, {logs['accuracy']:.0%} of them guessed "
+          f"right, after {seconds:.0f} s")
+    kinds, trace, square = [4, 6, 9], [], (-1, side, side)  # star, ring, crescent
+    start = time.perf_counter()
+    model.sample(torch.tensor(kinds, device=device), steps=n_pass, cfg=2.0,
+                 on_step=lambda i, x, mask: trace.append((x.view(square), mask.view(square))))
+    print(f"3 samples of {side * side} tokens in {n_pass} passes with guidance: {time.perf_counter() - start:.2f} s")
+    cond = torch.arange(n_pass, device=device)
+    whole = greys[[int((labels == k).nonzero()[0]) for k in range(n_pass)]]                 # one picture of each class
+    hole = (torch.arange(side * side, device=device) % side >= side // 2).expand(n_pass, -1)               # the right half
+    filled = model.sample(cond, steps=n_pass, cfg=2.0, known=whole, known_mask=~hole)
+    painted = [("given:\nleft halves", torch.where(hole, -1, whole).view(square)), ("painted", filled.view(square))]
+    show_passes(passes, errors, painted, trace, [data.SHAPES[k] for k in kinds])
     print("wrote maskgit.png")
 
 

@@ -1304,7 +1304,8 @@ def test_maskgit_training_masks_have_the_authors_counts():
 
 
 def test_maskgit_one_token_per_pass_comes_close_to_bars_and_stripes():
-    model = maskgit.MaskGIT(maskgit.CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=4, n_embd=64, label_drop=0)
+    model = maskgit.MaskGIT(maskgit.CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=4, n_embd=64, label_drop=0,
+                            smoothing=0)
     zeros = torch.zeros(256, dtype=torch.long)
     maskgit.fit_ids(model, lambda step: (maskgit.bars_and_stripes(256, "cpu"), zeros), 400, 5e-3)
     model.eval()
