@@ -63,6 +63,15 @@ class LatentBlock(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
+def waves(side, n_embd):
+    """Where the learned places of side x side patches start: -> (side^2, n_embd) sines and cosines of row and column."""
+    k = torch.arange(-(-n_embd // 4))
+    angle = torch.arange(side)[:, None] * (math.pi / 2) * 100.0 ** (-k / len(k))                       # (side, n_embd / 4)
+    axis = 0.5 * torch.cat([angle.sin(), angle.cos()], 1)                                   # (side, n_embd / 2)
+    rows, columns = axis[:, None].expand(-1, side, -1), axis.expand(side, -1, -1)
+    return torch.cat([rows, columns], -1).flatten(0, 1)[:, :n_embd]
+
+
 class LatentEncoder(nn.Module):
     """images (B, 3, H, W) -> z (B, T, c_out): patches and T learned latents in one sequence, of which the latents stay.
 
@@ -237,13 +246,14 @@ class TiTok(nn.Module):
     tokenizer of one id per patch, such as vq.VQ, as `proxy`: "proxy" trains everything to name the proxy's ids, and
     "finetune" goes on from those weights with encoder and codes frozen: the decoder's softmax mixes the proxy's codes,
     the proxy's decoder makes pixels of them, and both decoders learn from the squared error. All stages of a proxy have
-    the same weights in the same places. ema and restart: see VectorQuantizer.
+    the same weights in the same places. ema and restart: see VectorQuantizer. The authors' codes learn by gradient (ema=0);
+    from a fresh start only a few of them ever do.
     """
 
     token_dim = None                                        # tokens are ids
 
     def __init__(self, image_size=32, n_tokens=32, vocab_size=512, code_dim=12, patch=4, enc=(128, 3, 4), dec=(128, 4, 4),
-                 l2_norm=True, beta=0.25, ema=0.0, restart=0.1, stage="pixels", proxy=None, proxy_vocab=None, legacy=False):
+                 l2_norm=True, beta=0.25, ema=0.99, restart=0.1, stage="pixels", proxy=None, proxy_vocab=None, legacy=False):
         super().__init__()
         self.vocab_size = vocab_size
         self.build(image_size, n_tokens, code_dim, code_dim, patch, enc, dec, proxy, proxy_vocab, legacy)
@@ -261,11 +271,14 @@ class TiTok(nn.Module):
         self.proxy, proxy_vocab = proxy, proxy_vocab if proxy is None else proxy.vocab_size
         self.encoder = LatentEncoder(image_size, patch, n_tokens, c_out, *enc, legacy)
         self.decoder = LatentDecoder(image_size, patch, n_tokens, c_in, *dec, proxy_vocab)
-        for part in (self.encoder, self.decoder):
-            for module in part.modules():
+        for part in (self.encoder, self.decoder):           # 3 dB more after 300 steps of a small model than with the
+            for module in part.modules():                   # authors' N(0, 0.02^2), from which z hardly sees the image
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
-                    nn.init.trunc_normal_(module.weight, std=0.02)
+                    nn.init.xavier_uniform_(module.weight.flatten(1))
                     nn.init.zeros_(module.bias)
+        with torch.no_grad():                               # and with places that tell neighbours from strangers
+            for places in (self.encoder.pos, self.decoder.canvas):
+                places.copy_(waves(side, places.shape[1]))
         if proxy_vocab is None:
             nn.init.dirac_(self.decoder.smooth.weight)      # starts as the identity
 
@@ -360,7 +373,7 @@ class TiTok(nn.Module):
         elif "quantize.embedding.weight" not in sd:
             raise ValueError("not a TiTok of ids: the key quantize.embedding.weight is missing")
         else:
-            model = TiTok(vocab_size=len(sd["quantize.embedding.weight"]), code_dim=D, **size,
+            model = TiTok(vocab_size=len(sd["quantize.embedding.weight"]), code_dim=D, **size, ema=0,
                           l2_norm=two_stage if l2_norm is None else l2_norm)
         names = titok_names(model)                          # theirs: ours
         missing, unknown = [k for k in names if k not in sd], [k for k in sd if k not in names]
@@ -580,3 +593,101 @@ def load_weights(path):
             raise ValueError(f"{path} needs the optional package safetensors: pip install safetensors") from None
         return load_file(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Demo
+
+def fit_titok(model, images, steps, batch_size=16, lr=4e-3):
+    """Train on a fixed set of images (N, 3, H, W) -> seconds."""
+    opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
+    start = time.perf_counter()
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = lr * min(1, (step + 1) / 30) * (1 - step / steps)
+        loss, _ = model(images[torch.randint(len(images), (batch_size,), device=images.device)])
+        opt.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+    return time.perf_counter() - start
+
+
+def reach_of_tokens(model, ids, others):
+    """How far a token reaches: ids (1, T), others (N, T) of other images -> mean absolute change (T, H, W) of the picture
+    where one id at a time is exchanged for what stands in its place in the others, and one changed picture per token."""
+    before, reach, changed = model.decode(ids), [], []
+    for t in range(ids.shape[1]):
+        mixed = ids.repeat(len(others), 1)
+        mixed[:, t] = others[:, t]
+        after = model.decode(mixed)                                                         # (N, 3, H, W)
+        change = (after - before).abs().mean(1)
+        reach.append(change.mean(0))
+        changed.append(after[change.mean((1, 2)).argmax()])
+    return torch.stack(reach), torch.stack(changed)
+
+
+def show_tokens(results, images, shown):
+    """titok.png: images from ever more tokens on the left; on the right what one token of the model `shown` changes."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import data
+    fig = plt.figure(figsize=(12.5, 6.3))
+    left, right = fig.add_gridspec(1, 2, width_ratios=[1, 1.5], left=0.01, right=0.93, top=0.78, bottom=0.02, wspace=0.05)
+    columns = [(images, "image")] + [(r["recon"], f"{r['T']} tokens\n{r['bits']} bits\n{r['psnr']:.1f} dB") for r in results]
+    cells = left.subgridspec(5, len(columns), wspace=0.06, hspace=0.06)
+    for c, (pictures, title) in enumerate(columns):
+        for row in range(5):
+            ax = fig.add_subplot(cells[row, c])
+            ax.imshow(data.tile(pictures[row:row + 1], 1), interpolation="nearest")
+            ax.set_axis_off()
+            if row == 0:
+                ax.set_title(title, fontsize=10)
+    reach, T = shown["reach"].cpu(), len(shown["reach"])
+    cells = right.subgridspec(4, T // 2, wspace=0.06, hspace=0.22)
+    for t in range(T):
+        row, column = 2 * (t // (T // 2)), t % (T // 2)
+        ax = fig.add_subplot(cells[row, column])
+        ax.imshow(data.tile(shown["changed"][t:t + 1], 1), interpolation="nearest")
+        ax.set_title(f"token {t + 1} changed", fontsize=10)
+        ax.set_axis_off()
+        ax = fig.add_subplot(cells[row + 1, column])
+        heat = ax.imshow(reach[t], cmap="magma", vmin=0, vmax=reach.max().item(), interpolation="nearest")
+        ax.set_axis_off()
+    bar = fig.colorbar(heat, cax=fig.add_axes([0.94, 0.15, 0.012, 0.5]))
+    bar.ax.set_title("mean\nchange", fontsize=9)
+    fig.suptitle("titok.py: tokens without a place. Left: held-out images, drawn from 4 to 32 tokens\n"
+                 f"Right: the topmost image from {T} tokens, of which one is exchanged. Below each picture where that changes it:\n"
+                 "not in one patch of its own, as with a grid, but wherever the token has a say", fontsize=12)
+    fig.savefig("titok.png", dpi=80)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The same images from 4 to 32 tokens, and what one token says.")
+    parser.add_argument("--steps", type=int, default=700, help="training steps of each of the four models")
+    parser.add_argument("--image_size", type=int, default=16, help="side of the images in pixels, a multiple of 4")
+    args = parser.parse_args()
+    import data
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images = data.draw(torch.arange(4000, device=device), args.image_size)[0]
+    held_out = data.draw(torch.arange(200, device=device) + data.VAL_INDEX, args.image_size)[0]
+    results = []
+    for T in (4, 8, 16, 32):
+        torch.manual_seed(0)
+        model = TiTok(args.image_size, T, vocab_size=256, enc=(64, 2, 4), dec=(64, 2, 4)).to(device)
+        seconds = fit_titok(model, images, args.steps)
+        ids = model.eval().encode(held_out)                                                 # (200, T)
+        recon = model.decode(ids)
+        psnr = 10 * math.log10(4 / F.mse_loss(recon, held_out))
+        usage = (model.quantizer.count(ids) > 0).float().mean()
+        reach, changed = reach_of_tokens(model, ids[:1], ids[1:65])
+        far = (reach > 0.1 * reach.amax((1, 2), keepdim=True)).float().mean()
+        print(f"{T:2d} tokens of {math.log2(model.vocab_size):.0f} bits   PSNR {psnr:4.1f} dB   {usage:4.0%} of the codes in use   "
+              f"one token touches {far:3.0%} of the picture   {seconds:.0f} s")
+        results.append(dict(T=T, bits=T * int(math.log2(model.vocab_size)), psnr=psnr, recon=recon, reach=reach, changed=changed))
+    show_tokens(results, held_out, results[1])
+    print("wrote titok.png")
+
+
+if __name__ == "__main__":
+    main()
