@@ -19,11 +19,12 @@ Shapes:  B batch, T tokens, D numbers in a token or V ids, C width (n_embd); mas
     python maskgit.py          # masks and pictures pass by pass, exact errors; writes maskgit.png; about 80 s on 2 cores
 
 Try it yourself:
-  1. Set choice_temperature to 0 in main(): the most confident tokens first, no noise. What do all pictures share?
+  1. Sample the shapes with choice_temperature=0: the most confident tokens first, no noise. What do all pictures share?
   2. Take the loss on all tokens instead of the masked ones. It falls faster. Why does that say nothing?
   3. Sample with schedule="linear" and 4 steps. Why is it worse to reveal many tokens in the first step?
 """
 import argparse
+import itertools
 import math
 import time
 
@@ -36,8 +37,8 @@ SIZES = {
     "small": dict(n_layer=6, n_head=4, n_embd=192),          # the default on a CPU
     "medium": dict(n_layer=12, n_head=6, n_embd=384),        # the default on a GPU
     "givt": dict(n_layer=24, n_head=16, n_embd=1024, dropout=0.4),                          # GIVT-MaskGIT, 304M with its head
-    "maskgit": dict(n_layer=24, n_head=16, n_embd=768, dropout=0.1, post_norm=True),        # MaskGIT, 24 x 768
-}
+    "maskgit": dict(n_layer=24, n_head=16, n_embd=768, dropout=0.1, post_norm=True),        # MaskGIT, and TiTok's generator:
+}                                                           # 177M with the latter's 4096 ids. (MaskGIT's paper says 8 heads)
 SCHEDULES = {                                               # share of the tokens still hidden at progress r in [0, 1]
     "cosine": lambda r: torch.cos(math.pi / 2 * r),
     "linear": lambda r: 1 - r,
@@ -73,9 +74,10 @@ class EncoderBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def n_hidden(u, T):
-    """How many of T tokens training hides: u in [0, 1] -> ceil(T cos(pi/2 u)), at least 1."""
-    return (T * torch.cos(math.pi / 2 * u)).ceil().clamp(1, T)
+def n_hidden(u, T, schedule="cosine"):
+    """How many of T tokens training hides: u in [0, 1] -> ceil(T cos(pi/2 u)), at least 1. TiTok has arccos, rounded."""
+    n = T * SCHEDULES[schedule](u)
+    return (n.round() if schedule == "arccos" else n.ceil()).clamp(1, T)
 
 
 def still_hidden(n_start, step, steps, schedule="cosine"):
@@ -92,6 +94,37 @@ def keep_hidden(score, n):
     """The n (B, 1) positions of lowest score (B, T) -> mask (B, T), True where hidden again. Ties: the earlier position."""
     rank = score.argsort(dim=1, stable=True).argsort(dim=1)                                 # 0 for the lowest
     return rank < n
+
+
+def halton_rank(grid, device=None):
+    """When each token's turn comes in a Halton sequence: grid, such as (rows, cols) -> (T,) float32, 0 is the first.
+
+    Point i has the digits of i in base 2 mirrored at the point as its row in [0, 1), those in base 3 as its column, so
+    that the places of any stretch of points lie far apart. Tokens far apart say little about each other, and to draw
+    them in one pass costs least. (Halton-MaskGIT, Besnier et al. 2025, https://arxiv.org/abs/2503.17076)
+    """
+    places = {}                                             # token: its turn
+    for i in itertools.count(1):
+        token = 0
+        for n, base in zip(grid, (2, 3, 5)):
+            share, rest, unit = 0.0, i, 1.0
+            while rest:
+                rest, digit, unit = rest // base, rest % base, unit / base
+                share += digit * unit
+            token = token * n + int(share * n)
+        places.setdefault(token, len(places))
+        if len(places) == math.prod(grid):
+            return torch.tensor([places[t] for t in range(len(places))], dtype=torch.float32, device=device)
+
+
+def masked_mean(loss, weight, per_image=True):
+    """Mean of loss (B, T) under weight (B, T) -> (). Within each image first (MaskGIT), or over the batch (GIVT, TiTok).
+
+    Per image, one with a single hidden token counts as much as one with all of them hidden.
+    """
+    if per_image:
+        return ((loss * weight).sum(1) / weight.sum(1)).mean()
+    return (loss * weight).sum() / weight.sum()
 
 
 class CategoricalHead(nn.Module):
@@ -140,16 +173,22 @@ class MaskGIT(nn.Module):
     u_max: training hides ceil(T cos(pi/2 u)) tokens, u ~ U(0, u_max). MaskGIT's 1; GIVT has 0.7, which never hides less
     than 45%. choice_temperature weighs the noise of the choice: 4.5 for ids (MaskGIT). Log densities of real vectors
     spread much wider: GIVT takes 35 for 16 numbers per token; 2 per number is the default here.
+    smoothing, for ids: a tenth of the target goes to all V ids alike (MaskGIT). A perfect model then draws a wild id every
+    tenth time; among 1000 ids it has a low log p and is hidden again, among a few it is not: set 0 for a small V.
+    seen_weight is the weight of tokens that are not hidden: 0, TiTok's 0.1 with train_schedule="arccos".
     """
 
     def __init__(self, head, seq_len, num_classes, token_dim=None, vocab_size=None, grid=None, n_layer=6, n_head=4,
-                 n_embd=192, hidden=None, dropout=0.0, label_drop=0.1, u_max=1.0, choice_temperature=None, post_norm=False):
+                 n_embd=192, hidden=None, dropout=0.0, label_drop=0.1, u_max=1.0, choice_temperature=None, post_norm=False,
+                 smoothing=0.1, seen_weight=0.0, train_schedule="cosine"):
         super().__init__()
         if n_embd % n_head:
             raise ValueError(f"n_embd {n_embd} over n_head {n_head} must be a whole head width")
         self.seq_len, self.num_classes, self.token_dim, self.vocab_size = seq_len, num_classes, token_dim, vocab_size
         self.grid, self.label_drop, self.u_max = tuple(grid or (seq_len,)), label_drop, u_max
-        self.choice_temperature = choice_temperature or (4.5 if vocab_size else 2.0 * token_dim)
+        self.smoothing, self.seen_weight, self.train_schedule = smoothing, seen_weight, train_schedule
+        usual = 4.5 if vocab_size else 2.0 * token_dim
+        self.choice_temperature = usual if choice_temperature is None else choice_temperature
         if vocab_size:
             self.tok_embed = nn.Embedding(vocab_size + 1, n_embd)                           # the last row: "hidden"
         else:                                               # a hidden vector has no value: half of the width says which
@@ -194,37 +233,52 @@ class MaskGIT(nn.Module):
 
     def training_mask(self, B, device):
         """-> mask (B, T): ceil(T cos(pi/2 u)) tokens of each row, drawn without replacement. GIVT section 3.5."""
-        n = n_hidden(torch.rand(B, 1, device=device) * self.u_max, self.seq_len)
+        n = n_hidden(torch.rand(B, 1, device=device) * self.u_max, self.seq_len, self.train_schedule)
         return torch.rand(B, self.seq_len, device=device).argsort(1).argsort(1) < n
 
     def forward(self, tokens, cond):
-        """tokens (B, T[, D]), cond (B,) int64 -> mean loss of the head per masked token of the whole batch (), logs.
+        """tokens (B, T[, D]), cond (B,) int64 -> mean loss per hidden token (), logs.
 
         While training, a tenth of the labels become "no class" for guidance. Not a likelihood of the image: the tokens
-        hidden together are predicted each on its own.
+        hidden together are predicted each on its own. logs for ids, both over the hidden tokens alone: nll (nats per
+        token, without the smoothing that the loss has) and accuracy. With the seen ones, copying would count as skill.
         """
         if self.training and self.label_drop > 0:
             drop = torch.rand(cond.shape, device=cond.device) < self.label_drop
             cond = torch.where(drop, self.num_classes, cond)
         mask = self.training_mask(len(tokens), tokens.device)
-        loss = self.head.loss(self.hidden(tokens, cond, mask), tokens)                      # (B, T): static shapes
-        loss = (loss * mask).sum() / mask.sum()
-        return loss, {}
+        h = self.hidden(tokens, cond, mask)
+        weight = mask + self.seen_weight * ~mask                                            # (B, T): static shapes
+        if not self.vocab_size:
+            return masked_mean(self.head.loss(h, tokens), weight, per_image=False), {}
+        log_p = self.head.logits(h).log_softmax(-1)                                         # (B, T, V)
+        nll = -log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)                           # (B, T)
+        loss = (1 - self.smoothing) * nll - self.smoothing * log_p.mean(-1)
+        hit = (log_p.detach().argmax(-1) == tokens).float()
+        logs = {"nll": masked_mean(nll.detach(), mask, per_image=False), "accuracy": masked_mean(hit, mask, per_image=False)}
+        return masked_mean(loss, weight, per_image=not self.seen_weight), logs
 
     @torch.no_grad()
     def sample(self, cond, steps=None, cfg=1.0, temperature=1.0, known=None, known_mask=None, on_step=None,
-               schedule="cosine", choice_temperature=None, **tricks):
+               schedule="cosine", choice_temperature=None, order="confidence", **tricks):
         """cond (B,) int64 labels -> tokens (B, T[, D]), drawn in `steps` passes (default: 12, or T if that is less).
 
         known (B, T[, D]) with known_mask (B, T) True where a token is given: it stays and all others see it, so holes
         anywhere can be filled. cfg is the guidance scale of the head, 1 is off; both branches share one forward pass.
-        on_step(i, tokens, mask) after each step, mask True where still hidden. tricks go to the head.
+        order: "confidence", MaskGIT's, or "halton", a fixed order spread over the grid, without a look at confidence;
+        the same model serves both. on_step(i, tokens, mask) after each step, mask True where still hidden, tokens with
+        what was just drawn there. tricks go to the head.
         """
         B, T, device = len(cond), self.seq_len, cond.device
         steps = min(12, T) if steps is None else steps
         if not 1 <= steps <= T:
             raise ValueError(f"steps must be 1 to {T}, the number of tokens, not {steps}")
+        if order not in ("confidence", "halton"):
+            raise ValueError(f"order {order!r} is neither 'confidence' nor 'halton'")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")
         weight = self.choice_temperature if choice_temperature is None else choice_temperature
+        turn = halton_rank(self.grid, device) if order == "halton" else None
         shape = (B, T) if self.vocab_size else (B, T, self.token_dim)
         tokens = torch.zeros(shape, device=device, dtype=torch.long if self.vocab_size else torch.float32)
         mask = torch.ones(B, T, dtype=torch.bool, device=device)
@@ -241,12 +295,76 @@ class MaskGIT(nn.Module):
             # Confidence stays in log space: exp of a log density in 16 dimensions overflows (and then the authors' code
             # hides known tokens again). The noise fades to 0 with the last step, which reveals everything.
             gumbel = -torch.log(-torch.log(torch.rand(B, T, device=device).clamp(1e-20, 1 - 1e-7)))
-            score = log_p + weight * (1 - (i + 1) / steps) * gumbel
+            score = log_p + weight * (1 - (i + 1) / steps) * gumbel if turn is None else -turn.expand(B, T)
             n = torch.minimum(still_hidden(n_start, i, steps, schedule), mask.sum(1, keepdim=True) - 1)   # one at least
             mask = mask & keep_hidden(score.masked_fill(~mask, math.inf), n)
             if on_step is not None:
                 on_step(i, tokens, mask)
         return tokens
+
+    @classmethod
+    def from_official(cls, state_dict, n_head=16):
+        """TiTok's generator (the authors' "ImageBert"): a state dict or a path -> MaskGIT in eval mode.
+
+        Their ids are one table: V codes, hidden, the classes, no class. The sizes are read off the shapes; n_head they
+        do not tell. Trained with seen_weight 0.1 and arccos masks, which the model keeps for further training. Their
+        sampler is another one: it compares raw logits, and its temperature falls to 0. Refuses unknown or missing keys
+        by name.
+        """
+        if not isinstance(state_dict, dict):
+            state_dict = load_weights(state_dict)
+        sd = {k.removeprefix("model."): v.float() for k, v in state_dict.items() if not k.endswith("position_ids")}
+        table, place, out = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight", "lm_head.weight"
+        lost = [k for k in (table, place, out, "encoder.layer.0.intermediate.dense.weight") if k not in sd]
+        if lost:
+            raise ValueError(f"not the weights of TiTok's generator: missing {lost}")
+        (V, n_embd), T = sd[out].shape, len(sd[place]) - 1
+        n_layer = len({k.split(".")[2] for k in sd if k.startswith("encoder.layer.")})
+        head = CategoricalHead(n_embd, V)
+        head.proj = nn.Linear(n_embd, V)                    # theirs has a bias
+        model = cls(head, T, len(sd[table]) - V - 2, vocab_size=V, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+                    hidden=len(sd["encoder.layer.0.intermediate.dense.weight"]), dropout=0.1, post_norm=True,
+                    seen_weight=0.1, train_schedule="arccos")
+        names = bert_names(n_layer)                         # theirs: ours
+        missing, unknown = [k for k in names if k not in sd], [k for k in sd if k not in names]
+        if missing or unknown:
+            raise ValueError(f"the generator's weights do not fit: missing {missing[:3]}, unknown {unknown[:3]}")
+        ours = {name: sd[key] for key, name in names.items() if name}
+        for i in range(n_layer):
+            for kind in ("weight", "bias"):
+                qkv = [sd[f"encoder.layer.{i}.attention.self.{n}.{kind}"] for n in ("query", "key", "value")]
+                ours[f"blocks.{i}.wqkv.{kind}"] = torch.cat(qkv)
+        ours["tok_embed.weight"], ours["cls_embed.weight"] = sd[table][:V + 1], sd[table][V + 1:]
+        ours["pos_embed"] = sd[place] + sd["embeddings.token_type_embeddings.weight"][0]    # the type is 0 everywhere
+        model.load_state_dict(ours)
+        return model.eval()
+
+
+def bert_names(n_layer):
+    """The keys of a BERT of n_layer layers with its output layer -> ours, None where from_official puts it together."""
+    names = {f"embeddings.{n}_embeddings.weight": None for n in ("word", "position", "token_type")}
+    for kind in ("weight", "bias"):
+        names |= {f"embeddings.LayerNorm.{kind}": f"norm_in.{kind}", f"lm_head.{kind}": f"head.proj.{kind}"}
+        for i in range(n_layer):
+            layer, block = f"encoder.layer.{i}", f"blocks.{i}"
+            names |= {f"{layer}.attention.self.{n}.{kind}": None for n in ("query", "key", "value")}
+            names |= {f"{layer}.attention.output.dense.{kind}": f"{block}.wo.{kind}",
+                      f"{layer}.attention.output.LayerNorm.{kind}": f"{block}.norm1.{kind}",
+                      f"{layer}.intermediate.dense.{kind}": f"{block}.fc1.{kind}",
+                      f"{layer}.output.dense.{kind}": f"{block}.fc2.{kind}",
+                      f"{layer}.output.LayerNorm.{kind}": f"{block}.norm2.{kind}"}
+    return names
+
+
+def load_weights(path):
+    """A .pt, .pth, .ckpt or .safetensors file -> state dict on the CPU. Never runs code from the file."""
+    if str(path).endswith(".safetensors"):
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ValueError(f"{path} needs the optional package safetensors: pip install safetensors") from None
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -275,83 +393,114 @@ def fit_ids(model, batches, steps, lr=2e-3):
     return losses
 
 
-def error_of_parallel_decoding(model, steps, n=6000):
-    """Draw n bars-and-stripes in `steps` passes -> share that are valid, total variation to uniform over the 30."""
+def error_of_parallel_decoding(model, steps, n=4000, **options):
+    """Draw n bars-and-stripes in `steps` passes -> share that are valid, total variation to uniform over the 30.
+
+    4000 draws from the truth itself would show a total variation of 0.03.
+    """
     device = model.pos_embed.device
-    drawn = model.sample(torch.zeros(n, dtype=torch.long, device=device), steps=steps)
+    drawn = model.sample(torch.zeros(n, dtype=torch.long, device=device), steps=steps, **options)
     all_ = bars_and_stripes(5000, device).unique(dim=0)                                     # (30, 16)
     p = (drawn[:, None] == all_[None]).all(-1).float().mean(0)                              # (30,)
     return p.sum().item(), 0.5 * ((p - 1 / 30).abs().sum() + 1 - p.sum()).item()
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Masked tokens filled in, many at a time.")
-    parser.add_argument("--image_size", type=int, default=8, help="side of the little drawn shapes, in pixels")
-    parser.add_argument("--steps", type=int, default=700, help="training steps on the drawn shapes")
-    args = parser.parse_args()
+ORDERS = {"confidence with noise": {}, "confidence alone": dict(choice_temperature=0.0), "halton": dict(order="halton")}
+
+
+def show_passes(passes, errors, painted, trace, names):
+    """maskgit.png: masks and pictures pass by pass, painted halves, errors against the number of passes.
+
+    errors: {order: [(valid, distance), ...]}; painted: rows (text, values (8, S, S)); trace: per pass (tokens, mask) of
+    len(names) samples, each (n, S, S). Values are greys 0 .. 3, below 0 where hidden.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    fig = plt.figure(figsize=(12.5, 8))
+    left, right = fig.add_gridspec(1, 2, width_ratios=[2.1, 1], left=0.115, right=0.985, top=0.86, bottom=0.07, wspace=0.17)
+    rows = []
+    for k, name in enumerate(names):
+        rows.append((f"{name}:\nkept tokens", [torch.where(mask[k], -1, x[k]) for x, mask in trace]))
+        rows.append(("all that is\ndrawn", [x[k] for x, _ in trace]))
+    rows += painted
+    heights = [1.0 if r % 2 == 0 else 1.12 for r in range(len(rows))]
+    cells = left.subgridspec(len(rows), len(trace), wspace=0.06, hspace=0.1, height_ratios=heights)
+    for r, (text, values) in enumerate(rows):
+        for c, picture in enumerate(values):
+            ax, picture = fig.add_subplot(cells[r, c]), picture.float().cpu()
+            ax.imshow(picture.masked_fill(picture < 0, torch.nan), cmap="gray", vmin=0, vmax=3)
+            ax.set(xticks=[], yticks=[], facecolor="#8fbce6")
+            if r == 0:
+                ax.set_title(f"pass {c + 1}", fontsize=10)
+            if c == 0:
+                ax.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
+    cells = right.subgridspec(3, 1, hspace=0.62)
+    for k, (title, factor) in enumerate((("% of samples that are bars or stripes", 100), ("total variation to the truth", 1))):
+        ax = fig.add_subplot(cells[k])
+        for (name, pairs), style in zip(errors.items(), ("o-", "s--", "^:")):
+            ax.plot(passes, [factor * pair[k] for pair in pairs], style, label=name)
+        ax.set(xscale="log", xlabel="passes for the 16 tokens of a 4 x 4 picture", ylim=(0, 108 if factor > 1 else 0.8), title=title)
+        ax.set_xticks(passes, passes)
+        ax.minorticks_off()
+    ax.legend(fontsize=8)
+    ax, r = fig.add_subplot(cells[2]), torch.linspace(0, 1, 100)
+    for name, share in SCHEDULES.items():
+        ax.plot(r, share(r), label=name)
+    ax.set(xlabel="share of the passes done", title="share of the tokens still hidden")
+    ax.legend(fontsize=8)
+    fig.suptitle("maskgit.py: every pass draws all hidden tokens (blue) at once and keeps those it is most confident of\n"
+                 "left: 64 tokens in 8 passes, below a half that is given;   right: many passes cost time, few passes "
+                 "cost truth", fontsize=12)
+    fig.savefig("maskgit.png", dpi=80)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Masked tokens filled in, many at a time.")
+    parser.add_argument("--image_size", type=int, default=8, help="side of the little drawn shapes, in pixels")
+    parser.add_argument("--steps", type=int, default=600, help="training steps on the drawn shapes")
+    args = parser.parse_args()
     import data
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
 
-    bars = MaskGIT(CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=4, n_embd=64, label_drop=0).to(device)
+    bars = MaskGIT(CategoricalHead(64, 2), 16, 1, vocab_size=2, grid=(4, 4), n_layer=2, n_head=4, n_embd=64, label_drop=0,
+                   smoothing=0).to(device)                  # with 0.1 and two ids, a perfect model errs in 5% of its draws
     zeros = torch.zeros(256, dtype=torch.long, device=device)
     fit_ids(bars, lambda step: (bars_and_stripes(256, device), zeros), 300, 5e-3)
-    passes = (1, 2, 4, 8, 16)
-    exact = [error_of_parallel_decoding(bars.eval(), n) for n in passes]
-    for n, (valid, tv) in zip(passes, exact):
-        print(f"bars-and-stripes in {n:2d} passes: {valid:.1%} valid, total variation to the truth {tv:.3f}")
+    passes, errors = (1, 2, 4, 8, 16), {}
+    for name, options in ORDERS.items():
+        errors[name] = [error_of_parallel_decoding(bars.eval(), n, **options) for n in passes]
+        print(f"bars-and-stripes, {name:21s} " + "   ".join(f"{n} pass{'es' * (n > 1)}: {valid:.0%} valid, off by {tv:.2f}"
+                                                           for n, (valid, tv) in zip(passes, errors[name])))
 
-    side, levels = args.image_size, 4
+    side, levels, n_pass = args.image_size, 4, 8
     images, labels, _, _ = data.draw(torch.arange(8000, device=device), side)
     greys = ((images.amax(1) + 1) / 2 * levels).long().clamp(0, levels - 1).flatten(1)      # (N, side^2) ids
-    model = MaskGIT(CategoricalHead(96, levels), side * side, 10, vocab_size=levels, n_layer=4, n_head=3, n_embd=96)
-    model.to(device)
-    pick = lambda step: torch.randint(8000, (32,), device=device)
+    model = MaskGIT(CategoricalHead(96, levels), side * side, 10, vocab_size=levels, grid=(side, side), n_layer=3, n_head=3,
+                    n_embd=96, smoothing=0).to(device)
     start = time.perf_counter()
-    losses = fit_ids(model, lambda step: (lambda i: (greys[i], labels[i]))(pick(step)), args.steps)
-    print(f"drawn shapes in {levels} greys: {sum(losses[-20:]) / 20:.3f} nats per hidden pixel after "
-          f"{time.perf_counter() - start:.0f} s")
-    model.eval()
-    cond, n_pass, maps = torch.arange(10, device=device), 8, []
-    start = time.perf_counter()
-    keep = lambda i, x, mask: maps.append((f"after pass {i + 1}", torch.where(mask, -1, x))) if i in (0, 1, 3, 5, 7) else None
-    model.sample(cond, steps=n_pass, cfg=2.0, on_step=keep)
-    print(f"10 samples of {side * side} tokens in {n_pass} passes with guidance: {time.perf_counter() - start:.2f} s")
-    whole = greys[[int((labels == k).nonzero()[0]) for k in range(10)]]                     # one picture of each class
-    hole = (torch.arange(side * side, device=device) % side >= side // 2).expand(10, -1)    # the right half
-    maps.append(("the left half is given", torch.where(hole, -1, whole)))
-    maps.append(("the right half painted", model.sample(cond, steps=n_pass, cfg=2.0, known=whole, known_mask=~hole)))
 
-    fig = plt.figure(figsize=(12, 7.4))
-    left, right = fig.add_gridspec(1, 2, width_ratios=[2.2, 1], left=0.15, right=0.98, top=0.9, bottom=0.08, wspace=0.2)
-    rows = left.subgridspec(len(maps), 10, wspace=0.08, hspace=0.08)
-    for r, (text, values) in enumerate(maps):
-        for c in range(10):
-            ax = fig.add_subplot(rows[r, c])
-            shown = values[c].view(side, side).float().cpu()
-            ax.imshow(shown.masked_fill(shown < 0, torch.nan), cmap="gray", vmin=0, vmax=3)
-            ax.set(xticks=[], yticks=[], facecolor="#b9d4ee")
-            if r == 0:
-                ax.set_title(data.SHAPES[c], fontsize=8)
-            if c == 0:
-                ax.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
-    top, bottom = right.subgridspec(2, 1, hspace=0.35)
-    ax = fig.add_subplot(top)
-    ax.plot(passes, [100 * v for v, _ in exact], "o-", label="% of samples that are bars or stripes")
-    ax.plot(passes, [100 * tv for _, tv in exact], "s-", label="100 x total variation to the truth")
-    ax.set(xscale="log", xlabel="passes for 16 tokens", ylim=(0, 130), title="bars-and-stripes 4 x 4")
-    ax.set_xticks(passes, passes)
-    ax.legend(fontsize=8)
-    ax, r = fig.add_subplot(bottom), torch.linspace(0, 1, 100)
-    for name, share in SCHEDULES.items():
-        ax.plot(r, share(r), label=name)
-    ax.set(xlabel="progress", ylabel="share of tokens still hidden", title="schedules")
-    ax.legend(fontsize=8)
-    fig.suptitle("maskgit.py: all hidden tokens are drawn at once, the most confident stay (blue: still hidden)")
-    fig.savefig("maskgit.png", dpi=80)
+    def batch(step):
+        i = torch.randint(8000, (32,), device=device)
+        return greys[i], labels[i]
+    fit_ids(model, batch, args.steps)
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        logs = model.eval()(greys[:1000], labels[:1000])[1]
+    print(f"drawn shapes in {levels} greys: {logs['nll']:.3f} nats per hidden pixel, {logs['accuracy']:.0%} of them guessed "
+          f"right, after {seconds:.0f} s")
+    kinds, trace, square = [4, 6, 9], [], (-1, side, side)  # star, ring, crescent
+    start = time.perf_counter()
+    model.sample(torch.tensor(kinds, device=device), steps=n_pass, cfg=2.0,
+                 on_step=lambda i, x, mask: trace.append((x.view(square), mask.view(square))))
+    print(f"3 samples of {side * side} tokens in {n_pass} passes with guidance: {time.perf_counter() - start:.2f} s")
+    cond = torch.arange(n_pass, device=device)
+    whole = greys[[int((labels == k).nonzero()[0]) for k in range(n_pass)]]                 # one picture of each class
+    hole = (torch.arange(side * side, device=device) % side >= side // 2).expand(n_pass, -1)               # the right half
+    filled = model.sample(cond, steps=n_pass, cfg=2.0, known=whole, known_mask=~hole)
+    painted = [("given:\nleft halves", torch.where(hole, -1, whole).view(square)), ("painted", filled.view(square))]
+    show_passes(passes, errors, painted, trace, [data.SHAPES[k] for k in kinds])
     print("wrote maskgit.png")
 
 

@@ -40,6 +40,7 @@ import mar
 import maskgit
 import perceptual_gan
 import sample
+import titok
 import train
 import vae
 import vq
@@ -1500,6 +1501,282 @@ def test_lfq_learns_and_uses_its_words():
 
 
 # ---------------------------------------------------------------------------------------------------
+# titok.py
+
+def titok_golden(name, **options):
+    """Arrays of golden/tokenizers/titok_<name>.npz, the authors' weights, the model made of them, images in [-1, 1]."""
+    g = golden(f"tokenizers/titok_{name}")
+    sd = {k.removeprefix("sd."): v for k, v in g.items() if k.startswith("sd.")}
+    return g, sd, titok.TiTok.from_official(sd, n_head=4, **options), 2 * g["image"] - 1
+
+
+@torch.no_grad()
+def test_titok_first_stage_is_the_authors_with_its_legacy_reshape():
+    g, sd, model, images = titok_golden("legacy_vq_stage1")
+    assert (model.seq_len, model.grid, model.vocab_size, model.token_dim, model.stage) == (8, (8,), 64, None, "proxy")
+    z = model.encoder(images)
+    close(F.normalize(z, dim=-1), F.normalize(tokens_of(g["z"]), dim=-1)), close(z, tokens_of(g["z"]))
+    q, ids, loss, logs = model.quantizer(z)
+    close(q, tokens_of(g["z_quantized"])), close(loss, g["quantizer_loss"]), close(logs["commit"], g["commitment_loss"])
+    assert torch.equal(ids, g["indices"][:, 0]) and torch.equal(model.encode(images), ids)
+    close(model.decoder(q), tokens_of(g["decoded"]))
+    model.proxy = argparse.Namespace(encode=lambda images: g["proxy_codes"])
+    loss, logs = model(images)
+    close(logs["proxy_nats"], g["stage1_ce"]), close(loss, g["stage1_ce"] + g["quantizer_loss"])
+    model.encoder.legacy = False
+    assert (model.encoder(images) - z).abs().max() > 0.1, "transposing is not what their weights are used to"
+
+
+@torch.no_grad()
+def test_titok_of_pixels_is_the_authors():
+    g, sd, model, images = titok_golden("vq_pixels")
+    assert (model.seq_len, model.vocab_size, model.stage, model.quantizer.l2_norm) == (8, 128, "pixels", False)
+    z = model.encoder(images)
+    q, ids, loss, logs = model.quantizer(z)
+    close(z, tokens_of(g["z"])), close(q, tokens_of(g["z_quantized"])), close(loss, g["quantizer_loss"])
+    assert torch.equal(model.encode(images), g["indices"][:, 0])
+    close((model.decode_raw(q) + 1) / 2, g["decoded"])
+    assert torch.allclose(model.decode(ids), (2 * g["decoded"] - 1).clamp(-1, 1), atol=1e-4)
+    loss_, logs = model(images)
+    close(logs["mse"], 4 * F.mse_loss(g["decoded"], g["image"]), 1e-4), close(loss_, logs["mse"] + loss)
+
+
+@torch.no_grad()
+def test_titok_vae_is_the_authors(monkeypatch):
+    g, sd, model, images = titok_golden("vae")
+    assert isinstance(model, titok.TiTokVAE) and (model.token_dim, model.vocab_size, model.seq_len) == (16, None, 8)
+    mean, std = model.posterior(images)
+    close(model.encoder(images), tokens_of(g["moments"])), close(mean, tokens_of(g["mean"]))
+    close(std, tokens_of(g["logvar"]).mul(0.5).exp()), close(model.kl(mean, std), g["kl"])
+    close((model.decode_raw(mean) + 1) / 2, g["decoded_mode"])
+    monkeypatch.setattr(torch, "randn_like", lambda x: tokens_of(g["noise"]))
+    close(model.reparameterise(mean, std), tokens_of(g["sample"]))
+    recon, auxiliary, logs = model.reconstruct(images)
+    close((recon + 1) / 2, g["decoded_sample"]), close(logs["kl"], g["kl"].mean())
+    close(auxiliary, model.beta * g["kl"].sum(1).mean() / images[0].numel())
+
+
+def maskgit_vqgan(levels=2, n_res=1, c=32, encoder=True):
+    """MaskGIT's VQGAN in the authors' layout, with weights made by the golden file's recipe -> state dict."""
+    import zlib
+    def fill(part, shapes):
+        for name, shape in shapes.items():
+            w = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32) * 0.05
+            sd[f"{part}.{name}"] = torch.from_numpy(w + float(len(shape) == 1 and name.endswith("weight")))
+    def block(name, a, b):
+        shapes = {f"{name}.norm1.weight": (a,), f"{name}.norm1.bias": (a,), f"{name}.conv1.weight": (b, a, 3, 3),
+                  f"{name}.norm2.weight": (b,), f"{name}.norm2.bias": (b,), f"{name}.conv2.weight": (b, b, 3, 3)}
+        return shapes | ({f"{name}.nin_shortcut.weight": (b, b, 1, 1)} if a != b else {})
+    end = lambda c, out, k: {"norm_out.weight": (c,), "norm_out.bias": (c,), "conv_out.weight": (out, c, k, k), "conv_out.bias": (out,)}
+    sd = {}
+    if encoder:
+        fill("encoder", {"conv_in.weight": (c, 3, 3, 3)} | block("down.0.block.0", c, c) | block("down.1.block.0", c, 2 * c)
+             | block("mid.0", 2 * c, 2 * c) | end(2 * c, 8, 1))
+    fill("decoder", {"conv_in.weight": (2 * c, 8, 3, 3), "conv_in.bias": (2 * c,), "up.1.upsample_conv.weight": (2 * c, 2 * c, 3, 3),
+                     "up.1.upsample_conv.bias": (2 * c,)} | block("mid.0", 2 * c, 2 * c) | block("up.1.block.0", 2 * c, 2 * c)
+         | block("up.0.block.0", 2 * c, c) | end(c, 3, 3))
+    return sd
+
+
+@torch.no_grad()
+def test_maskgit_vqgan_is_the_authors():
+    g = golden("tokenizers/maskgit_vqgan_tiny")
+    sd = maskgit_vqgan() | {"quantize.embedding.weight": g["codebook"]}
+    model, images = titok.MaskGITVQGAN.from_official(sd, grid=(8, 8)), 2 * g["image"] - 1
+    close(model.latents(images), tokens_of(g["h"]))
+    q, ids, loss, _ = model.quantizer(model.latents(images))
+    assert torch.equal(ids, g["indices"]) and torch.equal(model.encode(images), ids)
+    close(q, tokens_of(g["z_q"])), close(loss, g["loss"]), close((model.decode_raw(q) + 1) / 2, g["recon"])
+    close(model.encoder[0](g["odd_image"]), g["odd_conv"])
+    with pytest.raises(ValueError, match="decoder.up.1.upsample_conv.bias"):
+        titok.MaskGITVQGAN.from_official({k: v for k, v in sd.items() if k != "decoder.up.1.upsample_conv.bias"})
+    with pytest.raises(ValueError, match="encoder.extra"):
+        titok.MaskGITVQGAN.from_official(sd | {"encoder.extra": torch.zeros(1)})
+
+
+def test_titok_mixes_the_proxys_codes_as_the_authors_and_trains_both_decoders_only():
+    g = golden("tokenizers/titok_stage2_softcode")
+    stage1 = titok_golden("legacy_vq_stage1")[1]
+    with torch.no_grad():
+        codes = titok.VectorQuantizer(*g["codebook"].shape, l2_norm=False)
+        codes.codebook.copy_(g["codebook"])
+        proxy = argparse.Namespace(quantizer=codes, decode_raw=lambda q: q, grid=(2, 2), vocab_size=64)
+        holder = argparse.Namespace(decoder=lambda q: tokens_of(g["logits"]), proxy=proxy)
+        holder.decoder = type("Decoder", (), dict(__call__=lambda self, q: tokens_of(g["logits"]), proxy_vocab=64))()
+        close(titok.TiTok.decode_raw(holder, g["logits"]), tokens_of(g["soft"]))
+        hard = F.one_hot(torch.arange(4)[None], 64).float() * 1e4
+        holder.decoder = type("Decoder", (), dict(__call__=lambda self, q: hard, proxy_vocab=64))()
+        close(titok.TiTok.decode_raw(holder, g["logits"]), g["codebook"][None, :4])
+    pixel = maskgit_vqgan(encoder=False) | {"quantize.embedding.weight": torch.randn(1024, 8)}
+    pixel = {"pixel_" + k if k.startswith("decoder") else k.replace("quantize", "pixel_quantize"): v for k, v in pixel.items()}
+    model = titok.TiTok.from_official(stage1 | pixel, n_head=4)
+    images = data.draw(torch.arange(2), 64)[0]
+    assert model.stage == "finetune" and model.proxy.encoder is None
+    with torch.no_grad():
+        assert model.decode(model.encode(images)).shape == (2, 3, 8, 8), "the tiny proxy doubles 4 x 4 patches only once"
+        close(model.decode_raw(model.quantizer.codes(model.encode(images))), model.reconstruct(images)[0])
+    F.mse_loss(model.train().reconstruct(images)[0], images[:, :, ::8, ::8]).backward()
+    learns = {k for k, v in model.named_parameters() if v.grad is not None and v.grad.abs().max() > 0}
+    assert learns == {k for k, _ in model.named_parameters() if k.startswith(("decoder.", "proxy.decoder."))}
+
+
+def test_titok_from_official_names_the_key_that_does_not_fit(tmp_path):
+    _, sd, _, images = titok_golden("vq_pixels")
+    torch.save(sd, tmp_path / "tokenizer.bin")
+    assert titok.TiTok.from_official(tmp_path / "tokenizer.bin", n_head=4).encode(images).shape == (2, 8)
+    for key in ("latent_tokens", "encoder.transformer.1.attn.in_proj_bias", "decoder.mask_token", "quantize.embedding.weight"):
+        with pytest.raises(ValueError, match=key):
+            titok.TiTok.from_official({k: v for k, v in sd.items() if k != key}, n_head=4)
+    with pytest.raises(ValueError, match="decoder.extra"):
+        titok.TiTok.from_official(sd | {"decoder.extra": torch.zeros(1)}, n_head=4)
+
+
+@pytest.mark.parametrize("name, published, proxy", [
+    ("l-32", 610.2, 1024), ("b-64", 174.0, 1024), ("s-128", 52.8, 1024), ("bl-64-vq8k", 390.0, None), ("bl-128-vq8k", None, None),
+    ("sl-256-vq8k", 330.3, None), ("ll-32-vae", 606.9, None), ("bl-64-vae", None, None), ("bl-128-vae", 389.6, None)])
+def test_titok_of_the_paper_has_its_parameter_count(name, published, proxy):
+    size = titok.SIZES["titok-" + name]
+    D, T = size.get("code_dim", size.get("token_dim")), size["n_tokens"]
+    with torch.device("meta"):
+        if proxy:
+            model = titok.TiTok(**size, stage="proxy", proxy_vocab=proxy)
+        else:
+            model = (titok.TiTokVAE if "vae" in name else titok.TiTok)(**size)
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    vit = lambda C, layers: layers * (12 * C**2 + 13 * C) + 4 * C + C + 257 * C             # blocks, two norms, class, places
+    (E, n, _), (G, m, _) = size["enc"], size["dec"]
+    moments = 2 * D if "vae" in name else D
+    encoder = vit(E, n) + 769 * E + 2 * T * E + E * moments + moments                       # theirs: latents and their places
+    decoder = vit(G, m) + D * G + G + G + T * G                                             # theirs: one mask token
+    decoder += 2 * G * G + 2 * G + 2 * G * proxy + proxy if proxy else 768 * G + 768 + 84
+    # ours keeps one vector where they add two: class and place 0 (twice), latent and place, mask token and place
+    assert (count(model.encoder), count(model.decoder)) == (encoder - E - T * E, decoder - 2 * G)
+    if published:
+        whole = encoder + decoder + (-T * E if proxy else 0 if "vae" in name else size["vocab_size"] * D)   # as counted there
+        assert round(whole / 1e6, 1) == published
+
+
+def test_maskgit_vqgan_has_its_parameter_count():
+    with torch.device("meta"):
+        model = titok.MaskGITVQGAN()
+    count = lambda *parts: round(sum(p.numel() for part in parts for p in part.parameters()) / 1e6, 1)
+    assert (count(model.encoder), count(model.decoder), count(model)) == (23.8, 30.5, 54.5)
+    assert count(model.decoder, model.quantizer) == 30.7    # what a TiTok file brings along
+
+
+def small_titok(cls=titok.TiTok, **options):
+    return cls(**dict(image_size=16, n_tokens=5, patch=4, enc=(32, 1, 2), dec=(32, 1, 2)) | options)
+
+
+def small_proxy():
+    return vq.VQ(image_size=16, vocab_size=24, code_dim=4, ch=8, z_channels=8)                          # 4 x 4 ids
+
+
+@pytest.mark.parametrize("stage", ["pixels", "proxy", "finetune"])
+@pytest.mark.parametrize("cls", [titok.TiTok, titok.TiTokVAE])
+def test_titok_keeps_the_contract_of_a_tokenizer(cls, stage):
+    ids, proxy = cls is titok.TiTok, None if stage == "pixels" else small_proxy()
+    images = data.draw(torch.arange(6), 16)[0]
+    model = small_titok(cls, stage=stage, proxy=proxy, **dict(vocab_size=20) if ids else dict(token_dim=3))
+    assert model.seq_len == 5 and model.grid == (5,) and (model.vocab_size, model.token_dim) == ((20, None) if ids else (None, 3))
+    loss, logs = model(images, torch.zeros(6, dtype=torch.long))
+    loss.backward()
+    assert loss.ndim == 0 and all(v.ndim == 0 and not v.requires_grad for v in logs.values())
+    learns = {k for k, v in model.named_parameters() if v.grad is not None}
+    expected = dict(pixels=("encoder.", "decoder.", "quantizer."), proxy=("encoder.", "decoder.", "quantizer."),
+                    finetune=("decoder.", "proxy.decoder.", "proxy.post_quant_conv."))[stage]
+    assert learns == {k for k, _ in model.named_parameters() if k.startswith(expected)}
+    assert learns == {k for k, v in model.named_parameters() if v.requires_grad}, "an optimiser would see idle weights"
+    tokens = model.encode(images)
+    assert tokens.shape == ((6, 5) if ids else (6, 5, 3)) and tokens.dtype == (torch.int64 if ids else torch.float32)
+    recon = model.decode(tokens)
+    assert recon.shape == images.shape and recon.abs().max() <= 1
+    torch.manual_seed(1)
+    recon, auxiliary, logs = model.eval().reconstruct(images)
+    torch.manual_seed(1)
+    loss, logs = model(images)
+    if stage == "proxy":
+        target = model.proxy.encode(images)
+        torch.manual_seed(1)
+        p = model.decoder(model.bottleneck(model.encoder(images))[0]).log_softmax(-1)       # (6, 16, 24)
+        slow = -sum(p[b, t, target[b, t]] for b in range(6) for t in range(16)) / 96
+        assert torch.allclose(loss, slow + auxiliary) and 0 <= logs["proxy_right"] <= 1
+    else:
+        assert torch.allclose(loss, auxiliary + F.mse_loss(recon, images))
+    if ids:
+        assert torch.allclose(model.decode(tokens), recon.clamp(-1, 1), atol=1e-5), "the decoder sees codes only"
+
+
+def test_titok_stages_share_their_weights():
+    images, proxy = data.draw(torch.arange(4), 16)[0], small_proxy()
+    first = small_titok(stage="proxy", proxy=proxy)
+    then = small_titok(stage="finetune", proxy=small_proxy())
+    then.load_state_dict(first.state_dict())
+    assert torch.equal(first.encode(images), then.encode(images))
+    assert torch.allclose(first.decode(first.encode(images)), then.decode(then.encode(images)), atol=1e-6)
+    before = [p.clone() for p in then.encoder.parameters()]
+    opt = torch.optim.AdamW(then.parameters(), lr=1e-2, weight_decay=0.1)
+    for step in range(8):
+        loss, _ = then.train()(images)
+        opt.zero_grad(), loss.backward(), opt.step()
+        start = loss.detach() if step == 0 else start
+    assert loss < start and all(map(torch.equal, before, then.encoder.parameters())), "only the decoders may learn"
+    first.set_stage("finetune")
+    assert not first.encoder.out.weight.requires_grad and first.proxy.decoder[0].weight.requires_grad
+    for make, sentence in ((lambda: small_titok(stage="proxy"), "needs a proxy"), (lambda: small_titok(proxy=proxy), "needs no proxy"),
+                           (lambda: small_titok(image_size=32, stage="proxy", proxy=proxy), "8 x 8"),
+                           (lambda: small_titok(stage="third"), "third"), (lambda: small_titok(image_size=18), "multiple of patch 4")):
+        with pytest.raises(ValueError, match=sentence):
+            make()
+
+
+def test_titok_vae_tokens_have_unit_variance_token_by_token():
+    model, images = small_titok(titok.TiTokVAE, token_dim=3).eval(), data.draw(torch.arange(400), 16)[0]
+    with torch.no_grad():
+        model.encoder.out.weight.mul_(20), model.encoder.out.bias.normal_()
+        mean, std = model.posterior(images)
+        model.measure(mean, std)
+    tokens = torch.cat([model.encode(images) for _ in range(4)])
+    assert tokens.mean(0).abs().max() < 0.15 and (tokens.std(0) - 1).abs().max() < 0.1
+    with torch.no_grad():
+        close(model.decode(model.normalise(mean)), model.decode_raw(mean).clamp(-1, 1), 1e-5)
+    assert torch.equal(vae.VAE.kl(mean, std), model.kl(mean, std))
+    noise = dict(beta=3.0)
+    torch.manual_seed(2)
+    strong = small_titok(titok.TiTokVAE, token_dim=3, **noise)
+    loss, logs = strong(images[:8])
+    assert torch.allclose(loss, logs["mse"] + 3 * logs["kl"] * 5 / 768)
+
+
+def test_titok_tokens_have_no_place_but_an_order():
+    """Each token reaches every patch, and the decoder tells them apart by their position."""
+    model = small_titok().eval()
+    with torch.no_grad():
+        for module in (model.encoder, model.decoder):
+            for p in module.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        ids = torch.tensor([[1, 2, 3, 4, 5]])
+        picture = model.decode_raw(model.quantizer.codes(ids))
+        change = (model.decode_raw(model.quantizer.codes(torch.tensor([[1, 2, 3, 4, 9]]))) - picture).abs().sum(1)
+        assert change.min() > 0, "the last token does not reach every pixel"
+        assert (model.decode_raw(model.quantizer.codes(ids.flip(1))) - picture).abs().max() > 1e-3
+    small = [small_titok(n_tokens=n) for n in (1, 16)]
+    assert [m.encode(data.draw(torch.arange(2), 16)[0]).shape[1] for m in small] == [1, 16]
+
+
+@pytest.mark.parametrize("cls", [titok.TiTok, titok.TiTokVAE])
+def test_titok_learns(cls):
+    images = data.draw(torch.arange(64), 16)[0]
+    model, losses = small_titok(cls, enc=(64, 2, 4), dec=(64, 2, 4)), []
+    opt = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(60):
+        loss, logs = model(images[torch.randint(64, (16,))])
+        opt.zero_grad(), loss.backward(), opt.step()
+        losses.append(logs["mse"].item())
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5]), f"squared error {losses[0]:.3f} to {losses[-1]:.3f}"
+
+
+# ---------------------------------------------------------------------------------------------------
 # ar_transformer.py
 
 def small_ar(continuous=True, **options):
@@ -2071,12 +2348,175 @@ def test_maskgit_training_masks_have_the_authors_counts():
 
 
 def test_maskgit_one_token_per_pass_comes_close_to_bars_and_stripes():
-    model = maskgit.MaskGIT(maskgit.CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=4, n_embd=64, label_drop=0)
+    model = maskgit.MaskGIT(maskgit.CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=4, n_embd=64, label_drop=0,
+                            smoothing=0)
     zeros = torch.zeros(256, dtype=torch.long)
     maskgit.fit_ids(model, lambda step: (maskgit.bars_and_stripes(256, "cpu"), zeros), 400, 5e-3)
     model.eval()
     few, many = (maskgit.error_of_parallel_decoding(model, n, 1500) for n in (2, 16))
     assert many[0] > 0.8 and many[1] < few[1], (few, many)
+
+
+@pytest.mark.parametrize("name", ["cosine", "arccos"])
+@pytest.mark.parametrize("N", [32, 64, 128, 256, 1024])
+@pytest.mark.parametrize("T", [4, 8, 10, 12, 16])
+def test_maskgit_hides_as_many_ids_as_the_authors(name, N, T):
+    theirs, unknown, ours = golden("tokenizers/maskgit_schedules")[f"{name}_N{N}_T{T}"], torch.tensor([[N]]), []
+    for t in range(T):
+        unknown = torch.minimum(maskgit.still_hidden(torch.tensor([[N]]), t, T, name), unknown - 1)
+        ours.append(unknown.item())
+    assert theirs[-1] == 1 and ours[-1] == 0, "theirs hides one after the last pass and returns its id all the same"
+    assert ours[:-1] == theirs[:-1].tolist()
+
+
+def test_maskgit_schedules_are_the_authors_functions():
+    g = golden("tokenizers/maskgit_schedules")
+    for ours, theirs in (("cosine", "cosine"), ("linear", "uniform"), ("square", "pow2")):
+        close(maskgit.SCHEDULES[ours](g["ratio_x"]), g[f"ratio_{theirs}"], 1e-6)
+    g = golden("tokenizers/maskgit_train_mask")
+    for name in ("cosine", "arccos"):
+        close(maskgit.SCHEDULES[name](g["u"]), g[f"{name}_ratio"], 1e-6)
+    assert torch.equal(maskgit.n_hidden(g["u"], 64), g["num_masked_cosine_ceil_N64"])
+    assert torch.equal(maskgit.n_hidden(g["u"], 64, "arccos"), g["num_masked_arccos_N64"])
+
+
+def test_maskgit_halton_order_is_the_authors_and_reveals_tokens_far_apart():
+    g = golden("tokenizers/maskgit_schedules")
+    for n in (8, 16):
+        rows, columns = g[f"halton_{n}x{n}_order"].unbind(1)
+        assert torch.equal(maskgit.halton_rank((n, n)).argsort(), rows * n + columns)
+    assert maskgit.halton_rank((8,)).tolist() == [7, 3, 1, 5, 0, 4, 2, 6], "the digits of 1, 2, 3 ... in base 2, mirrored"
+    assert sorted(maskgit.halton_rank((3, 4, 5)).tolist()) == list(range(60))
+    model, passes = small_maskgit(False, grid=(3, 4)).eval(), []
+    known_mask = torch.tensor([[0, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0], [0] * 12]).bool()
+    y = model.sample(torch.tensor([1, 2]), steps=4, known=torch.full((2, 12), 7), known_mask=known_mask, order="halton",
+                     schedule="linear", on_step=lambda i, x, m: passes.append(m))
+    assert (y[known_mask] == 7).all() and not passes[-1].any()
+    turn = maskgit.halton_rank((3, 4))
+    for mask in passes[:-1]:
+        for row in range(2):
+            shown = ~mask[row] & ~known_mask[row]
+            assert turn[shown].max() < turn[mask[row]].min(), "a token was revealed before its turn"
+    with pytest.raises(ValueError, match="halton"):
+        model.sample(torch.tensor([1]), order="spiral")
+    with pytest.raises(ValueError, match="arccos"):
+        model.sample(torch.tensor([1]), schedule="cubic")
+
+
+def test_maskgit_replays_the_authors_jax_decoding_of_ids(monkeypatch):
+    """Their toy network in the place of hidden(), their Gumbel noise in the place of multinomial and rand."""
+    g = golden("tokenizers/maskgit_decode_jax")
+    K, T, steps, passes = 11, 16, 8, []
+    model = maskgit.MaskGIT(maskgit.CategoricalHead(32, K), T, 4, vocab_size=K, n_layer=1, n_head=2, n_embd=32).eval()
+    model.head.proj = nn.Identity()
+
+    def network(tokens, cond, mask):
+        ids = torch.cat([K + cond[:, None], torch.where(mask, len(g["A"]) - 1, tokens)], 1)    # -1 is their last row
+        a = g["A"][ids]
+        t = len(passes)
+        assert torch.equal(torch.where(mask, -1, tokens), g[f"step{t}_ids_in"][:, 1:].long()), f"pass {t} sees other tokens"
+        logits = g["P"] + 0.5 * a + 2 * a.mean(1, keepdim=True)
+        close(logits, g[f"step{t}_logits"])
+        return logits[:, 1:]
+
+    def gumbel_argmax(p, n):
+        return (p.log() + g[f"step{len(passes)}_gumbel_sample"][:, 1:].flatten(0, 1)).argmax(-1, keepdim=True)
+    uniform = lambda *a, **k: torch.exp(-torch.exp(-g[f"step{len(passes)}_gumbel_choice"][:, 1:].double())).float()
+    monkeypatch.setattr(model, "hidden", network)
+    monkeypatch.setattr(torch, "multinomial", gumbel_argmax)
+    monkeypatch.setattr(torch, "rand", uniform)
+    tokens = model.sample(g["init"][:, 0].long() - K, steps=steps, choice_temperature=g["temperature"].item(),
+                          on_step=lambda i, x, m: passes.append((x, m)))
+    for t, (x, mask) in enumerate(passes):
+        assert torch.equal(x, g[f"step{t}_sampled"][:, 1:].long()), f"pass {t} draws other ids"
+        if t < steps - 1:                                   # their last pass hides one again, ours none
+            assert torch.equal(mask, g[f"step{t}_masking"][:, 1:]), f"pass {t} hides other tokens again"
+    assert torch.equal(tokens, g["final_seqs"][:, -1, 1:].long()) and not passes[-1][1].any()
+
+
+def test_maskgit_losses_are_the_authors(monkeypatch):
+    g = golden("tokenizers/maskgit_losses")
+    def loss_of(smoothing, **options):
+        model = maskgit.MaskGIT(maskgit.CategoricalHead(32, 9), 6, 1, vocab_size=9, n_layer=1, n_head=2, n_embd=32,
+                                smoothing=smoothing, label_drop=0, **options).train()
+        model.head.proj = nn.Identity()
+        monkeypatch.setattr(model, "hidden", lambda tokens, cond, mask: g["logits"])
+        monkeypatch.setattr(model, "training_mask", lambda B, device: g["weights"].bool())
+        return model(g["labels"], torch.zeros(2, dtype=torch.long))
+    for smoothing in (0.0, 0.1):
+        loss, logs = loss_of(smoothing)
+        close(loss, g[f"loss_ls{smoothing}"], 1e-5)
+    mask = g["weights"].bool()
+    nll = [-g["logits"][b, t].log_softmax(-1)[g["labels"][b, t]] for b in range(2) for t in range(6) if mask[b, t]]
+    hits = [g["logits"][b, t].argmax() == g["labels"][b, t] for b in range(2) for t in range(6) if mask[b, t]]
+    close(logs["nll"], torch.stack(nll).mean(), 1e-5), close(logs["accuracy"], torch.stack(hits).float().mean(), 1e-5)
+    close(loss_of(0.1, seen_weight=0.1)[0], g["titok_mlm_loss"], 1e-5)
+    close(maskgit.masked_mean(g["ce_per_token_ls0.1"], g["weights"]), g["loss_ls0.1"], 1e-5)
+
+
+def test_maskgit_loads_titoks_generator_and_gets_the_authors_logits(tmp_path):
+    g = golden("tokenizers/imagebert_tiny")
+    sd = {k.removeprefix("sd."): v for k, v in g.items() if k.startswith("sd.")}
+    model = maskgit.MaskGIT.from_official(sd, n_head=4)
+    assert (model.seq_len, model.vocab_size, model.num_classes, model.smoothing) == (16, 64, 10, 0.1) and not model.training
+    mask = g["input_ids"] == 64
+    assert 0 < mask.sum() < 48
+    for cond, name in ((g["condition"], "cond"), (torch.full((3,), 10), "uncond")):
+        close(model.logits(g["input_ids"].clamp(max=63), cond, mask), g[f"logits_{name}"])
+    for step in range(4):                                   # guided as in their run: c + 3 (c - u) is u + 4 (c - u)
+        ids = g[f"step{step}_ids_in"]
+        c, u = (model.logits(ids.clamp(max=63), cond, ids == 64) for cond in (g["condition"], torch.full((3,), 10)))
+        close(u + 4 * (c - u), g[f"step{step}_guided_logits"])
+    torch.save(sd, tmp_path / "generator.bin")
+    model = maskgit.MaskGIT.from_official(tmp_path / "generator.bin", n_head=4)
+    y = model.sample(torch.tensor([3, 4]), steps=4, cfg=2.0)
+    assert y.shape == (2, 16) and 0 <= y.min() and y.max() < 64
+    with pytest.raises(ValueError, match="extra.weight"):
+        maskgit.MaskGIT.from_official(sd | {"model.extra.weight": torch.zeros(1)}, n_head=4)
+    for key in ("model.lm_head.bias", "model.encoder.layer.1.attention.self.key.bias", "model.lm_head.weight"):
+        with pytest.raises(ValueError, match=key.removeprefix("model.")):
+            maskgit.MaskGIT.from_official({k: v for k, v in sd.items() if k != key}, n_head=4)
+
+
+def test_maskgit_of_titok_has_its_parameter_count():
+    with torch.device("meta"):
+        model = maskgit.MaskGIT(maskgit.CategoricalHead(768, 4096), 32, 1000, vocab_size=4096, **maskgit.SIZES["maskgit"])
+    ours = sum(p.numel() for p in model.parameters())
+    assert ours + 4096 + 2 * 768 == 177_202_432             # theirs has a bias per id and two token types; published: 177M
+
+
+def test_maskgit_label_dropping_reaches_the_null_row_in_training_only():
+    tokens, cond = torch.randint(11, (4, 12)), torch.arange(4)
+    for drop, mode, row in ((1.0, True, True), (1.0, False, False), (0.0, True, False)):
+        model = small_maskgit(False, label_drop=drop).train(mode)
+        nn.init.normal_(model.head.proj.weight)             # at zero, no gradient would pass it
+        model(tokens, cond)[0].backward()
+        rows = model.cls_embed.weight.grad.abs().sum(1) > 0
+        assert rows[5] == row and rows[:4].any() != row
+
+
+def test_maskgit_mathematics_does_not_depend_on_the_mode():
+    model = small_maskgit(False, label_drop=0)
+    nn.init.normal_(model.head.proj.weight)
+    tokens, cond, losses = torch.randint(11, (4, 12)), torch.arange(4), []
+    for mode in (True, False):
+        torch.manual_seed(3)
+        losses.append(model.train(mode)(tokens, cond)[0])
+    assert torch.equal(*losses) and losses[0] > math.log(11)
+    nn.init.zeros_(model.head.proj.weight)
+    assert abs(model(tokens, cond)[0] - math.log(11)) < 1e-5, "smoothed or not, an undecided head pays ln V"
+
+
+def test_maskgit_guidance_takes_one_pass_and_is_off_at_one(monkeypatch):
+    model, cond, rows = small_maskgit(False).eval(), torch.arange(3), []
+    nn.init.normal_(model.head.proj.weight)
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *a: rows.append(a[1]) or hidden(*a))
+    plain = [torch.manual_seed(1) and model.sample(cond, steps=4), torch.manual_seed(1) and model.sample(cond, steps=4, cfg=1.0)]
+    assert torch.equal(*plain) and [len(r) for r in rows] == [3] * 8
+    rows.clear()
+    model.sample(cond, steps=4, cfg=3.0)
+    assert [r.tolist() for r in rows] == [[0, 1, 2, 5, 5, 5]] * 4, "classes and their absence share a pass"
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,693 @@
+"""
+A 1-D tokenizer: an image becomes 32 tokens that belong to no place in it.
+
+In a grid of tokens each stands for its own patch, and two equal patches of sky cost two tokens. TiTok (Yu et al. 2024,
+https://arxiv.org/abs/2406.07550) lets a ViT read the patches together with T learned latents and keeps only what
+becomes of the latents: T is free, and each token may speak of the whole picture. A second ViT draws the picture from
+the T tokens on an empty canvas, one learned vector per patch. Between them the nearest of V codes of unit length,
+
+    z = ViT(patches, latents),   loss = |x - ViT(canvas, e_k)|^2 + |sg(z) - e_k|^2 + beta |z - sg(e_k)|^2,
+
+or, in TiTokVAE, a small Gaussian per token as in vae.py. The published ids were trained in two stages: first the canvas
+had to name the ids of another tokenizer, then both decoders together learned pixels.
+
+Shapes:  B batch, H W pixels, P = (H / patch)^2 patches, T tokens (n_tokens), C width, V codes of D numbers
+
+    images (B, 3, H, W) --patches and latents--> (B, 1 + P + T, C) --ViT, last T--> z (B, T, D) --nearest--> ids (B, T)
+    codes (B, T, D) --canvas in front--> (B, 1 + P + T, C) --ViT, middle P--> (B, P, 3 patch^2) --> images (B, 3, H, W)
+
+    python titok.py            # 4 to 32 tokens, and what one of them says; writes titok.png; about N s on 2 CPU cores
+
+Try it yourself:
+  1. Give LatentEncoder the canvas only: leave the patches out of its forward. What does the decoder still draw?
+  2. Set n_tokens=1 and 2 in main(). What does the very first token speak of: colour, place or shape?
+  3. In LatentDecoder.forward take the outputs of the tokens instead of the canvas. Why can that not become a picture?
+"""
+import argparse
+import math
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+SIZES = {                                                   # enc and dec: width, layers, heads of the two ViTs
+    "small": dict(image_size=32, patch=4, n_tokens=32, enc=(128, 3, 4), dec=(128, 4, 4)),              # 32 x 32 on a CPU
+    "medium": dict(image_size=32, patch=4, n_tokens=32, enc=(256, 6, 4), dec=(256, 6, 4)),             # 32 x 32 on a GPU
+}
+VIT = dict(s=(512, 8, 8), b=(768, 12, 12), l=(1024, 24, 16))
+for kind, names in (
+        (dict(vocab_size=4096, code_dim=12, legacy=True), ("l-32", "b-64", "s-128")),                 # in two stages
+        (dict(vocab_size=8192, code_dim=64, l2_norm=False), ("bl-64-vq8k", "bl-128-vq8k", "sl-256-vq8k")),
+        (dict(token_dim=16), ("ll-32-vae", "bl-64-vae", "bl-128-vae"))):                               # of TiTokVAE
+    for name in names:
+        vits, n = name.split("-")[:2]
+        SIZES["titok-" + name] = kind | dict(image_size=256, patch=16, n_tokens=int(n), enc=VIT[vits[0]], dec=VIT[vits[-1]])
+
+
+# ---------------------------------------------------------------------------------------------------
+# The two transformers
+
+class LatentBlock(nn.Module):
+    """Bidirectional pre-norm transformer block of ViT, biases everywhere."""
+
+    def __init__(self, n_embd, n_head):
+        super().__init__()
+        self.n_head, self.norm1, self.norm2 = n_head, nn.LayerNorm(n_embd), nn.LayerNorm(n_embd)
+        self.wqkv, self.wo = nn.Linear(n_embd, 3 * n_embd), nn.Linear(n_embd, n_embd)
+        self.fc1, self.fc2 = nn.Linear(n_embd, 4 * n_embd), nn.Linear(4 * n_embd, n_embd)
+
+    def forward(self, x):                                   # (B, S, C) -> (B, S, C): every position sees every other
+        q, k, v = self.wqkv(self.norm1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)   # (B, n_head, S, ..)
+        x = x + self.wo(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+def waves(side, n_embd):
+    """Where the learned places of side x side patches start: -> (side^2, n_embd) sines and cosines of row and column."""
+    k = torch.arange(-(-n_embd // 4))
+    angle = torch.arange(side)[:, None] * (math.pi / 2) * 100.0 ** (-k / len(k))                       # (side, n_embd / 4)
+    axis = 0.5 * torch.cat([angle.sin(), angle.cos()], 1)                                   # (side, n_embd / 2)
+    rows, columns = axis[:, None].expand(-1, side, -1), axis.expand(side, -1, -1)
+    return torch.cat([rows, columns], -1).flatten(0, 1)[:, :n_embd]
+
+
+class LatentEncoder(nn.Module):
+    """images (B, 3, H, W) -> z (B, T, c_out): patches and T learned latents in one sequence, of which the latents stay.
+
+    legacy: the first three published models reshape (T, C) to (C, T) where they should transpose, so that the T
+    outputs are shuffled among themselves before the last layer. Their weights have learned to live with it.
+    """
+
+    def __init__(self, image_size, patch, n_tokens, c_out, n_embd, n_layer, n_head, legacy=False):
+        super().__init__()
+        start = lambda n: nn.Parameter(n_embd ** -0.5 * torch.randn(n, n_embd))
+        self.n_tokens, self.legacy = n_tokens, legacy
+        self.patch_embed = nn.Conv2d(3, n_embd, patch, stride=patch)
+        self.cls, self.pos, self.latents = start(1), start((image_size // patch) ** 2), start(n_tokens)
+        self.norm_pre, self.norm_post = nn.LayerNorm(n_embd), nn.LayerNorm(n_embd)
+        self.blocks = nn.ModuleList([LatentBlock(n_embd, n_head) for _ in range(n_layer)])
+        self.out = nn.Linear(n_embd, c_out)
+
+    def forward(self, images):
+        B = len(images)
+        x = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos                  # (B, P, C)
+        x = torch.cat([self.cls.expand(B, -1, -1), x, self.latents.expand(B, -1, -1)], 1)   # (B, 1 + P + T, C)
+        x = self.norm_pre(x)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm_post(x[:, -self.n_tokens:])                                           # (B, T, C)
+        if self.legacy:
+            x = x.reshape(B, -1, self.n_tokens).transpose(1, 2)
+        return self.out(x).float()
+
+
+class LatentDecoder(nn.Module):
+    """codes q (B, T, c_in) -> images (B, 3, H, W), not clamped; with proxy_vocab, logits (B, P, proxy_vocab) of another
+    tokenizer's ids, one per patch."""
+
+    def __init__(self, image_size, patch, n_tokens, c_in, n_embd, n_layer, n_head, proxy_vocab=None):
+        super().__init__()
+        start = lambda n: nn.Parameter(n_embd ** -0.5 * torch.randn(n, n_embd))
+        self.patch, self.side, self.proxy_vocab = patch, image_size // patch, proxy_vocab
+        self.embed = nn.Linear(c_in, n_embd)
+        self.cls, self.canvas, self.pos = start(1), start(self.side**2), start(n_tokens)
+        self.norm_pre, self.norm_post = nn.LayerNorm(n_embd), nn.LayerNorm(n_embd)
+        self.blocks = nn.ModuleList([LatentBlock(n_embd, n_head) for _ in range(n_layer)])
+        if proxy_vocab:
+            self.out = nn.Sequential(nn.Linear(n_embd, 2 * n_embd), nn.Tanh(), nn.Linear(2 * n_embd, proxy_vocab))
+        else:
+            self.out, self.smooth = nn.Linear(n_embd, 3 * patch**2), nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, q):
+        B, p = len(q), self.patch
+        canvas = torch.cat([self.cls, self.canvas]).expand(B, -1, -1)                       # (B, 1 + P, C)
+        x = self.norm_pre(torch.cat([canvas, self.embed(q) + self.pos], 1))                 # (B, 1 + P + T, C)
+        for block in self.blocks:
+            x = block(x)
+        x = self.out(self.norm_post(x[:, 1:1 + self.side**2]))                              # (B, P, 3 patch^2)
+        if self.proxy_vocab:
+            return x.float()
+        x = x.view(B, self.side, self.side, p, p, 3).permute(0, 5, 1, 3, 2, 4)              # (B, 3, side, p, side, p)
+        return self.smooth(x.reshape(B, 3, self.side * p, self.side * p)).float()           # hides the seams of patches
+
+
+# ---------------------------------------------------------------------------------------------------
+# Codes, as in vq.py
+
+class VectorQuantizer(nn.Module):
+    """Rounds each token to the nearest of V codes, with the losses that train the codes.
+
+    l2_norm: tokens and codes are compared, and handed on, at unit length; the codebook itself keeps any length.
+    beta weighs the commitment of the encoder, entropy LlamaGen's optional term (entropy_loss), off as published.
+    ema=0: the codes are a parameter and learn by the gradient of |sg(z) - e|^2. ema > 0 (0.99 in VQ-VAE): each code is the
+    running mean, with that decay per step, of the z nearest to it. A code used less than `restart` times its fair share
+    is then put on a random z of the batch (Jukebox, 2005.00341, section 3.1); 0: never.
+    """
+
+    def __init__(self, vocab_size, code_dim, l2_norm=True, beta=0.25, entropy=0.0, ema=0.0, restart=0.1):
+        super().__init__()
+        self.vocab_size, self.l2_norm, self.beta, self.entropy = vocab_size, l2_norm, beta, entropy
+        self.ema, self.restart = ema, restart
+        codes = self.unit(torch.empty(vocab_size, code_dim).uniform_(-1 / vocab_size, 1 / vocab_size))
+        if not ema:
+            self.codebook = nn.Parameter(codes)
+        else:                                               # with restarts all codes count as dead at first, so that
+            count = torch.full((vocab_size,), float(restart == 0))          # the first batch seeds the whole codebook
+            self.register_buffer("codebook", codes)
+            self.register_buffer("ema_count", count)                        # N_k
+            self.register_buffer("ema_sum", codes * count[:, None])         # m_k, and e_k = m_k / N_k
+
+    def unit(self, x):                                      # (..., D) -> (..., D), of length 1 where that is wanted
+        return F.normalize(x, dim=-1) if self.l2_norm else x
+
+    @staticmethod
+    def distances(z, codes):
+        """Squared distances: z (N, D), codes (V, D) -> (N, V), by |z|^2 + |e|^2 - 2 z.e: no (N, V, D) differences.
+
+        In float32: bfloat16 takes another code for 6% of random tokens. (TF32, where a GPU is allowed it, swaps near ties.)
+        """
+        return (z**2).sum(1, keepdim=True) + (codes**2).sum(1) - 2 * z @ codes.T
+
+    def nearest(self, z):
+        """z (B, T, D) -> ids (B, T) int64."""
+        with torch.autocast(z.device.type, enabled=False), torch.no_grad():
+            d = self.distances(self.unit(z.float()).flatten(0, 1), self.unit(self.codebook))
+            return d.argmin(1).view(z.shape[:2])
+
+    def codes(self, ids):
+        """ids (B, T) int64 -> (B, T, D), what the decoder sees."""
+        return F.embedding(ids, self.unit(self.codebook))
+
+    def entropy_loss(self, z, temperature=0.01):
+        """Certain of each token, undecided over all of them: z (N, D) -> mean H(p) - H(mean p) (), as LlamaGen has it.
+
+        p = softmax(-squared distance / temperature) over the codes.
+        """
+        log_p = (-self.distances(z, self.unit(self.codebook)) / temperature).log_softmax(-1)                # (N, V)
+        mean = log_p.exp().mean(0)
+        return -(log_p.exp() * log_p).sum(-1).mean() + (mean * torch.log(mean + 1e-5)).sum()
+
+    @torch.no_grad()
+    def count(self, ids):
+        """How often each code occurs: ids (B, T) -> (V,) float32. bincount would wait for the GPU."""
+        ids = ids.flatten()
+        return torch.zeros(self.vocab_size, device=ids.device).index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
+
+    @torch.no_grad()
+    def update(self, z, ids):
+        """Move the running averages by one batch: z (N, D), ids (N,). All processes of a distributed run agree."""
+        count, total = self.count(ids), torch.zeros_like(self.codebook).index_add_(0, ids, z)
+        seeds = z[torch.randint(len(z), (self.vocab_size,), device=z.device)]                               # (V, D)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(count), torch.distributed.all_reduce(total)
+            torch.distributed.broadcast(seeds, 0)
+        self.ema_count.lerp_(count, 1 - self.ema)
+        self.ema_sum.lerp_(total, 1 - self.ema)
+        share = self.ema_count.mean()
+        dead = self.ema_count < self.restart * share
+        self.ema_count.copy_(torch.where(dead, share, self.ema_count))
+        self.ema_sum.copy_(torch.where(dead[:, None], share * seeds, self.ema_sum))
+        n = self.ema_count.sum()                            # Laplace smoothing: no division by 0, and the sum stays n
+        smooth = (self.ema_count + 1e-5) / (n + self.vocab_size * 1e-5) * n
+        self.codebook.copy_(self.unit(self.ema_sum / smooth[:, None]))
+
+    def forward(self, z):
+        """z (B, T, D) -> q (B, T, D) float32, ids (B, T), loss (), logs.
+
+        The losses are means over tokens and over the D channels. logs: commit (with its weight beta), usage (share of
+        the V codes that occur in this batch), perplexity exp(entropy of their frequencies), 1 .. V.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            z, ids = self.unit(z.float()), self.nearest(z)
+            e = self.codes(ids)
+            loss = commit = self.beta * F.mse_loss(z, e.detach())
+            p = self.count(ids) / ids.numel()                                                               # (V,)
+            logs = {"commit": commit.detach(), "usage": (p > 0).float().mean(),
+                    "perplexity": torch.exp(-torch.xlogy(p, p).sum())}
+            if not self.ema:
+                loss = loss + F.mse_loss(e, z.detach())
+            elif self.training:
+                self.update(z.detach().flatten(0, 1), ids.flatten())
+            if self.entropy:
+                entropy = self.entropy * self.entropy_loss(z.flatten(0, 1))
+                loss, logs["entropy"] = loss + entropy, entropy.detach()
+            q = z + (e - z).detach()                        # straight through: the value of e, the gradient of z
+        return q, ids, loss, logs
+
+
+# ---------------------------------------------------------------------------------------------------
+# TiTok
+
+class TiTok(nn.Module):
+    """T ids per image. n_tokens: how many; enc and dec: (width, layers, heads) of the two ViTs; patch: its side in pixels.
+
+    stage: "pixels" (the default) trains everything on the squared error. The published two stages take a trained
+    tokenizer of one id per patch, such as vq.VQ, as `proxy`: "proxy" trains everything to name the proxy's ids, and
+    "finetune" goes on from those weights with encoder and codes frozen: the decoder's softmax mixes the proxy's codes,
+    the proxy's decoder makes pixels of them, and both decoders learn from the squared error. All stages of a proxy have
+    the same weights in the same places. ema and restart: see VectorQuantizer. The authors' codes learn by gradient (ema=0);
+    from a fresh start only a few of them ever do.
+    """
+
+    token_dim = None                                        # tokens are ids
+
+    def __init__(self, image_size=32, n_tokens=32, vocab_size=512, code_dim=12, patch=4, enc=(128, 3, 4), dec=(128, 4, 4),
+                 l2_norm=True, beta=0.25, ema=0.99, restart=0.1, stage="pixels", proxy=None, proxy_vocab=None, legacy=False):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.build(image_size, n_tokens, code_dim, code_dim, patch, enc, dec, proxy, proxy_vocab, legacy)
+        self.quantizer = VectorQuantizer(vocab_size, code_dim, l2_norm, beta, 0.0, ema, restart)
+        self.set_stage(stage)
+
+    def build(self, image_size, n_tokens, c_out, c_in, patch, enc, dec, proxy, proxy_vocab, legacy):
+        """The two transformers, and what they say of themselves."""
+        if image_size % patch:
+            raise ValueError(f"image_size {image_size} is not a multiple of patch {patch}")
+        side = image_size // patch
+        if proxy is not None and tuple(proxy.grid) != (side, side):
+            raise ValueError(f"the proxy has a grid of {tuple(proxy.grid)} ids, this TiTok {side} x {side} patches")
+        self.grid, self.seq_len = (n_tokens,), n_tokens
+        self.proxy, proxy_vocab = proxy, proxy_vocab if proxy is None else proxy.vocab_size
+        self.encoder = LatentEncoder(image_size, patch, n_tokens, c_out, *enc, legacy)
+        self.decoder = LatentDecoder(image_size, patch, n_tokens, c_in, *dec, proxy_vocab)
+        for part in (self.encoder, self.decoder):           # 3 dB more after 300 steps of a small model than with the
+            for module in part.modules():                   # authors' N(0, 0.02^2), from which z hardly sees the image
+                if isinstance(module, (nn.Linear, nn.Conv2d)):
+                    nn.init.xavier_uniform_(module.weight.flatten(1))
+                    nn.init.zeros_(module.bias)
+        with torch.no_grad():                               # and with places that tell neighbours from strangers
+            for places in (self.encoder.pos, self.decoder.canvas):
+                places.copy_(waves(side, places.shape[1]))
+        if proxy_vocab is None:
+            nn.init.dirac_(self.decoder.smooth.weight)      # starts as the identity
+
+    def set_stage(self, stage):
+        """"pixels", "proxy" or "finetune": decides the loss, and which weights learn."""
+        if stage not in ("pixels", "proxy", "finetune"):
+            raise ValueError(f"stage {stage!r} is none of 'pixels', 'proxy', 'finetune'")
+        if (stage == "pixels") == bool(self.decoder.proxy_vocab):
+            raise ValueError(f"stage {stage!r} {'needs no' if self.decoder.proxy_vocab else 'needs a'} proxy tokenizer")
+        self.stage = stage
+        self.requires_grad_(stage != "finetune")
+        self.decoder.requires_grad_(True)
+        if self.proxy is not None:
+            self.proxy.requires_grad_(False)
+            for name in ("post_quant_conv", "decoder") if stage == "finetune" else ():
+                if hasattr(self.proxy, name):
+                    getattr(self.proxy, name).requires_grad_(True)
+
+    def bottleneck(self, z):
+        """Outputs of the encoder z (B, T, D) -> what the decoder gets (B, T, D), loss (), logs."""
+        if self.stage == "finetune":
+            return self.quantizer.codes(self.quantizer.nearest(z)), z.new_zeros(()), {}
+        q, _, loss, logs = self.quantizer(z)
+        return q, loss, logs
+
+    def decode_raw(self, q):
+        """Codes q (B, T, D) -> images (B, 3, H, W), not clamped. With a proxy, its codes are mixed by their probability."""
+        if not self.decoder.proxy_vocab:
+            return self.decoder(q)
+        every = torch.arange(self.decoder.proxy_vocab, device=q.device)
+        return self.proxy.decode_raw(self.decoder(q).softmax(-1) @ self.proxy.quantizer.codes(every))
+
+    def reconstruct(self, images):
+        """images (B, 3, H, W) -> recon (B, 3, H, W), auxiliary loss (), logs."""
+        q, auxiliary, logs = self.bottleneck(self.encoder(images))
+        return self.decode_raw(q), auxiliary, logs
+
+    def forward(self, images, labels=None):
+        """images (B, 3, H, W) in [-1, 1] -> loss (), logs: mse per pixel value, or, in the stage "proxy", nats per proxy
+        id and the share of them that is named right; and the bottleneck's."""
+        if self.stage != "proxy":
+            recon, auxiliary, logs = self.reconstruct(images)
+            mse = F.mse_loss(recon, images)
+            return mse + auxiliary, {"mse": mse.detach(), **logs}
+        q, auxiliary, logs = self.bottleneck(self.encoder(images))
+        logits, target = self.decoder(q).flatten(0, 1), self.proxy.encode(images).flatten()                 # over all B * P
+        nats = F.cross_entropy(logits, target)
+        right = (logits.argmax(-1) == target).float().mean()
+        return nats + auxiliary, {"proxy_nats": nats.detach(), "proxy_right": right, **logs}
+
+    @torch.no_grad()
+    def encode(self, images):
+        """images (B, 3, H, W) in [-1, 1] -> ids (B, T) int64 in 0 .. V - 1. Their order means nothing to the eye."""
+        return self.quantizer.nearest(self.encoder(images))
+
+    @torch.no_grad()
+    def decode(self, tokens):
+        """ids (B, T) int64 -> images (B, 3, H, W) in [-1, 1]."""
+        return self.decode_raw(self.quantizer.codes(tokens)).clamp(-1, 1)
+
+    @classmethod
+    def from_official(cls, state_dict, n_head=None, l2_norm=None):
+        """The authors' weights (tokenizer_titok_*): a state dict or a path -> TiTok or TiTokVAE in eval mode.
+
+        Sizes are read off the shapes; n_head is width / 64 and l2_norm true for the two-stage models, unless said
+        otherwise. Their pixels are in [0, 1]: that is put into the first and the last layer, so that images come and go
+        in [-1, 1] as everywhere here. Refuses unknown or missing keys by name.
+        """
+        if not isinstance(state_dict, dict):
+            state_dict = load_weights(state_dict)
+        sd = {k: v.float() for k, v in state_dict.items()}
+        for key in ("encoder.patch_embed.weight", "encoder.conv_out.weight", "decoder.decoder_embed.weight", "latent_tokens",
+                    "decoder.ffn.0.weight", "decoder.positional_embedding"):
+            if key not in sd:
+                raise ValueError(f"not a TiTok: the key {key} is missing")
+        pixel = {k.replace("pixel_decoder.", "decoder.").replace("pixel_quantize.", "quantize."): sd.pop(k)
+                 for k in list(sd) if k.startswith(("pixel_decoder.", "pixel_quantize."))}
+        two_stage, patch = "decoder.ffn.2.weight" in sd, sd["encoder.patch_embed.weight"].shape[-1]
+        size = dict(image_size=patch * math.isqrt(len(sd["decoder.positional_embedding"]) - 1), patch=patch,
+                    n_tokens=len(sd["latent_tokens"]), legacy=two_stage)
+        for ours, part in (("enc", "encoder"), ("dec", "decoder")):
+            width = sd[f"{part}.ln_pre.weight"].shape[0]
+            layers = len({k.split(".")[2] for k in sd if k.startswith(f"{part}.transformer.")})
+            size[ours] = (width, layers, n_head or width // 64)
+        if two_stage:
+            side = size["image_size"] // patch
+            proxy = MaskGITVQGAN.from_official(pixel, (side, side)) if pixel else None
+            size |= dict(stage="finetune" if pixel else "proxy", proxy=proxy, proxy_vocab=len(sd["decoder.ffn.2.bias"]))
+        D = sd["decoder.decoder_embed.weight"].shape[1]
+        if len(sd["encoder.conv_out.weight"]) == 2 * D:
+            model = TiTokVAE(token_dim=D, **size)
+        elif "quantize.embedding.weight" not in sd:
+            raise ValueError("not a TiTok of ids: the key quantize.embedding.weight is missing")
+        else:
+            model = TiTok(vocab_size=len(sd["quantize.embedding.weight"]), code_dim=D, **size, ema=0,
+                          l2_norm=two_stage if l2_norm is None else l2_norm)
+        names = titok_names(model)                          # theirs: ours
+        missing, unknown = [k for k in names if k not in sd], [k for k in sd if k not in names]
+        if missing or unknown:
+            raise ValueError(f"the tokenizer's weights do not fit: missing {missing[:3]}, unknown {unknown[:3]}")
+        ours = {k: v for k, v in model.state_dict().items() if k.startswith(("proxy.", "latent_"))}
+        ours |= {name: sd[key] for key, name in names.items() if name}
+        for part, pos in (("encoder", "pos"), ("decoder", "canvas")):                       # only these sums matter
+            place = sd[f"{part}.positional_embedding"]
+            ours[f"{part}.cls"] = sd[f"{part}.class_embedding"] + place[:1]
+            ours[f"{part}.{pos}"] = place[1:] + (sd["decoder.mask_token"][0] if part == "decoder" else 0)
+        ours["encoder.latents"] = sd["latent_tokens"] + sd["encoder.latent_token_positional_embedding"]
+        weight = ours["encoder.patch_embed.weight"] = sd["encoder.patch_embed.weight"] / 2  # of (x + 1) / 2
+        ours["encoder.patch_embed.bias"] = sd["encoder.patch_embed.bias"] + weight.sum((1, 2, 3))
+        if not two_stage:                                   # 2 y - 1
+            ours["decoder.smooth.weight"] = 2 * sd["decoder.conv_out.weight"]
+            ours["decoder.smooth.bias"] = 2 * sd["decoder.conv_out.bias"] - 1
+        model.load_state_dict({k: v.reshape(model.state_dict()[k].shape) for k, v in ours.items()})   # 1x1 convolutions
+        return model.eval()
+
+
+class TiTokVAE(TiTok):
+    """T real vectors per image: the same transformers around a Gaussian per token, with the methods of vae.VAE.
+
+    beta weighs the KL in nats against the squared error summed over the image, in [-1, 1] pixel units, as in vae.VAE.
+    The authors' 1e-6 is 0.8 on this scale at 256 x 256 pixels.
+    """
+
+    vocab_size = None                                       # tokens are continuous
+
+    def __init__(self, image_size=32, n_tokens=32, token_dim=12, patch=4, enc=(128, 3, 4), dec=(128, 4, 4), beta=1e-2,
+                 stage="pixels", proxy=None, proxy_vocab=None, legacy=False):
+        nn.Module.__init__(self)
+        self.token_dim, self.beta = token_dim, beta
+        self.build(image_size, n_tokens, 2 * token_dim, token_dim, patch, enc, dec, proxy, proxy_vocab, legacy)
+        self.n_pixels = 3 * image_size**2
+        self.register_buffer("latent_mean", torch.zeros(n_tokens, token_dim))               # set by measure(), for each
+        self.register_buffer("latent_scale", torch.ones(n_tokens, token_dim))               # token: they differ in meaning
+        self.set_stage(stage)
+
+    @staticmethod
+    def gaussian(moments):                                  # (B, T, 2D) -> mean, std, each (B, T, D)
+        mean, logvar = moments.chunk(2, dim=-1)
+        return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
+
+    def posterior(self, images):
+        """q(z | image), a Gaussian per token: images (B, 3, H, W) -> mean, std, each (B, T, D), raw latent units."""
+        return self.gaussian(self.encoder(images))
+
+    @staticmethod
+    def kl(mean, std):
+        """KL( N(mean, std^2) || N(0, 1) ) in nats per token: mean, std (B, T, D) -> (B, T)."""
+        return 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).sum(-1)
+
+    @staticmethod
+    def reparameterise(mean, std):
+        """Draw z ~ N(mean, std^2) so that gradients reach mean and std: (B, T, D), (B, T, D) -> (B, T, D)."""
+        return mean + std * torch.randn_like(std)
+
+    def bottleneck(self, z):
+        """Moments z (B, T, 2D) -> a draw (B, T, D), beta * KL per pixel value (), logs: kl in nats per token."""
+        mean, std = self.gaussian(z)
+        kl = self.kl(mean, std).mean()
+        return self.reparameterise(mean, std), self.beta * kl * (self.seq_len / self.n_pixels), {"kl": kl.detach()}
+
+    def normalise(self, z):
+        """Raw latents -> tokens of unit variance."""
+        return (z - self.latent_mean) * self.latent_scale
+
+    @torch.no_grad()
+    def encode(self, images):
+        """images (B, 3, H, W) -> one draw from the posterior (B, T, D), float32, unit variance over the data."""
+        return self.normalise(self.reparameterise(*self.posterior(images)))
+
+    @torch.no_grad()
+    def decode(self, tokens):
+        """tokens (B, T, D) of unit variance -> images (B, 3, H, W) in [-1, 1]."""
+        return self.decode_raw(tokens / self.latent_scale + self.latent_mean).clamp(-1, 1)
+
+    @torch.no_grad()
+    def measure(self, mean, std):
+        """Set latent_mean and latent_scale from the posteriors of the training set, each (N, T, D)."""
+        mean, std = mean.double(), std.double()
+        self.latent_mean.copy_(mean.mean(0))
+        self.latent_scale.copy_((mean.var(0) + (std**2).mean(0)).rsqrt())
+
+
+def titok_names(model):
+    """The authors' keys -> ours, None where from_official puts them together."""
+    names = {"latent_tokens": None, "decoder.mask_token": None, "decoder.decoder_embed.weight": "decoder.embed.weight",
+             "decoder.decoder_embed.bias": "decoder.embed.bias", "encoder.latent_token_positional_embedding": None,
+             "decoder.latent_token_positional_embedding": "decoder.pos"}
+    if model.vocab_size:
+        names["quantize.embedding.weight"] = "quantizer.codebook"
+    for part, module in (("encoder", model.encoder), ("decoder", model.decoder)):
+        names |= {f"{part}.class_embedding": None, f"{part}.positional_embedding": None}
+        for i in range(len(module.blocks)):
+            theirs, ours = f"{part}.transformer.{i}", f"{part}.blocks.{i}"
+            names |= {f"{theirs}.attn.in_proj_{kind}": f"{ours}.wqkv.{kind}" for kind in ("weight", "bias")}
+            for a, b in (("ln_1", "norm1"), ("ln_2", "norm2"), ("attn.out_proj", "wo"), ("mlp.c_fc", "fc1"),
+                         ("mlp.c_proj", "fc2")):
+                names |= {f"{theirs}.{a}.{kind}": f"{ours}.{b}.{kind}" for kind in ("weight", "bias")}
+        for end in ("pre", "post"):
+            names |= {f"{part}.ln_{end}.{kind}": f"{part}.norm_{end}.{kind}" for kind in ("weight", "bias")}
+    for kind in ("weight", "bias"):
+        names |= {f"encoder.conv_out.{kind}": f"encoder.out.{kind}", f"encoder.patch_embed.{kind}": None}
+        if model.decoder.proxy_vocab:
+            names |= {f"decoder.ffn.{i}.{kind}": f"decoder.out.{i}.{kind}" for i in (0, 2)}
+        else:
+            names |= {f"decoder.ffn.0.{kind}": f"decoder.out.{kind}", f"decoder.conv_out.{kind}": None}
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------
+# The proxy of the published two stages: MaskGIT's VQGAN. (For a small world of one's own, vq.VQ does the same.)
+
+class PixelBlock(nn.Module):
+    """A residual block as MaskGIT wrote it: where the width changes, the shortcut starts from h, not from x, and what is
+    added to h is a 1x1 convolution of h itself. Published weights need it so."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(32, c_in, eps=1e-6), nn.GroupNorm(32, c_out, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.nin_shortcut = nn.Conv2d(c_out, c_out, 1, bias=False) if c_in != c_out else None
+
+    def forward(self, x):                                   # (B, c_in, h, w) -> (B, c_out, h, w)
+        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return h + (x if self.nin_shortcut is None else self.nin_shortcut(h))
+
+
+class MaskGITVQGAN(nn.Module):
+    """MaskGIT's tokenizer (2202.04200, section 3.1), for published weights: no attention, pixels in [0, 1] inside."""
+
+    token_dim = None
+
+    def __init__(self, grid=(16, 16), vocab_size=1024, code_dim=256, ch=128, ch_mult=(1, 1, 2, 2, 4), n_res=2, encoder=True):
+        super().__init__()
+        self.grid, self.seq_len, self.vocab_size = tuple(grid), math.prod(grid), vocab_size
+        lowest, last = ch * ch_mult[-1], len(ch_mult) - 1
+        end = lambda c, out, k: [nn.GroupNorm(32, c, eps=1e-6), nn.SiLU(), nn.Conv2d(c, out, k, padding=k // 2)]
+        down, c = [nn.Conv2d(3, ch, 3, padding=1, bias=False)], ch
+        for level, mult in enumerate(ch_mult):
+            for _ in range(n_res):
+                down.append(PixelBlock(c, ch * mult))
+                c = ch * mult
+            down += [nn.AvgPool2d(2)] if level < last else []
+        down += [PixelBlock(c, c) for _ in range(n_res)] + end(c, code_dim, 1)
+        self.encoder = nn.Sequential(*down) if encoder else None                            # a TiTok file has only the rest
+        self.quantizer = VectorQuantizer(vocab_size, code_dim, l2_norm=False)
+        up = [nn.Conv2d(code_dim, lowest, 3, padding=1)] + [PixelBlock(lowest, lowest) for _ in range(n_res)]
+        for level in reversed(range(len(ch_mult))):
+            for _ in range(n_res):
+                up.append(PixelBlock(c, ch * ch_mult[level]))
+                c = ch * ch_mult[level]
+            up += [nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)] if level else []
+        self.decoder = nn.Sequential(*up, *end(c, 3, 3))
+
+    def latents(self, images):
+        """images (B, 3, H, W) in [-1, 1] -> z (B, T, D), not yet rounded."""
+        return self.encoder((images + 1) / 2).float().flatten(2).transpose(1, 2)
+
+    def decode_raw(self, q):
+        """Codes q (B, T, D) -> images (B, 3, H, W), not clamped."""
+        return 2 * self.decoder(q.transpose(1, 2).unflatten(2, self.grid)).float() - 1
+
+    @torch.no_grad()
+    def encode(self, images):
+        """images (B, 3, H, W) in [-1, 1] -> ids (B, T) int64."""
+        return self.quantizer.nearest(self.latents(images))
+
+    @torch.no_grad()
+    def decode(self, tokens):
+        """ids (B, T) int64 -> images (B, 3, H, W) in [-1, 1]."""
+        return self.decode_raw(self.quantizer.codes(tokens)).clamp(-1, 1)
+
+    @classmethod
+    def from_official(cls, state_dict, grid=(16, 16)):
+        """The PyTorch port of the weights (maskgit-vqgan-imagenet-f16-256.bin): a state dict or a path -> in eval mode.
+
+        Decoder and codebook alone, as TiTok's files have them, are enough. Refuses unknown or missing keys by name.
+        """
+        if not isinstance(state_dict, dict):
+            state_dict = load_weights(state_dict)
+        sd = {k: v.float() for k, v in state_dict.items()}
+        for key in ("decoder.norm_out.weight", "quantize.embedding.weight"):
+            if key not in sd:
+                raise ValueError(f"not a MaskGIT VQGAN: the key {key} is missing")
+        ch, (vocab_size, code_dim) = len(sd["decoder.norm_out.weight"]), sd["quantize.embedding.weight"].shape
+        count = lambda start: len({k[len(start):].split(".")[0] for k in sd if k.startswith(start)})
+        levels, n_res = count("decoder.up."), count("decoder.mid.")
+        mult = tuple(len(sd.get(f"decoder.up.{i}.block.0.conv1.weight", "")) // ch for i in range(levels))
+        model = cls(grid, vocab_size, code_dim, ch, mult, n_res, encoder="encoder.conv_in.weight" in sd)
+        blocks = {"encoder": [f"down.{i}.block.{j}" for i in range(levels) for j in range(n_res)], "decoder": []}
+        for i in reversed(range(levels)):
+            blocks["decoder"] += [f"up.{i}.block.{j}" for j in range(n_res)] + ([f"up.{i}.upsample_conv"] if i else [])
+        mid, expected = [f"mid.{j}" for j in range(n_res)], {"quantize.embedding.weight": "quantizer.codebook"}
+        for part in ("encoder", "decoder") if model.encoder is not None else ("decoder",):
+            order = blocks[part] + mid if part == "encoder" else mid + blocks[part]
+            layers = [(i, layer) for i, layer in enumerate(getattr(model, part)) if list(layer.parameters())]
+            for (i, layer), name in zip(layers, ["conv_in", *order, "norm_out", "conv_out"], strict=True):
+                expected |= {f"{part}.{name}.{k}": f"{part}.{i}.{k}" for k in layer.state_dict()}
+        missing, unknown = ([k for k in a if k not in b] for a, b in ((expected, sd), (sd, expected)))
+        if missing or unknown:
+            raise ValueError(f"the VQGAN's weights do not fit: missing {missing[:3]}, unknown {unknown[:3]}")
+        model.load_state_dict({expected[k]: v for k, v in sd.items()})
+        return model.eval()
+
+
+def load_weights(path):
+    """A .pt, .pth, .ckpt or .safetensors file -> state dict on the CPU. Never runs code from the file."""
+    if str(path).endswith(".safetensors"):
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ValueError(f"{path} needs the optional package safetensors: pip install safetensors") from None
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Demo
+
+def fit_titok(model, images, steps, batch_size=16, lr=4e-3):
+    """Train on a fixed set of images (N, 3, H, W) -> seconds."""
+    opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
+    start = time.perf_counter()
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = lr * min(1, (step + 1) / 30) * (1 - step / steps)
+        loss, _ = model(images[torch.randint(len(images), (batch_size,), device=images.device)])
+        opt.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+    return time.perf_counter() - start
+
+
+def reach_of_tokens(model, ids, others):
+    """How far a token reaches: ids (1, T), others (N, T) of other images -> mean absolute change (T, H, W) of the picture
+    where one id at a time is exchanged for what stands in its place in the others, and one changed picture per token."""
+    before, reach, changed = model.decode(ids), [], []
+    for t in range(ids.shape[1]):
+        mixed = ids.repeat(len(others), 1)
+        mixed[:, t] = others[:, t]
+        after = model.decode(mixed)                                                         # (N, 3, H, W)
+        change = (after - before).abs().mean(1)
+        reach.append(change.mean(0))
+        changed.append(after[change.mean((1, 2)).argmax()])
+    return torch.stack(reach), torch.stack(changed)
+
+
+def show_tokens(results, images, shown):
+    """titok.png: images from ever more tokens on the left; on the right what one token of the model `shown` changes."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import data
+    fig = plt.figure(figsize=(12.5, 6.3))
+    left, right = fig.add_gridspec(1, 2, width_ratios=[1, 1.5], left=0.01, right=0.93, top=0.78, bottom=0.02, wspace=0.05)
+    columns = [(images, "image")] + [(r["recon"], f"{r['T']} tokens\n{r['bits']} bits\n{r['psnr']:.1f} dB") for r in results]
+    cells = left.subgridspec(5, len(columns), wspace=0.06, hspace=0.06)
+    for c, (pictures, title) in enumerate(columns):
+        for row in range(5):
+            ax = fig.add_subplot(cells[row, c])
+            ax.imshow(data.tile(pictures[row:row + 1], 1), interpolation="nearest")
+            ax.set_axis_off()
+            if row == 0:
+                ax.set_title(title, fontsize=10)
+    reach, T = shown["reach"].cpu(), len(shown["reach"])
+    cells = right.subgridspec(4, T // 2, wspace=0.06, hspace=0.22)
+    for t in range(T):
+        row, column = 2 * (t // (T // 2)), t % (T // 2)
+        ax = fig.add_subplot(cells[row, column])
+        ax.imshow(data.tile(shown["changed"][t:t + 1], 1), interpolation="nearest")
+        ax.set_title(f"token {t + 1} changed", fontsize=10)
+        ax.set_axis_off()
+        ax = fig.add_subplot(cells[row + 1, column])
+        heat = ax.imshow(reach[t], cmap="magma", vmin=0, vmax=reach.max().item(), interpolation="nearest")
+        ax.set_axis_off()
+    bar = fig.colorbar(heat, cax=fig.add_axes([0.94, 0.15, 0.012, 0.5]))
+    bar.ax.set_title("mean\nchange", fontsize=9)
+    fig.suptitle("titok.py: tokens without a place. Left: held-out images, drawn from 4 to 32 tokens\n"
+                 f"Right: the topmost image from {T} tokens, of which one is exchanged. Below each picture where that changes it:\n"
+                 "not in one patch of its own, as with a grid, but wherever the token has a say", fontsize=12)
+    fig.savefig("titok.png", dpi=80)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The same images from 4 to 32 tokens, and what one token says.")
+    parser.add_argument("--steps", type=int, default=700, help="training steps of each of the four models")
+    parser.add_argument("--image_size", type=int, default=16, help="side of the images in pixels, a multiple of 4")
+    args = parser.parse_args()
+    import data
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images = data.draw(torch.arange(4000, device=device), args.image_size)[0]
+    held_out = data.draw(torch.arange(200, device=device) + data.VAL_INDEX, args.image_size)[0]
+    results = []
+    for T in (4, 8, 16, 32):
+        torch.manual_seed(0)
+        model = TiTok(args.image_size, T, vocab_size=256, enc=(64, 2, 4), dec=(64, 2, 4)).to(device)
+        seconds = fit_titok(model, images, args.steps)
+        ids = model.eval().encode(held_out)                                                 # (200, T)
+        recon = model.decode(ids)
+        psnr = 10 * math.log10(4 / F.mse_loss(recon, held_out))
+        usage = (model.quantizer.count(ids) > 0).float().mean()
+        reach, changed = reach_of_tokens(model, ids[:1], ids[1:65])
+        far = (reach > 0.1 * reach.amax((1, 2), keepdim=True)).float().mean()
+        print(f"{T:2d} tokens of {math.log2(model.vocab_size):.0f} bits   PSNR {psnr:4.1f} dB   {usage:4.0%} of the codes in use   "
+              f"one token touches {far:3.0%} of the picture   {seconds:.0f} s")
+        results.append(dict(T=T, bits=T * int(math.log2(model.vocab_size)), psnr=psnr, recon=recon, reach=reach, changed=changed))
+    show_tokens(results, held_out, results[1])
+    print("wrote titok.png")
+
+
+if __name__ == "__main__":
+    main()
