@@ -3408,6 +3408,10 @@ IDS = ["--tokenizer", "vq", "--head", "categorical"]
     ([*IDS, "--generator", "mar"], "shapes-vq-mar-categorical"),
     (["--perceptual", "1", "--gan", "0.5", "--gan_start", "12", "--adaptive", "--tok_name", "vg", "--name", "vg-ar"], "vg-ar"),
     ([*IDS, "--gan", "0.5", "--gan_loss", "non-saturating", "--tok_name", "qg", "--name", "qg-ar"], "qg-ar"),
+    ([*IDS, "--tokenizer", "lfq", "--vocab_size", "64", "--generator", "maskgit"], "shapes-lfq-maskgit-categorical"),
+    ([*IDS, "--tokenizer", "titok", "--tokens", "6", "--generator", "maskgit"], "shapes-titok-maskgit-categorical"),
+    (["--tokenizer", "titok-vae", "--tokens", "5", "--generator", "mar", "--head", "diffusion", "--head_width", "32"],
+     "shapes-titok-vae-mar-diffusion"),
     ([*IDS, "--codebook", "ema", "--vocab_size", "32", "--tok_name", "ve", "--generator", "mar", "--attention", "causal",
       "--flip", "--name", "vc"], "vc")])
 def test_every_combination_trains_loads_and_samples(words, name, tiny_run, capsys):

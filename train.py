@@ -39,23 +39,27 @@ import data
 import diffusion_head
 import flow_adapter
 import gmm_head
+import lfq
 import mar
 import maskgit
 import perceptual_gan
 import sample
+import titok
 import vae
 import vq
 from data import BadInput
 
 STAGE1 = ("data", "image_size", "flip", "n_shapes", "seed", "task", "tokenizer", "tok_size", "tok_steps", "tok_batch_size",
-          "tok_lr", "token_dim", "channels", "likelihood", "beta", "corrupt", "vocab_size", "codebook",
+          "tok_lr", "token_dim", "channels", "likelihood", "beta", "corrupt", "vocab_size", "codebook", "tokens",
           "perceptual", "lpips", "gan", "gan_loss", "gan_start", "adaptive")
 STAGE2 = STAGE1 + ("adapter", "generator", "head", "mix", "n_mix", "objective", "head_width", "head_depth", "batch_mul",
                    "order", "attention", "n_buffer", "mask_min", "joint", "size", "steps", "batch_size", "lr", "optimizer",
                    "label_drop", "dropout", "condition", "text_encoder", "text_len")
 BOTH = ("weight_decay", "warmup", "grad_clip", "ema")
 
-TOKENIZERS = {"vae": (vae.VAE, vae.SIZES), "vq": (vq.VQ, vq.SIZES)}
+TOKENIZERS = {"vae": (vae.VAE, vae.SIZES), "vq": (vq.VQ, vq.SIZES), "lfq": (lfq.LFQ, lfq.SIZES),
+              "titok": (titok.TiTok, titok.SIZES), "titok-vae": (titok.TiTokVAE, titok.SIZES)}
+CONTINUOUS = ("vae", "titok-vae")                           # the others' tokens are whole numbers
 GENERATORS = {"ar": (ar_transformer.ARTransformer, ar_transformer.SIZES), "maskgit": (maskgit.MaskGIT, maskgit.SIZES),
               "mar": (mar.MAR, mar.SIZES)}
 
@@ -66,7 +70,7 @@ CODEBOOKS = {                                               # --codebook: unit l
 DEFAULTS = {                                                # what a flag is when nobody says it
     "any": dict(data="shapes", image_size=32, flip=False, n_shapes=20_000, seed=0, task="class", condition="class",
                 text_encoder="bytes", text_len=None, channels=3, likelihood="mse",
-                corrupt=0.0, vocab_size=None, codebook=None,
+                corrupt=0.0, vocab_size=None, codebook=None, tokens=None,
                 perceptual=0.0, lpips=None, gan=0.0, gan_loss="hinge", gan_start=None, adaptive=False, adapter="none", mix="vector", n_mix=8, objective="diffusion",
                 batch_mul=4, order="random",
                 attention="bidirectional", joint=False, label_drop=0.1, weight_decay=0.02, warmup=50, grad_clip=1.0,
@@ -75,6 +79,7 @@ DEFAULTS = {                                                # what a flag is whe
                 size="small", steps=1600, batch_size=64, lr=4e-3),
     "cuda": dict(tok_size="medium", tok_steps=4000, tok_batch_size=128, tok_lr=1e-3, beta=0.02,
                  size="medium", steps=8000, batch_size=256, lr=1e-3),
+    "any-lfq": dict(beta=0.05), "any-titok": dict(beta=0.25, codebook="l2-ema"), "any-titok-vae": dict(beta=0.01),
     "any-vq": dict(beta=0.25, codebook="l2-ema"),           # beta: of the commitment. LlamaGen's own l2 leaves half unused here
     "cpu-maskgit": dict(steps=3000),                        # a pass teaches the hidden tokens only, so it needs more of them
     "cuda-maskgit": dict(steps=16_000),
@@ -89,7 +94,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Train a tokenizer and a generator on drawn shapes or on your own images.",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--tokenizer", choices=list(TOKENIZERS), required=True,
-                   help="stage 1: how an image becomes tokens; vae: real vectors, vq: whole numbers")
+                   help="stage 1: how an image becomes tokens; vae, titok-vae: real vectors; vq, lfq, titok: whole numbers")
     p.add_argument("--generator", choices=["ar", "maskgit", "mar", "none"], default="ar",
                    help="stage 2: one token after the other, masked tokens in parallel, or sets of tokens in random order; none: "
                         "stop after stage 1")
@@ -108,8 +113,9 @@ def parse_args(argv=None):
     g.add_argument("--tok_batch_size", type=int, help="images per step, over all processes")
     g.add_argument("--tok_lr", type=float, help="peak learning rate")
     g.add_argument("--token_dim", type=int, help="numbers in one token, or in one code of vq (default: that of the size)")
-    g.add_argument("--vocab_size", type=int, help="vq: how many codes (default: that of the size)")
-    g.add_argument("--codebook", choices=list(CODEBOOKS), help="vq: codes of unit length (l2), as they are (plain), or as moving "
+    g.add_argument("--vocab_size", type=int, help="vq, lfq, titok: how many codes, for lfq a power of 2 (default: that of the size)")
+    g.add_argument("--tokens", type=int, help="titok: tokens per image, such as 8, 16, 32 (default: that of the size)")
+    g.add_argument("--codebook", choices=list(CODEBOOKS), help="vq, titok: codes of unit length (l2), as they are (plain), or as moving "
                                                                "averages with restarts (l2-ema, ema)")
     g.add_argument("--task", choices=["class", "segment", "depth"],
                    help="what to generate: images of a class, or from an image of the drawn world its label map or distances")
@@ -172,7 +178,7 @@ def parse_args(argv=None):
     g.add_argument("--eval_every", type=int, default=500, help="steps between validation losses, each with a checkpoint")
     g.add_argument("--save_every", type=int, default=100, help="steps between checkpoints")
     args = p.parse_args(argv)
-    args.head = args.head or ("gmm" if args.tokenizer == "vae" else "categorical")
+    args.head = args.head or ("gmm" if args.tokenizer in CONTINUOUS else "categorical")
     return args
 
 
@@ -201,13 +207,13 @@ def resolve(given, names, saved, device, folder):
 
 def check(args):
     """Refuse what cannot work, in one sentence that names the flag to change."""
-    continuous = args.tokenizer == "vae"
+    continuous = args.tokenizer in CONTINUOUS
     if (args.head == "categorical") == continuous:
         what, other = ("real vectors", "gmm") if continuous else ("ids", "categorical")
         raise BadInput(f"--head {args.head} does not fit --tokenizer {args.tokenizer}, which gives {what}: use --head {other}")
     for name, neutral in (("adapter", "none"), ("joint", False), ("task", "class"), ("likelihood", "mse"), ("corrupt", 0)):
-        if not continuous and getattr(args, name) not in (None, neutral):
-            raise BadInput(f"--{name}: needs the real-valued tokens of --tokenizer vae")
+        if args.tokenizer != "vae" and getattr(args, name) not in (None, neutral):
+            raise BadInput(f"--{name}: needs --tokenizer vae")
     if args.condition == "text" and (args.generator not in ("ar", "none") or args.joint or args.task not in (None, "class")):
         raise BadInput("--condition text: only --generator ar reads captions, without --task and --joint")
     if args.condition == "text" and args.flip:
@@ -215,13 +221,18 @@ def check(args):
     for name in ("text_encoder", "text_len"):
         if args.condition != "text" and getattr(args, name) not in (None, "bytes"):
             raise BadInput(f"--{name}: goes with --condition text")
-    for name in ("vocab_size", "codebook"):
-        if args.tokenizer != "vq" and getattr(args, name) is not None:
-            raise BadInput(f"--{name}: is for --tokenizer vq")
+    for name, where in (("vocab_size", ("vq", "lfq", "titok")), ("codebook", ("vq", "titok")), ("tokens", ("titok", "titok-vae")),
+                        ("channels", ("vae", "vq", "lfq"))):
+        if args.tokenizer not in where and getattr(args, name) not in (None, 3):
+            raise BadInput(f"--{name}: is for --tokenizer {' or '.join(where)}")
+    if args.tokenizer == "lfq" and args.vocab_size and args.vocab_size & (args.vocab_size - 1):
+        raise BadInput(f"--vocab_size {args.vocab_size}: lfq has one bit per dimension, so a power of 2, such as 1024")
+    if args.tokenizer == "lfq" and args.token_dim:
+        raise BadInput("--token_dim: of lfq it follows from --vocab_size, 10 bits for 1024")
     if args.tok_size is not None and args.tok_size not in TOKENIZERS[args.tokenizer][1]:
         raise BadInput(f"--tok_size {args.tok_size}: --tokenizer {args.tokenizer} has {', '.join(TOKENIZERS[args.tokenizer][1])}")
     for name in ("image_size", "n_shapes", "tok_steps", "tok_batch_size", "steps", "batch_size", "n_mix", "token_dim",
-                 "vocab_size", "text_len", "head_width", "head_depth", "batch_mul", "n_buffer", "log_every", "eval_every", "save_every"):
+                 "vocab_size", "tokens", "text_len", "head_width", "head_depth", "batch_mul", "n_buffer", "log_every", "eval_every", "save_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: must be at least 1")
     for name in ("tok_lr", "lr", "grad_clip"):
@@ -299,13 +310,18 @@ def open_data(args, split, device):
 def build_tokenizer(args):
     model_class, sizes = TOKENIZERS[args.tokenizer]
     size = sizes[args.tok_size] | dict(image_size=args.image_size, beta=args.beta)
-    size["channels"] = 1 + len(data.SHAPES) if args.task == "segment" else args.channels
+    given = lambda **flags: {k: v for k, v in flags.items() if v is not None}               # the others are left to the size
+    if args.tokenizer in ("vae", "vq", "lfq"):
+        size["channels"] = 1 + len(data.SHAPES) if args.task == "segment" else args.channels
     if args.tokenizer == "vae":
-        size |= dict(corrupt=args.corrupt, likelihood=args.likelihood)
-        size |= dict(token_dim=args.token_dim) if args.token_dim else {}
+        size |= dict(corrupt=args.corrupt, likelihood=args.likelihood) | given(token_dim=args.token_dim)
+    elif args.tokenizer == "lfq":
+        size |= given(bits=args.vocab_size and args.vocab_size.bit_length() - 1)
+    elif args.tokenizer == "titok-vae":
+        size |= given(token_dim=args.token_dim, n_tokens=args.tokens)
     else:
-        size |= CODEBOOKS[args.codebook] | (dict(vocab_size=args.vocab_size) if args.vocab_size else {})
-        size |= dict(code_dim=args.token_dim) if args.token_dim else {}
+        size |= CODEBOOKS[args.codebook] | given(vocab_size=args.vocab_size, code_dim=args.token_dim)
+        size |= given(n_tokens=args.tokens) if args.tokenizer == "titok" else {}
     try:
         return model_class(**size)
     except ValueError as e:
@@ -598,7 +614,10 @@ def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finis
     """
     steps, batch_size, lr = ((args.tok_steps, args.tok_batch_size, args.tok_lr) if stage == 1 else
                              (args.steps, args.batch_size, args.lr))
-    model = raw = model.to(world.device, memory_format=torch.channels_last)   # twice as fast for convolutions on a CPU
+    model = raw = model.to(world.device)
+    for p in raw.parameters():
+        if p.ndim == 4:                                     # channels last: twice as fast for 2-D convolutions on a CPU
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
     ema = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(1 - 20 / max(steps, 40) if args.ema is None else args.ema))
     optimizers = make_optimizers(raw, args, lr, matrices=stage == 2 and args.optimizer == "muon")
     small_net = stage == 1 or args.joint                    # convolutions of 16 channels gain nothing from bf16 on a CPU
@@ -772,7 +791,8 @@ def start(given, names, folder, world):
     return args, checkpoint, checkpoint is not None and checkpoint["done"]
 
 
-UNITS = {"vae": "squared error per pixel value + beta KL", "vq": "squared error per pixel value + losses of the codes",
+UNITS = {"vae": "squared error per pixel value + beta KL", "titok-vae": "squared error per pixel value + beta KL",
+         **{name: "squared error per pixel value + losses of the codes" for name in ("vq", "lfq", "titok")},
          "logistic": "bits per dimension", "gmm": "nats per token", "categorical": "nats per token",
          "diffusion": "squared error of the noise + vb (bits)", "flow": "squared error of the velocity"}
 
