@@ -559,7 +559,7 @@ def main():
     print("another ending from frame 5 on moves z by at most "
           + ", ".join(f"{v:.2g}" for v in moved) + " in the 3 frames of tokens")
     film_strip(fig, bottom, clip[0].cpu(), x_hat[14].cpu(), other[0].cpu(), changed.float())
-    fig.suptitle(f"lfq.py: a token is {video.bits} signs; the entropy over all tokens brings the {video.vocab_size} words into use\n"
+    fig.suptitle(f"lfq.py: a token is {video.bits} signs; entropy over all tokens brings the {video.vocab_size} words into use\n"
                  "inflated to clips (below) it looks back only: a new ending leaves the earlier tokens alone", fontsize=12)
     fig.savefig("lfq.png", dpi=80)
     print("wrote lfq.png")
