@@ -1997,7 +1997,8 @@ def test_llamagen_rope_is_the_authors():
     close(ar_transformer.rotate(g["in/x"], g["out/freqs2d_grid4_hd8_cls1"]), g["out/x_rot_grid4_hd8_cls1"], 1e-5)
     line = ar_transformer.rope_table((16,), 8, 1, zero_prefix=True)                         # ours counts the prefix: one turn more
     turn = lambda table: torch.view_as_complex(table.contiguous())
-    assert torch.allclose(turn(line)[1:], turn(g["out/freqs1d_len16_hd8_cls1"])[1:] * turn(ar_transformer.rope_table((16,), 8, 1))[1], atol=1e-5)
+    theirs = turn(g["out/freqs1d_len16_hd8_cls1"])[1:] * turn(ar_transformer.rope_table((16,), 8, 1))[1]
+    assert torch.allclose(turn(line)[1:], theirs, atol=1e-5)
     assert (line[0] == 0).all()
 
 

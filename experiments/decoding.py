@@ -5,17 +5,18 @@ How fast does the causal transformer write ids, against the way LlamaGen's publi
     python experiments/decoding.py --quick   # 64 tokens, 2 rounds, no JSON: does it run? 10 seconds
 
 Both have the same weights, a KV cache, and guidance with both halves in one batch; greedy tokens are first checked to be
-equal. The published way, rebuilt here from its description (autoregressive/models: 2406.06525), pays three times per layer and
-token: repeat_interleave(1) copies the whole cache, the plain ("math") attention runs over the full padded length, under a
-boolean mask. Ours looks only at the filled part of the cache (CPU), or runs as one CUDA graph (compile=True). All take turns
-in one process, medians. On CUDA: GPT-L and GPT-XL in bf16; at batch 1 a token costs one read of all weights, so its "GB/s" are
-compared with those that a large copy reads and writes in the same run.
+equal. The published way, rebuilt here from a description of it, pays three times per layer and token: repeat_interleave(1)
+copies the whole cache, and plain ("math") attention runs over its full padded length under a boolean mask. Ours looks
+only at the filled part of the cache (CPU), or runs as one CUDA graph (compile=True). All take turns in one process;
+medians, on a CPU of processor time with one thread, because the machine may be shared. On CUDA: GPT-L and GPT-XL in bf16;
+at batch 1 a token costs one read of all weights, so its GB/s are compared with those that a large copy reads and writes.
 """
 import argparse
 import json
 import sys
 import time
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -60,7 +61,8 @@ def sample_published(model, cond, top_k=0):
     P, T = model.n_prefix, model.seq_len
     padded = -(-(P + T) // 8) * 8
     x = torch.cat([model.prefix(cond), model.prefix(torch.full_like(cond, model.num_classes))])
-    caches = [[x.new_zeros(len(x), model.n_head, padded, x.shape[-1] // model.n_head) for _ in range(2)] for _ in model.blocks]
+    shape = len(x), model.n_head, padded, x.shape[-1] // model.n_head
+    caches = [[x.new_zeros(shape) for _ in range(2)] for _ in model.blocks]
     mask = torch.ones(padded, padded, dtype=torch.bool, device=x.device).tril().repeat(len(x), 1, 1)
     tokens, at = [], torch.arange(P, device=x.device)
     for t in range(T):
@@ -73,20 +75,22 @@ def sample_published(model, cond, top_k=0):
 
 
 def seconds(f, device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type == "cpu":
+        start = time.process_time()
+        f()
+        return time.process_time() - start
+    torch.cuda.synchronize()
     start = time.perf_counter()
     f()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 def compare(name, model, batches, rounds, device):
     """-> one row per batch size and way: tokens (of images, both halves of guidance count once) per second."""
-    ways = {"published": lambda cond, **o: sample_published(model, cond, **o), "ours": lambda cond, **o: model.sample(cond, cfg=CFG, **o)}
+    ways = {"published": partial(sample_published, model), "ours": partial(model.sample, cfg=CFG)}
     if device.type == "cuda":
-        ways["one graph"] = lambda cond, **o: model.sample(cond, cfg=CFG, compile=True, **o)
+        ways["one graph"] = partial(model.sample, cfg=CFG, compile=True)
     rows = []
     for B in batches:
         cond = torch.arange(B, device=device) % model.num_classes
@@ -97,10 +101,11 @@ def compare(name, model, batches, rounds, device):
             for way, f in ways.items():
                 times[way].append(seconds(lambda: f(cond), device))
         for way, t in times.items():
-            rows.append(dict(model=name, batch=B, way=way, tokens_per_s=B * model.seq_len / median(t), seconds=median(t),
-                             fastest=min(t), speedup=median(times["published"]) / median(t), same_greedy_tokens=same[way]))
-            print(f"{name:10s} batch {B:2d}  {way:10s} {rows[-1]['tokens_per_s']:8.0f} tokens/s  {rows[-1]['seconds']:6.2f} s  "
-                  f"{rows[-1]['speedup']:5.2f} x   same greedy tokens: {same[way]:.1%}", flush=True)
+            row = dict(model=name, batch=B, way=way, tokens_per_s=B * model.seq_len / median(t), seconds=median(t),
+                       fastest=min(t), speedup=median(times["published"]) / median(t), same_greedy_tokens=same[way])
+            print(f"{name:10s} batch {B:2d}  {way:10s} {row['tokens_per_s']:8.0f} tokens/s  {row['seconds']:6.2f} s  "
+                  f"{row['speedup']:5.2f} x   same greedy tokens: {same[way]:.1%}", flush=True)
+            rows.append(row)
     return rows
 
 
@@ -125,7 +130,8 @@ def build(device, side=16, classes=1000, V=16384, **size):
     """A model with random weights like trained ones in kind: nothing is zero."""
     head = ar_transformer.CategoricalHead(size["n_embd"], V)
     torch.nn.init.normal_(head.proj.weight, std=0.05)
-    model = ar_transformer.ARTransformer(head, side * side, classes, vocab_size=V, zero_prefix=True, **size).to(device).eval()
+    model = ar_transformer.ARTransformer(head, side * side, classes, vocab_size=V, zero_prefix=True, **size)
+    model = model.to(device).eval()
     if device.type == "cuda":                               # the parameters alone: RoPE's angles would suffer
         for p in model.parameters():
             p.data = p.data.bfloat16()
