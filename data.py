@@ -512,16 +512,15 @@ def save_rows(path, rows, title=""):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     n, size = max(len(images) for _, images in rows), rows[0][1].shape[-1]
-    scale = max(1, 48 // size)
-    fig, axes = plt.subplots(len(rows), 1, figsize=(1.5 + 0.55 * n, 0.58 * len(rows) + 0.5 * bool(title)), squeeze=False)
+    scale, margin = max(1, 48 // size), 0.2 + 0.075 * max(len(text) for text, _ in rows)    # inches for the words
+    fig, axes = plt.subplots(len(rows), 1, figsize=(max(1.5, margin) + 0.55 * n, 0.58 * len(rows) + 0.5 * bool(title)), squeeze=False)
     for ax, (text, images) in zip(axes[:, 0], rows):
         ax.imshow(tile(images, n, gap=2, scale=scale), interpolation="nearest")
         ax.set_axis_off()
         ax.text(-0.01, 0.5, text, transform=ax.transAxes, ha="right", va="center", fontsize=9)
     fig.suptitle(title, fontsize=10)
-    longest = max(len(text) for text, _ in rows)
     width, height = fig.get_size_inches()
-    fig.subplots_adjust(left=min(0.5, (0.2 + 0.075 * longest) / width), right=0.995, bottom=0.01,
+    fig.subplots_adjust(left=margin / width, right=0.995, bottom=0.01,
                         top=1 - 0.42 * bool(title) / height, hspace=0.04)
     fig.savefig(path, dpi=110)
     plt.close(fig)

@@ -42,22 +42,29 @@ ANNEALED = {"ancestral, constant": (dict(), ("100", "50", "25", "15", "10", "5")
 
 
 class Ruler:
-    """Measures samples of runs on one data set: the classifier and its features of the validation images are kept."""
+    """Measures samples of runs on one data set: the classifier and its features of the validation images are kept, and
+    what is measured lies in RUN/curves.json, so that a killed program goes on."""
 
     def __init__(self, run, n):
-        self.n = n
+        self.n, self.path = n, run.folder / "curves.json"
+        self.known = json.loads(self.path.read_text()) if self.path.exists() else {}
         val_set = train.open_data(run.args, "val", run.device)
         self.net, _ = evaluate.classifier_for(run, run.device)
         self.real, _ = evaluate.look_at_real(self.net, val_set, torch.arange(len(val_set)))
 
     def __call__(self, run, text, **options):
+        key = f"{run.folder.name}, {text}, {self.n} samples"
+        if key in self.known:
+            return self.known[key]
         if "diffusion_steps" in options:
             options["diffusion_steps"] = sample.parse_steps(options["diffusion_steps"], run)
         row = measure(run, self.n, self.net, self.real, **options)
         print(f"{text:32s} accuracy {row['sample_accuracy']:5.1f}%  Frechet {row['sample_frechet_small_cnn']:6.2f}  recall "
               f"{row['sample_recall']:5.1f}%  {1000 * row['seconds_per_image']:.1f} ms per image", flush=True)
         keep = ("sample_accuracy", "sample_frechet_small_cnn", "sample_precision", "sample_recall", "seconds_per_image")
-        return {k: row[k] for k in keep}
+        self.known[key] = {k: row[k] for k in keep}
+        self.path.write_text(json.dumps(self.known, indent=1) + "\n")
+        return self.known[key]
 
 
 def head_sizes(run, ruler, steps):
@@ -170,12 +177,15 @@ def main():
     curves["denoising"] = [(v, ruler(run, f"{v} denoising steps", diffusion_steps=str(v))) for v in DENOISING]
     curves["temperature"] = [(v, ruler(run, f"temperature {v}", temperature=v, diffusion_steps="25")) for v in TEMPERATURES]
     curves["passes"] = [(v, ruler(run, f"{v} passes", steps=v, diffusion_steps="25")) for v in PASSES]
-    curves["largest"] = largest(run, args.many)
+    if f"largest of {args.many}" not in ruler.known:
+        ruler.known[f"largest of {args.many}"] = largest(run, args.many)
+    curves["largest"] = ruler.known[f"largest of {args.many}"]
     arms = {}
     for arm, (options, choices) in ANNEALED.items():
         if arm.startswith("flow") and not args.flow:
             continue
         of = train.load_run(args.flow) if arm.startswith("flow") else run
+        arm = arm + f" ({of.args.steps:,} training steps)" * (of.args.steps != run.args.steps)
         arms[arm] = [(text, ruler(of, f"{arm} {text}", diffusion_steps=text, **options)) for text in choices]
     out = Path(__file__).parent / "results"
     facts = dict(machine=machine_name(run.device), torch=torch.__version__, date=str(date.today()), n=args.n, threads=torch.get_num_threads(),
