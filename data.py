@@ -421,6 +421,8 @@ def list_split(path, split):
         chosen = kept
         if not chosen:
             raise BadInput(f"--data {path}: too few images to hold out a tenth: each class needs at least ten")
+    if not chosen:
+        raise BadInput(f"--data {path}: no images in {level}/, which is for {'training' if split == 'train' else 'validation'}")
     files = [(f"{path}/{n}", o) for n, o in chosen]
     for i, (n, o) in enumerate(chosen):                     # a caption beside the image: name.txt beside name.jpg
         text = texts.get(str(Path(n).with_suffix(".txt")).replace("\\", "/"))

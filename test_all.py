@@ -3648,6 +3648,41 @@ def test_refusals_end_with_an_exit_code_and_no_traceback(tiny_run, tmp_path):
         assert re.search(sentence, out) and "Traceback" not in out, out
 
 
+@pytest.mark.parametrize("words, sentence", [
+    (["--tokenizer", "vae", "--head", "categorical"], "gives real vectors: use --head gmm"),
+    (["--tokenizer", "vq", "--head", "gmm"], "gives ids: use --head categorical"),
+    (["--tokenizer", "vq", "--adapter", "flow"], "--adapter: needs --tokenizer vae"),
+    (["--tokenizer", "lfq", "--vocab_size", "1000"], "power of 2"), (["--tokenizer", "lfq", "--token_dim", "8"], "10 bits for 1024"),
+    (["--tokenizer", "vae", "--vocab_size", "64"], "--vocab_size: is for"), (["--tokenizer", "vq", "--tokens", "8"], "--tokens: is for"),
+    (["--tokenizer", "vq", "--tok_size", "kl16"], "--tok_size kl16: --tokenizer vq has"),
+    (["--tokenizer", "vq", "--condition", "text", "--generator", "mar"], "only --generator ar reads captions"),
+    (["--tokenizer", "vq", "--condition", "text", "--flip"], "may say left or right"), (["--tokenizer", "vq", "--text_len", "9"], "goes with"),
+    (["--tokenizer", "vae", "--gan_start", "5"], "go with --gan"), (["--tokenizer", "vae", "--lpips", "vgg.pth"], "gives it a weight"),
+    (["--tokenizer", "vae", "--gan", "1", "--likelihood", "logistic"], "losses mean something else"),
+    (["--tokenizer", "vae", "--gan", "-1"], "--gan -1.0: must not be negative")])
+def test_what_cannot_work_together_is_refused(words, sentence, tmp_path):
+    with pytest.raises(SystemExit, match=sentence):
+        train.main([*words, "--runs", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_captions_and_their_encoder_are_asked_for_in_a_sentence(tiny_run, tmp_path, monkeypatch):
+    pictures = tmp_path / "pictures"
+    for split in ("train", "val"):
+        (pictures / split / "a").mkdir(parents=True)
+        words = [*TINY, "--runs", str(tmp_path), "--data", str(pictures), "--condition", "text"]
+        if split == "val":
+            with pytest.raises(SystemExit, match="no images in val/, which is for validation"):
+                train.main(words)
+        for i in range(4):
+            Image.fromarray(np.full((16, 16, 3), 60 * i, np.uint8)).save(pictures / split / "a" / f"{i}.png")
+    with pytest.raises(SystemExit, match="write NAME.txt beside NAME.jpg"):
+        train.main(words)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SystemExit, match="pip install transformers"):
+        train.main([*TINY, "--runs", str(tiny_run), "--condition", "text", "--text_encoder", "t5-small", "--name", "t5"])
+
+
 def test_an_unfinished_run_is_not_overwritten_by_accident(tiny_run, tmp_path):
     folder = tmp_path / "shapes-vae"
     folder.mkdir()
