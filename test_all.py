@@ -2186,6 +2186,12 @@ def test_ar_three_ways_to_decode_are_one(condition, continuous):
     assert torch.equal(everything[:, :3], drawn[0][:, :3]), "c = 2 guides the first 4 tokens, as LlamaGen counts"
 
 
+def test_ar_token_dropout_covers_the_class_too():
+    model = small_ar(False, n_layer=0, dropout=0.5, label_drop=0)
+    zeros = model.hidden(torch.zeros(400, 12, dtype=torch.long), torch.zeros(400, dtype=torch.long)).eq(0).float().mean((0, 2))
+    assert zeros.shape == (12,) and (zeros - 0.5).abs().max() < 0.03, "LlamaGen drops from the whole embedded sequence"
+
+
 def test_ar_bytes_are_read_in_order_and_padding_is_not():
     model, texts = small_ar(False, text=(12, "bytes"), label_drop=0).eval(), ["ab", "ba", "a red ring"]
     nn.init.normal_(model.head.proj.weight)

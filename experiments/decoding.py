@@ -1,7 +1,7 @@
 """
 How fast does the causal transformer write ids, against the way LlamaGen's published code decodes?
 
-    python experiments/decoding.py           # table, JSON in experiments/results; about 4 minutes on one CPU core
+    python experiments/decoding.py           # table, JSON in experiments/results; 2 minutes on one CPU core
     python experiments/decoding.py --quick   # 64 tokens, 2 rounds, no JSON: does it run? 10 seconds
 
 Both have the same weights, a KV cache, and guidance with both halves in one batch; greedy tokens are first checked to be
