@@ -16,7 +16,7 @@ Shapes:  B batch, H W pixels, P = (H / patch)^2 patches, T tokens (n_tokens), C 
     images (B, 3, H, W) --patches and latents--> (B, 1 + P + T, C) --ViT, last T--> z (B, T, D) --nearest--> ids (B, T)
     codes (B, T, D) --canvas in front--> (B, 1 + P + T, C) --ViT, middle P--> (B, P, 3 patch^2) --> images (B, 3, H, W)
 
-    python titok.py            # 4 to 32 tokens, and what one of them says; writes titok.png; about N s on 2 CPU cores
+    python titok.py            # 2 to 16 tokens, and what one of them says; writes titok.png; about N s on 2 CPU cores
 
 Try it yourself:
   1. Give LatentEncoder the canvas only: leave the patches out of its forward. What does the decoder still draw?
@@ -32,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 SIZES = {                                                   # enc and dec: width, layers, heads of the two ViTs
-    "small": dict(image_size=32, patch=4, n_tokens=32, enc=(128, 3, 4), dec=(128, 4, 4)),              # 32 x 32 on a CPU
+    "small": dict(image_size=32, patch=4, n_tokens=32, enc=(128, 2, 4), dec=(128, 3, 4)),              # 32 x 32 on a CPU
     "medium": dict(image_size=32, patch=4, n_tokens=32, enc=(256, 6, 4), dec=(256, 6, 4)),             # 32 x 32 on a GPU
 }
 VIT = dict(s=(512, 8, 8), b=(768, 12, 12), l=(1024, 24, 16))
@@ -268,7 +268,7 @@ class TiTok(nn.Module):
 
     token_dim = None                                        # tokens are ids
 
-    def __init__(self, image_size=32, n_tokens=32, vocab_size=512, code_dim=12, patch=4, enc=(128, 3, 4), dec=(128, 4, 4),
+    def __init__(self, image_size=32, n_tokens=32, vocab_size=512, code_dim=12, patch=4, enc=(128, 2, 4), dec=(128, 3, 4),
                  l2_norm=True, beta=0.25, ema=0.99, restart=0.1, stage="pixels", proxy=None, proxy_vocab=None, legacy=False):
         super().__init__()
         self.vocab_size = vocab_size
@@ -420,7 +420,7 @@ class TiTokVAE(TiTok):
 
     vocab_size = None                                       # tokens are continuous
 
-    def __init__(self, image_size=32, n_tokens=32, token_dim=12, patch=4, enc=(128, 3, 4), dec=(128, 4, 4), beta=1e-2,
+    def __init__(self, image_size=32, n_tokens=32, token_dim=12, patch=4, enc=(128, 2, 4), dec=(128, 3, 4), beta=1e-2,
                  stage="pixels", proxy=None, proxy_vocab=None, legacy=False):
         nn.Module.__init__(self)
         self.token_dim, self.beta = token_dim, beta
@@ -672,15 +672,15 @@ def show_tokens(results, images, shown):
         ax.set_axis_off()
     bar = fig.colorbar(heat, cax=fig.add_axes([0.94, 0.15, 0.012, 0.5]))
     bar.ax.set_title("mean\nchange", fontsize=9)
-    fig.suptitle("titok.py: tokens without a place. Left: held-out images, drawn from 4 to 32 tokens\n"
-                 f"Right: the topmost image from {T} tokens, of which one is exchanged. Below each picture where that changes it:\n"
-                 "not in one patch of its own, as with a grid, but wherever the token has a say", fontsize=12)
+    fig.suptitle("titok.py: tokens without a place. Left: held-out images, drawn from 2 to 16 tokens\n"
+                 f"Right: the topmost image from {T} tokens, of which one is exchanged. Below each picture, where that changes it:\n"
+                 "not a patch of a grid, but what this token speaks of, such as the whole background", fontsize=12)
     fig.savefig("titok.png", dpi=80)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="The same images from 4 to 32 tokens, and what one token says.")
-    parser.add_argument("--steps", type=int, default=700, help="training steps of each of the four models")
+    parser = argparse.ArgumentParser(description="The same images from 2 to 16 tokens, and what one token says.")
+    parser.add_argument("--steps", type=int, default=900, help="training steps of each of the four models")
     parser.add_argument("--image_size", type=int, default=16, help="side of the images in pixels, a multiple of 4")
     args = parser.parse_args()
     import data
@@ -688,7 +688,7 @@ def main():
     images = data.draw(torch.arange(4000, device=device), args.image_size)[0]
     held_out = data.draw(torch.arange(200, device=device) + data.VAL_INDEX, args.image_size)[0]
     results = []
-    for T in (4, 8, 16, 32):
+    for T in (2, 4, 8, 16):
         torch.manual_seed(0)
         model = TiTok(args.image_size, T, vocab_size=256, enc=(64, 2, 4), dec=(64, 2, 4)).to(device)
         seconds = fit_titok(model, images, args.steps)
@@ -701,7 +701,7 @@ def main():
         print(f"{T:2d} tokens of {math.log2(model.vocab_size):.0f} bits   PSNR {psnr:4.1f} dB   {usage:4.0%} of the codes in use   "
               f"one token touches {far:3.0%} of the picture   {seconds:.0f} s")
         results.append(dict(T=T, bits=T * int(math.log2(model.vocab_size)), psnr=psnr, recon=recon, reach=reach, changed=changed))
-    show_tokens(results, held_out, results[1])
+    show_tokens(results, held_out, results[2])
     print("wrote titok.png")
 
 
