@@ -10,7 +10,7 @@ MAR's Table 1 at small scale: order x attention x tokens per step x head, at equ
     python experiments/mar_ablation.py                     # trains what is missing, measures, writes results/mar-ablation.*
     python experiments/mar_ablation.py --seeds 1           # one seed only, so that two processes can share the work
 
-One seed takes about 25 minutes on one core of an AMD EPYC. Runs lie in runs/mar-ablation; a killed program goes on.
+One seed takes about 20 minutes on one core of an AMD EPYC. Runs lie in runs/mar-ablation; a killed program goes on.
 """
 import argparse
 import json
@@ -112,9 +112,9 @@ def save_figure(path, seeds):
         ax.set(xlabel="Frechet distance (small CNN), lower is better", title=title, yticks=range(len(ROWS)), yticklabels=names)
         ax.invert_yaxis() if ax is axes[0] else None
         ax.grid(axis="x", alpha=0.3)
-    axes[1].legend(fontsize=8)
     fig.suptitle(f"order, attention and head at equal budget; dots: {len(seeds)} seeds")
-    fig.tight_layout()
+    fig.tight_layout(rect=(0, 0.07, 1, 1))
+    fig.legend(*axes[1].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=9, frameon=False)
     fig.savefig(path, dpi=80)
 
 

@@ -70,6 +70,7 @@ class Ruler:
 def head_sizes(run, ruler, steps):
     """Train a run for every head size -> {"width": [(width, metrics)], "depth": [...]}."""
     runs, curves = run.folder.resolve().parent / "mar-heads", {"width": [], "depth": []}
+    runs.mkdir(parents=True, exist_ok=True)                 # so that runs/.. is a place
     tokenizer = train.read_checkpoint(run.folder.parent / f"{run.folder.name.split('-')[0]}-vae")
     if tokenizer is None:
         raise train.BadInput(f"--heads: the tokenizer of {run.folder} is not beside it")
