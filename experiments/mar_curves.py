@@ -153,7 +153,7 @@ def save_annealing(path, arms, name):
     ax.set(xlabel="ms per image, in batches of 250", ylabel="Frechet distance (small CNN), lower is better", ylim=(0, None),
            title=f"{name}: denoising steps, first:last token")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc="lower right")
     fig.tight_layout()
     fig.savefig(path, dpi=80)
 
