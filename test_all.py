@@ -3421,7 +3421,8 @@ IDS = ["--tokenizer", "vq", "--head", "categorical"]
      "shapes-titok-vae-mar-diffusion"),
     ([*IDS, "--codebook", "ema", "--vocab_size", "32", "--tok_name", "ve", "--generator", "mar", "--attention", "causal",
       "--flip", "--name", "vc"], "vc")])
-def test_every_combination_trains_loads_and_samples(words, name, tiny_run, capsys):
+def test_every_combination_trains_loads_and_samples(words, name, tiny_run, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate.train_classifier, "__defaults__", (0, 12, 32, 4e-3))       # of --perceptual: 12 steps are enough
     train.main([*TINY, "--runs", str(tiny_run), *words])
     assert (tiny_run / name / "samples.png").stat().st_size > 0 and (tiny_run / name / "curve.png").exists()
     run = train.load_run(tiny_run / name)
@@ -3687,6 +3688,21 @@ def test_captions_and_their_encoder_are_asked_for_in_a_sentence(tiny_run, tmp_pa
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(SystemExit, match="pip install transformers"):
         train.main([*TINY, "--runs", str(tiny_run), "--condition", "text", "--text_encoder", "t5-small", "--name", "t5"])
+
+
+@pytest.mark.parametrize("name", ["vae", "vq", "lfq", "titok", "titok-vae"])
+def test_the_adversarial_losses_go_around_every_tokenizer(name):
+    args = argparse.Namespace(**train.DEFAULTS["any"] | train.DEFAULTS["cpu"] | train.DEFAULTS.get(f"any-{name}", {}), token_dim=None)
+    args.tokenizer = name
+    tokenizer = train.build_tokenizer(args)
+    model = perceptual_gan.AdversarialTokenizer(tokenizer, perceptual_gan.PatchCritic.for_images(32), start=0, adaptive=True)
+    images = data.draw(torch.arange(4))[0]
+    loss, logs = model(images)
+    loss.backward()
+    assert torch.isfinite(loss) and 0 < logs["adaptive"] < 1e4
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.critic.parameters())
+    assert tokenizer.get_parameter(model.last_layer).grad.abs().sum() > 0
+    assert model.decode(model.encode(images)).shape == images.shape
 
 
 def test_an_unfinished_run_is_not_overwritten_by_accident(tiny_run, tmp_path):
