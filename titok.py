@@ -16,12 +16,12 @@ Shapes:  B batch, H W pixels, P = (H / patch)^2 patches, T tokens (n_tokens), C 
     images (B, 3, H, W) --patches and latents--> (B, 1 + P + T, C) --ViT, last T--> z (B, T, D) --nearest--> ids (B, T)
     codes (B, T, D) --canvas in front--> (B, 1 + P + T, C) --ViT, middle P--> (B, P, 3 patch^2) --> images (B, 3, H, W)
 
-    python titok.py            # 2 to 16 tokens, and what one of them says; writes titok.png; about N s on 2 CPU cores
+    python titok.py            # 2 to 16 tokens, and what one of them says; writes titok.png; about 1 minute on 2 cores
 
 Try it yourself:
-  1. Give LatentEncoder the canvas only: leave the patches out of its forward. What does the decoder still draw?
-  2. Set n_tokens=1 and 2 in main(). What does the very first token speak of: colour, place or shape?
-  3. In LatentDecoder.forward take the outputs of the tokens instead of the canvas. Why can that not become a picture?
+  1. Leave the patches, x, out of the torch.cat in LatentEncoder.forward. What does the decoder still draw, and why?
+  2. Put 1 in front of the numbers of tokens in main(). What does a single token speak of: colour, place or shape?
+  3. Give the TiTok of main() ema=0, so that codes learn by gradient. How many of the 256 are still in use?
 """
 import argparse
 import math
