@@ -279,7 +279,8 @@ class VAE(nn.Module):
             state_dict = load_weights(state_dict)
         sd = state_dict.get("model", state_dict.get("state_dict", state_dict))
         sd = {k: v for k, v in sd.items() if not k.startswith("loss.")}
-        need = [k for k in ("encoder.conv_in.weight", "quant_conv.weight", "decoder.conv_in.weight") if k not in sd]
+        need = [k for k in ("encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight", "quant_conv.weight",
+                           "decoder.conv_in.weight") if k not in sd]
         if need:
             raise ValueError(f"not an LDM-style autoencoder: the key {need[0]} is missing")
         count = lambda start: len({k[len(start):].split(".")[0] for k in sd if k.startswith(start)})
