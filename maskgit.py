@@ -13,7 +13,7 @@ the confidence, it is GIVT-MaskGIT (https://arxiv.org/abs/2312.02116, section 3.
 
 Shapes:  B batch, T tokens, D numbers in a token or V ids, C width (n_embd); mask is True where a token is NOT known
 
-    tokens (B, T[, D]), mask (B, T) --embed--> (B, T, C) --class in front, EncoderBlocks--> h (B, T, C) --head--> p(x_t | h_t)
+    tokens (B, T[, D]), mask (B, T) --embed--> (B, T, C) --class in front, EncoderBlocks--> h (B, T, C) --head--> p(x_t)
     after step i of n, floor(T cos(pi/2 (i+1)/n)) tokens are still hidden: few are revealed at first, many at the end
 
     python maskgit.py          # masks and pictures pass by pass, exact errors; writes maskgit.png; about 1 min on 2 cores
@@ -36,7 +36,7 @@ SIZES = {
     "tiny": dict(n_layer=4, n_head=4, n_embd=128),
     "small": dict(n_layer=6, n_head=4, n_embd=192),          # the default on a CPU
     "medium": dict(n_layer=12, n_head=6, n_embd=384),        # the default on a GPU
-    "givt": dict(n_layer=24, n_head=16, n_embd=1024, dropout=0.4),                          # GIVT-MaskGIT, 304M with its head
+    "givt": dict(n_layer=24, n_head=16, n_embd=1024, dropout=0.4),                         # GIVT-MaskGIT, 304M with its head
     "maskgit": dict(n_layer=24, n_head=16, n_embd=768, dropout=0.1, post_norm=True),        # MaskGIT, and TiTok's generator:
 }                                                           # 177M with the latter's 4096 ids. (MaskGIT's paper says 8 heads)
 SCHEDULES = {                                               # share of the tokens still hidden at progress r in [0, 1]
@@ -102,7 +102,7 @@ def still_hidden(n_start, step, steps, schedule="cosine"):
     In float32 as the authors' code: at r = 2/3 it gives floor(127.99..) = 127 of 256 where exact arithmetic gives 128,
     and without the clamp cos(pi / 2) is a little below 0 and floor makes -1 of it.
     """
-    r = torch.full((), (step + 1) / steps, device=n_start.device)                           # filled there: no copy to wait for
+    r = torch.full((), (step + 1) / steps, device=n_start.device)                          # filled there: no copy to wait for
     return (n_start * SCHEDULES[schedule](r).clamp(1e-6, 1)).floor().long()
 
 
@@ -409,10 +409,10 @@ def fit_ids(model, batches, steps, lr=2e-3):
     return losses
 
 
-def error_of_parallel_decoding(model, steps, n=2500, **options):
+def error_of_parallel_decoding(model, steps, n=1500, **options):
     """Draw n bars-and-stripes in `steps` passes -> share that are valid, total variation to uniform over the 30.
 
-    2500 draws from the truth itself would show a total variation of 0.04.
+    1500 draws from the truth itself would show a total variation of 0.06.
     """
     device = model.pos_embed.device
     drawn = model.sample(torch.zeros(n, dtype=torch.long, device=device), steps=steps, **options)
@@ -476,7 +476,7 @@ def show_passes(passes, errors, painted, trace, names):
 def main():
     parser = argparse.ArgumentParser(description="Masked tokens filled in, many at a time.")
     parser.add_argument("--image_size", type=int, default=8, help="side of the little drawn shapes, in pixels")
-    parser.add_argument("--steps", type=int, default=600, help="training steps on the drawn shapes")
+    parser.add_argument("--steps", type=int, default=500, help="training steps on the drawn shapes")
     args = parser.parse_args()
     import data
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -517,7 +517,8 @@ def main():
     whole = greys[[int((labels == k).nonzero()[0]) for k in range(n_pass)]]                 # one picture of each class
     hole = (torch.arange(side * side, device=device) % side >= side // 2).expand(n_pass, -1)               # the right half
     filled = model.sample(cond, steps=n_pass, cfg=2.0, known=whole, known_mask=~hole)
-    painted = [("other eight:\nleft half given", torch.where(hole, -1, whole).view(square)), ("right half\npainted", filled.view(square))]
+    painted = [("other eight:\nleft half given", torch.where(hole, -1, whole).view(square)),
+               ("right half\npainted", filled.view(square))]
     show_passes(passes, errors, painted, trace, [data.SHAPES[k] for k in kinds])
     print("wrote maskgit.png")
 
