@@ -102,7 +102,7 @@ def still_hidden(n_start, step, steps, schedule="cosine"):
     In float32 as the authors' code: at r = 2/3 it gives floor(127.99..) = 127 of 256 where exact arithmetic gives 128,
     and without the clamp cos(pi / 2) is a little below 0 and floor makes -1 of it.
     """
-    r = torch.full((), (step + 1) / steps, device=n_start.device)                          # filled there: no copy to wait for
+    r = torch.full((), (step + 1) / steps, device=n_start.device)                          # there: no copy to wait for
     return (n_start * SCHEDULES[schedule](r).clamp(1e-6, 1)).floor().long()
 
 

@@ -673,7 +673,7 @@ def show_tokens(results, images, shown):
     bar = fig.colorbar(heat, cax=fig.add_axes([0.94, 0.15, 0.012, 0.5]))
     bar.ax.set_title("mean\nchange", fontsize=9)
     fig.suptitle("titok.py: tokens without a place. Left: held-out images, drawn from 2 to 16 tokens\n"
-                 f"Right: the topmost image from {T} tokens, of which one is exchanged. Below, where that changes the picture:\n"
+                 f"Right: the topmost image from {T} tokens, of which one is exchanged. Below, where that is seen:\n"
                  "not a patch of a grid, but what this token speaks of, such as the whole background", fontsize=12)
     fig.savefig("titok.png", dpi=80)
 
@@ -698,8 +698,8 @@ def main():
         usage = (model.quantizer.count(ids) > 0).float().mean()
         reach, changed = reach_of_tokens(model, ids[:1], ids[1:65])
         far = (reach > 0.1 * reach.amax((1, 2), keepdim=True)).float().mean()
-        print(f"{T:2d} tokens of 8 bits   PSNR {psnr:4.1f} dB   {usage:4.0%} of the codes in use   one token touches {far:4.0%} "
-              f"of the picture   {seconds:.0f} s")
+        print(f"{T:2d} tokens of 8 bits   PSNR {psnr:4.1f} dB   {usage:4.0%} of the codes in use   "
+              f"one token touches {far:4.0%} of the picture   {seconds:.0f} s")
         results.append(dict(T=T, bits=8 * T, psnr=psnr, recon=recon, reach=reach, changed=changed))
     show_tokens(results, held_out, results[2])
     print("wrote titok.png")
