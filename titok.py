@@ -287,7 +287,7 @@ class TiTok(nn.Module):
         self.proxy, proxy_vocab = proxy, proxy_vocab if proxy is None else proxy.vocab_size
         self.encoder = LatentEncoder(image_size, patch, n_tokens, c_out, *enc, legacy)
         self.decoder = LatentDecoder(image_size, patch, n_tokens, c_in, *dec, proxy_vocab)
-        for part in (self.encoder, self.decoder):           # 3 dB more after 300 steps of a small model than with the
+        for part in (self.encoder, self.decoder):           # about 2 dB more after 300 steps of a small model than with the
             for module in part.modules():                   # authors' N(0, 0.02^2), from which z hardly sees the image
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
                     nn.init.xavier_uniform_(module.weight.flatten(1))
