@@ -694,7 +694,7 @@ def read_captions(device, steps=600):
 def main():
     parser = argparse.ArgumentParser(description="A causal transformer on bars-and-stripes and on little drawn shapes.")
     parser.add_argument("--image_size", type=int, default=10, help="side of the little drawn shapes, in pixels")
-    parser.add_argument("--steps", type=int, default=500, help="training steps on the drawn shapes")
+    parser.add_argument("--steps", type=int, default=400, help="training steps on the drawn shapes")
     commands = parser.add_subparsers(dest="command", title="other uses")
     e = commands.add_parser("export", help="write a folder that Hugging Face's transformers reads, instead of the demo")
     e.add_argument("source", help="a run folder of --generator ar --head categorical, or a file of LlamaGen's weights")
