@@ -857,7 +857,7 @@ def train_generator(given, folder, tokenizer, tok_args, tok_folder, world, sourc
     weights = {k: v.cpu() for k, v in tokenizer.state_dict().items()}
     if checkpoint and any(not torch.equal(v, checkpoint["tokenizer"][k]) for k, v in weights.items()):
         raise BadInput(f"{folder} was begun on the tokens of another tokenizer than {tok_folder}: start again with --overwrite")
-    extra = dict(classes=sets["train"].classes, tokenizer=weights)
+    extra = dict(classes=sets["train"].classes, tokenizer=weights, grid=list(tokenizer.grid))           # grid: for export
     tokens = {s: token_cache(tokenizer, images, tok_folder, s, world.rank == 0) for s, images in sets.items()}
     if source is not None:
         image_tokenizer, image_args, image_folder = source
