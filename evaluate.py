@@ -357,7 +357,7 @@ def measure_captions(args, run, device):
     """A --condition text run on the drawn world: are new captions obeyed? The rule is first tried on real images -> rows."""
     if run.args.data != "shapes":
         raise data.BadInput(f"{args.run}: captions are judged on the drawn world only (--data shapes)")
-    n = min(args.n, 200)
+    n = args.n = min(args.n, 200)                               # metrics.json tells it too
     index = torch.arange(data.VAL_INDEX, data.VAL_INDEX + 500)
     real, s = data.draw(index, run.args.image_size, run.args.seed)[0], data.scene(index, run.args.seed)
     told = read_scene(real)

@@ -58,7 +58,7 @@ def draw_tokens(run, cond, cfg=None, temperature=None, on_step=None, beam=1, fan
 
 
 def default_of(run):
-    if run.args.condition == "text":
+    if run.args.condition == "text" and run.args.head == "categorical":
         return DEFAULTS["text"]
     return DEFAULTS[run.args.task if run.source is not None else f"{run.args.generator}-{run.args.head}"]
 

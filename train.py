@@ -188,7 +188,7 @@ def resolve(given, names, saved, device, folder):
     Refuses a given flag that contradicts the checkpoint."""
     machine = "cuda" if device.type == "cuda" else "cpu"
     defaults = DEFAULTS["any"] | DEFAULTS[machine]
-    for choice in (given.tokenizer, given.generator, given.task, f"{given.generator}-{given.head}"):
+    for choice in (given.tokenizer, given.generator, given.task):
         defaults |= DEFAULTS.get(f"any-{choice}", {}) | DEFAULTS.get(f"{machine}-{choice}", {})
     if given.mix == "full":
         defaults |= dict(n_mix=1)
@@ -345,8 +345,8 @@ def with_losses(args, tokenizer, images, held_out, folder, device):
     if args.gan:
         critic = perceptual_gan.PatchCritic.for_images(args.image_size)
     start = args.tok_steps // 2 if args.gan_start is None else args.gan_start
-    return perceptual_gan.AdversarialTokenizer(tokenizer, critic, perceptual, args.gan_loss, args.gan or 0.0, args.perceptual or 0.0,
-                                               start, adaptive=bool(args.adaptive))
+    return perceptual_gan.AdversarialTokenizer(tokenizer, critic, perceptual, args.gan_loss, args.gan, args.perceptual, start,
+                                               adaptive=args.adaptive)
 
 
 def build_generator(args, tokenizer, num_classes, source=None):

@@ -53,7 +53,7 @@ class Ruler:
         self.real, _ = evaluate.look_at_real(self.net, val_set, torch.arange(len(val_set)))
 
     def __call__(self, run, text, **options):
-        key = f"{run.folder.name}, {text}, {self.n} samples"
+        key = f"{run.folder.name}, {run.args.steps} steps, {sample.default_of(run)}, {text}, {self.n} samples"
         if key in self.known:
             return self.known[key]
         if "diffusion_steps" in options:
@@ -62,9 +62,12 @@ class Ruler:
         print(f"{text:32s} accuracy {row['sample_accuracy']:5.1f}%  Frechet {row['sample_frechet_small_cnn']:6.2f}  recall "
               f"{row['sample_recall']:5.1f}%  {1000 * row['seconds_per_image']:.1f} ms per image", flush=True)
         keep = ("sample_accuracy", "sample_frechet_small_cnn", "sample_precision", "sample_recall", "seconds_per_image")
-        self.known[key] = {k: row[k] for k in keep}
+        return self.keep(key, {k: row[k] for k in keep})
+
+    def keep(self, key, value):
+        self.known[key] = value
         self.path.write_text(json.dumps(self.known, indent=1) + "\n")
-        return self.known[key]
+        return value
 
 
 def head_sizes(run, ruler, steps):
@@ -163,7 +166,7 @@ def main():
     p.add_argument("run", help="a run with --generator mar --head diffusion")
     p.add_argument("--flow", help="a run with --objective flow, for the annealing figure")
     p.add_argument("--heads", action="store_true", help="train heads of other widths and depths too")
-    p.add_argument("--head_steps", type=int, default=1000, help="training steps of each of those")
+    p.add_argument("--head_steps", type=int, default=800, help="training steps of each of those")
     p.add_argument("--n", type=int, default=1000, help="samples per point")
     p.add_argument("--many", type=int, default=10_000, help="samples among which an exploding one is looked for")
     args = p.parse_args()
@@ -179,7 +182,7 @@ def main():
     curves["temperature"] = [(v, ruler(run, f"temperature {v}", temperature=v, diffusion_steps="25")) for v in TEMPERATURES]
     curves["passes"] = [(v, ruler(run, f"{v} passes", steps=v, diffusion_steps="25")) for v in PASSES]
     if f"largest of {args.many}" not in ruler.known:
-        ruler.known[f"largest of {args.many}"] = largest(run, args.many)
+        ruler.keep(f"largest of {args.many}", largest(run, args.many))
     curves["largest"] = ruler.known[f"largest of {args.many}"]
     arms = {}
     for arm, (options, choices) in ANNEALED.items():
