@@ -3512,7 +3512,7 @@ def test_the_rule_that_judges_captions_reads_real_pictures():
 
 
 @pytest.mark.parametrize("words, folder", [(IDS, "shapes-vq-text-ar-categorical"), ([], "shapes-vae-text-ar-gmm")])
-def test_captions_are_trained_drawn_and_judged(words, folder, tiny_run, tmp_path, capsys):
+def test_captions_are_trained_drawn_and_judged(words, folder, tiny_run, tmp_path, capsys, monkeypatch):
     train.main([*TINY, "--runs", str(tiny_run), "--condition", "text", *words])
     run = train.load_run(tiny_run / folder)
     assert run.args.text_len == max(len(t.encode()) for t in data.captions(torch.arange(200)))
@@ -3524,6 +3524,10 @@ def test_captions_are_trained_drawn_and_judged(words, folder, tiny_run, tmp_path
         assert f["arr_0"].shape == (6, 16, 16, 3) and list(f["texts"]) == [texts[0]] * 3 + [texts[1]] * 3
     unseen, wanted = evaluate.unseen_captions(run, 20)
     assert not set(unseen) & set(data.captions(torch.arange(200)))
+    first = data.captions(torch.arange(data.VAL_INDEX, data.VAL_INDEX + 20))
+    with monkeypatch.context() as m:                        # what was trained on is not asked for
+        m.setattr(train, "captions_of", lambda *a: first)
+        assert not set(evaluate.unseen_captions(run, 20)[0]) & set(first)
     for text, k, c in zip(unseen, wanted["shape"], wanted["colour"]):
         assert data.SHAPES[k] in text and list(data.COLOURS)[c] in text
     args = argparse.Namespace(n=20, seed=0, batch_size=20, cfg=None, temperature=None)
@@ -3536,13 +3540,18 @@ def test_captions_are_trained_drawn_and_judged(words, folder, tiny_run, tmp_path
         sample.main([str(tiny_run / "shapes-vae-ar-gmm"), "--prompt", "a star"])
 
 
-def test_editing_keeps_what_lies_outside_the_mask(tiny_run, tmp_path, capsys):
+def test_editing_keeps_what_lies_outside_the_mask(tiny_run, tmp_path, capsys, monkeypatch):
     train.main([*TINY, "--runs", str(tiny_run), "--generator", "maskgit", "--name", "edit"])
     picture = tmp_path / "p.png"
     Image.fromarray(data.to_uint8(data.draw(torch.arange(1), 16)[0])[0].permute(1, 2, 0).numpy()).save(picture)
+    seen, draw = {}, sample.draw_tokens
+    monkeypatch.setattr(sample, "draw_tokens", lambda *a, **k: seen.update(k, drawn=draw(*a, **k)) or seen["drawn"])
     sample.main([str(tiny_run / "edit"), "--image", str(picture), "--mask", "right", "--n", "10", "--npz", str(tmp_path / "x.npz")])
     with np.load(tmp_path / "x.npz") as f:
         assert f["arr_0"].shape == (10, 16, 16, 3)
+    left = torch.tensor([True, False, True, False])         # of the 2 x 2 tokens
+    assert (seen["known_mask"] == left).all() and torch.equal(seen["drawn"][:, left], seen["known"][:, left])
+    assert (seen["drawn"][:, ~left] != seen["known"][:, ~left]).any(-1).all() and seen["drawn"][:, ~left].std(0).min() > 0
     grid = (4, 4)
     assert sample.parse_mask("right", grid).view(grid)[:, 2:].all() and sample.parse_mask("right", grid).sum() == 8
     assert sample.parse_mask("0,0,0.5,1", grid).view(grid)[:2].all() and sample.parse_mask("0,0,0.5,1", grid).sum() == 8
