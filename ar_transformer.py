@@ -16,7 +16,7 @@ Shapes:  B batch, T tokens, D numbers in a token or V ids, C width (n_embd), P p
     cond (B,) | caption --embed--> (B, P, C) --cat--> (B, S, C) --n_layer Blocks--> h (B, T, C) --head--> p(x_t | h_t)
     tokens (B, T[, D]) --embed--> (B, T - 1, C) --^               (position t predicts token t)
 
-    python ar_transformer.py   # words, samples, surprise; writes ar_transformer.png; about 1 minute on 2 CPU cores
+    python ar_transformer.py   # words, samples, surprise; writes ar_transformer.png; about 50 s on 2 CPU cores
 
 Try it yourself:
   1. Let the model see the future: causal=False in Attention. The loss falls to nothing. What do samples look like?
@@ -671,7 +671,7 @@ def fit_ids(model, batches, steps, lr=2e-3):
     return losses
 
 
-def read_captions(device, steps=600):
+def read_captions(device, steps=900):
     """Train on bars-and-stripes with captions, half of them hidden -> model, curve [(step, nats told, nats untold)]."""
     pictures = bars_and_stripes(2000, device).unique(dim=0).repeat(2, 1)                    # (60, 16): all there are, twice
     cond, curve = bytes_of(captions_of(pictures), 23).to(device), []

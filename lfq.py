@@ -16,7 +16,7 @@ Shapes:  B batch, F frames, H W pixels, T = f * h * w tokens (17 frames: f = 5),
     clip (B, 3, F, H, W) --CausalEncoder--> z (B, T, bits) --quantize--> q (B, T, bits) of -1, +1 and ids (B, T) int64
     ids (B, T) --codes--> q (B, bits, f, h, w) --CausalDecoder--> clip (B, 3, F, H, W) in [-1, 1];   images: no F, f = 1
 
-    python lfq.py              # what each entropy does to the words, writes lfq.png; about 55 s on 1 CPU core
+    python lfq.py              # what each entropy does to the words, writes lfq.png; about 35 s on 2 CPU cores
 
 Try it yourself:
   1. Decode ids ^ 1 in main(), then ids ^ 512: the decoder sees one sign the other way round. What does a bit mean?

@@ -16,7 +16,7 @@ Shapes:  B batch, T tokens, D numbers in a token or V ids, C width (n_embd); mas
     tokens (B, T[, D]), mask (B, T) --embed--> (B, T, C) --class in front, EncoderBlocks--> h (B, T, C) --head--> p(x_t)
     after step i of n, floor(T cos(pi/2 (i+1)/n)) tokens are still hidden: few are revealed at first, many at the end
 
-    python maskgit.py          # masks and pictures pass by pass, exact errors; writes maskgit.png; about 1 min on 2 cores
+    python maskgit.py          # masks and pictures pass by pass, exact errors; writes maskgit.png; about 50 s on 2 cores
 
 Try it yourself:
   1. Sample the shapes with choice_temperature=0: the most confident tokens first, no noise. What do all pictures share?

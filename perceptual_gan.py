@@ -16,7 +16,7 @@ Shapes:  B batch, F frames, H W pixels, x' = decode(encode(x))
     x (B, 3, [F,] H, W) --tokenizer.reconstruct--> x' (B, 3, [F,] H, W)    clips are judged frame by frame
     x, x' --LPIPS or ClassifierFeatures--> distance (B,)      x or x' --PatchCritic--> a logit per patch (B, 1, h, w)
 
-    python perceptual_gan.py   # what each term does to texture, writes perceptual_gan.png; 50 s on one CPU core
+    python perceptual_gan.py   # what each term does to texture, writes perceptual_gan.png; about 30 s on 2 CPU cores
 
 Try it yourself:
   1. --gan_weight 0.5, LlamaGen's, who train 1000 times longer: what do the pictures lose, and which number tells?

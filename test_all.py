@@ -2222,7 +2222,7 @@ def test_ar_bytes_are_read_in_order_and_padding_is_not():
 def test_ar_learns_what_captions_say():
     text = ar_transformer.captions_of(ar_transformer.bars_and_stripes(2000, "cpu").unique(dim=0))
     assert len(set(text)) == 30 and "rows 1 and 3 dark" in text and "column 2 dark" in text
-    _, curve = ar_transformer.read_captions("cpu")
+    _, curve = ar_transformer.read_captions("cpu", 600)
     _, told, untold = curve[-1]
     assert told < 0.5, f"{told:.2f} nats are left when the caption tells the picture"
     assert math.log(30) - 1e-3 <= untold < 1.06 * math.log(30), f"{untold:.3f} nats without a caption, ln 30 = 3.401 is the least"

@@ -16,7 +16,7 @@ Shapes:  B batch, H W pixels, P = (H / patch)^2 patches, T tokens (n_tokens), C 
     images (B, 3, H, W) --patches and latents--> (B, 1 + P + T, C) --ViT, last T--> z (B, T, D) --nearest--> ids (B, T)
     codes (B, T, D) --canvas in front--> (B, 1 + P + T, C) --ViT, middle P--> (B, P, 3 patch^2) --> images (B, 3, H, W)
 
-    python titok.py            # 2 to 16 tokens, and what one of them says; writes titok.png; about 1 minute on 2 cores
+    python titok.py            # 2 to 16 tokens, and what one of them says; writes titok.png; about 58 s on 2 cores
 
 Try it yourself:
   1. Leave the patches, x, out of the torch.cat in LatentEncoder.forward. What does the decoder still draw, and why?
