@@ -13,6 +13,7 @@ import math
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -30,6 +31,7 @@ from PIL import Image
 from torch import distributions as D
 
 import ar_transformer
+import compression
 import data
 import diffusion_head
 import evaluate
@@ -48,7 +50,7 @@ import vq
 ROOT = Path(__file__).resolve().parent
 MODELS = [p for p in ("vae vq lfq titok perceptual_gan flow_adapter gmm_head diffusion_head ar_transformer maskgit "
                       "mar").split() if (ROOT / f"{p}.py").exists()]
-PROGRAMS = ["train", "sample", "evaluate"]
+PROGRAMS = ["train", "sample", "evaluate", "compression"]
 
 
 def golden(name):
@@ -3352,6 +3354,123 @@ def test_probe_runs_alone_and_adds_to_the_metrics(tiny_run, monkeypatch, capsys)
 
 
 # ---------------------------------------------------------------------------------------------------
+# compression.py: files of tokens
+
+def tiny_codec(clips=True):
+    """A video (or image) LFQ of 64 words and a transformer on its grid, random weights -> tokenizer, transformer."""
+    torch.manual_seed(0)
+    tokenizer = lfq.LFQ(8, 5 if clips else 1, bits=6, ch=8, ch_mult=(1, 2), n_res=1, groups=4)           # 3 x 4 x 4 ids
+    head = ar_transformer.CategoricalHead(16, 64)
+    nn.init.normal_(head.proj.weight, std=0.3)
+    model = ar_transformer.ARTransformer(head, tokenizer.seq_len, 3, vocab_size=64, grid=tokenizer.grid, n_layer=1, n_head=2, n_embd=16)
+    return tokenizer.eval(), model.eval()
+
+
+def test_arithmetic_coder_reaches_the_entropy_and_inverts():
+    rng = np.random.default_rng(0)
+    for total, n in ((2, 5000), (1000, 5000), ((1 << 31) - 1, 2000), (1 << 31, 2000)):
+        encoder, symbols, bits = compression.ArithmeticEncoder(), [], 0.0
+        for _ in range(n):                                  # any share, from almost nothing to almost all
+            start = int(rng.integers(total)) if rng.random() < 0.5 else 0
+            end = int(rng.integers(start, total)) + 1 if rng.random() < 0.5 else total
+            symbols.append((start, end))
+            bits -= math.log2((end - start) / total)
+            encoder.encode(start, end, total)
+        payload = encoder.finish()
+        assert 8 * len(payload) - bits < 8 + 1e-3 * bits and bits < 8 * len(payload) + 1e-3 * bits
+        decoder = compression.ArithmeticDecoder(payload)
+        for start, end in symbols:
+            assert start <= decoder.target(total) < end
+            decoder.advance(start, end, total)
+    assert compression.ArithmeticEncoder().finish() == b"\0"
+    carries = compression.ArithmeticEncoder()               # 0.0111 1111 ... and then something more: the carry runs far back
+    carries.encode((1 << 31) - 1, (1 << 31) + 1, 1 << 32)
+    for _ in range(40):
+        carries.encode(0, 2, 3), carries.encode(2, 3, 3)
+    assert all(bit in (0, 1) for bit in carries.bits)
+
+
+def test_a_tile_holds_each_place_once_in_the_order_of_the_transformer():
+    order = compression.tiles([3, 2], 3, 5, (3, 2, 4))
+    assert order.shape == (2 * 2 * 2, 24) and sorted(order[order >= 0].tolist()) == list(range(5 * 3 * 5))
+    assert order[0].view(3, 2, 4)[:, 0].tolist() == [[0, 1, 2, 3], [15, 16, 17, 18], [30, 31, 32, 33]]
+    assert order[-1].view(3, 2, 4)[1].tolist() == [[5 * 15 - 1, -1, -1, -1], [-1] * 4] and (order[-1].view(3, 2, 4)[2] < 0).all()
+
+
+def test_ids_survive_the_file_on_a_hundred_random_clips():
+    g = torch.Generator().manual_seed(0)
+    tokenizer, model = tiny_codec()
+    for _ in range(100):
+        frames, height, width = (int(torch.randint(lo, hi, (1,), generator=g)) for lo, hi in ((1, 12), (3, 18), (3, 18)))
+        lay = compression.Layout(tokenizer, frames, height, width)
+        ids = torch.randint(64, (lay.f, lay.h, lay.w), generator=g)
+        for coder in (None, model):
+            blob = compression.write(ids, lay, tokenizer, coder, ms=40)
+            back, again, ms = compression.read(blob, tokenizer, coder)
+            assert torch.equal(back, ids) and (vars(again), ms) == (vars(lay), 40)
+        assert len(compression.write(ids, lay, tokenizer)) == 40 + math.ceil(ids.numel() * 6 / 8)
+
+
+def test_an_arithmetic_coded_file_is_as_long_as_its_model_says():
+    tokenizer, model = tiny_codec()
+    lay = compression.Layout(tokenizer, 15, 24, 20)         # 3 chunks of 3 x 12 x 10 ids: tiles that hang over
+    torch.manual_seed(1)
+    places, ids = compression.tiles(lay.lengths, lay.h, lay.w, model.grid), torch.zeros(lay.f * lay.h * lay.w, dtype=torch.long)
+    drawn = model.sample(torch.full((len(places),), model.num_classes))
+    ids[places[places >= 0]] = drawn[places >= 0]           # as the model expects them, so that there is something to save
+    padded = torch.where(places >= 0, ids[places], 0)
+    with torch.no_grad():                                   # in one pass: the same probabilities, but for rounding
+        nats = model.head.loss(model.hidden(padded, torch.full((len(places),), 3)), padded)[places >= 0].sum().item()
+    size = len(compression.encode_ids(ids.view(lay.f, lay.h, lay.w), lay.lengths, model))
+    bits = nats / math.log(2)
+    assert bits / 8 < size < 1.002 * bits / 8 + 4, (bits / 8, size)         # 0.0014 bits per token are given away knowingly
+    assert size < 0.95 * len(compression.pack(ids, 6))
+
+
+def test_a_clip_of_any_size_goes_through_every_tokenizer():
+    for tokenizer in (tiny_codec()[0], tiny_codec(False)[0], vq.VQ(8, 50, ch=8, ch_mult=(1, 2), z_channels=8, groups=4).eval(),
+                      titok.TiTok(8, 3, 50, enc=(16, 1, 2), dec=(16, 1, 2)).eval()):
+        clip = torch.randint(256, (7, 3, 11, 18), dtype=torch.uint8)
+        grid = tokenizer.grid
+        ids, lay = compression.to_ids(tokenizer, clip)
+        back = compression.from_ids(tokenizer, ids, lay)
+        assert back.shape == clip.shape and back.dtype == torch.uint8 and tokenizer.grid == grid
+        again, _, _ = compression.read(compression.write(ids, lay, tokenizer), tokenizer)
+        assert torch.equal(compression.from_ids(tokenizer, again, lay), back)
+    tokenizer, _ = tiny_codec()                             # at its own size: what the tokenizer itself says
+    clip = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)
+    x = clip.float().transpose(0, 1)[None] / 127.5 - 1
+    ids, lay = compression.to_ids(tokenizer, clip)
+    assert torch.equal(ids.flatten(), tokenizer.encode(x)[0])
+    assert torch.equal(compression.from_ids(tokenizer, ids, lay), data.to_uint8(tokenizer.decode(tokenizer.encode(x)))[0].transpose(0, 1))
+
+
+def test_truncated_altered_and_foreign_files_are_refused():
+    tokenizer, model = tiny_codec()
+    lay = compression.Layout(tokenizer, 5, 8, 8)
+    ids = torch.randint(64, (lay.f, lay.h, lay.w), generator=torch.Generator().manual_seed(0))
+    for coder in (None, model):
+        blob = compression.write(ids, lay, tokenizer, coder)
+        wrong = [blob[:n] for n in range(len(blob))] + [blob + b"\0"]
+        wrong += [blob[:n] + bytes([blob[n] ^ 1 << n % 8]) + blob[n + 1:] for n in range(len(blob))]
+        for bad in wrong:
+            with pytest.raises(data.BadInput, match="x.lfq: .*"):
+                compression.read(bad, tokenizer, coder, "x.lfq")
+    with pytest.raises(data.BadInput, match="another tokenizer"):
+        compression.read(blob, tiny_codec(False)[0], model)
+    with pytest.raises(data.BadInput, match="arithmetic-coded; name the run"):
+        compression.read(blob, tokenizer)
+    with torch.no_grad():
+        model.blocks[0].mlp.w1.weight[0, 0] += 1e-3
+    with pytest.raises(data.BadInput, match="another transformer"):
+        compression.read(blob, tokenizer, model)
+    good = compression.write(ids, lay, tokenizer)
+    head = good[:32] + bytes(4)                             # whole, but not the ids that were meant: other probabilities
+    with pytest.raises(data.BadInput, match="on another machine"):
+        compression.read(head + struct.pack("<I", zlib.crc32(good[40:], zlib.crc32(head))) + good[40:], tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------------
 # The programs, as a user runs them
 
 TINY = ["--tokenizer", "vae", "--head", "gmm", "--n_shapes", "200", "--tok_steps", "24", "--tok_batch_size", "8", "--image_size", "16",
@@ -3564,6 +3683,40 @@ def test_editing_keeps_what_lies_outside_the_mask(tiny_run, tmp_path, capsys, mo
                             (["--steps", "9"], "only 4 tokens"), (["--beam", "2"], "--beam: not for --generator maskgit")]:
         with pytest.raises(SystemExit, match=sentence):
             sample.main([str(tiny_run / "edit"), *map(str, words)])
+
+
+def test_compress_and_decompress_from_the_command_line(tiny_run, tmp_path, capsys, monkeypatch):
+    words = ["--tokenizer", "lfq", "--head", "categorical", "--vocab_size", "64"]
+    train.main([*TINY, *words, "--runs", str(tiny_run)])
+    tok, ar = str(tiny_run / "shapes-lfq"), str(tiny_run / "shapes-lfq-ar-categorical")
+    clip = data.to_uint8(data.draw_clips(torch.arange(1), 30, 3)[0][0].transpose(0, 1))
+    a, b, c = (str(tmp_path / name) for name in ("a.webp", "b.lfq", "c.webp"))
+    compression.write_clip(a, clip, 50)
+    assert torch.equal(compression.read_clip(a)[0], clip)
+    sizes = []
+    for coder in ([], ["--entropy_coder", ar]):
+        sample.main(["compress", a, b, "--run", tok, *coder])
+        assert "3 x 30 x 30 pixels" in capsys.readouterr().out
+        sizes.append(Path(b).stat().st_size)
+        call("sample.py", "decompress", b, c, "--run", ar)  # a process of its own; a run of stage 2 has the tokenizer in it
+        back, ms = compression.read_clip(c)
+        tokenizer = train.load_run(tok).tokenizer
+        assert ms == 50 and torch.equal(back, compression.from_ids(tokenizer, *compression.to_ids(tokenizer, clip)))
+    assert sizes[0] == 40 + math.ceil(3 * 8 * 8 * 6 / 8) > sizes[1]
+    Path(tmp_path / "cut.lfq").write_bytes(Path(b).read_bytes()[:-1])
+    monkeypatch.setitem(sys.modules, "av", None)
+    for words, sentence in ((["decompress", tmp_path / "cut.lfq", c, "--run", tok], "cut.lfq: .*copy it again"),
+                            (["decompress", b, c, "--run", tok], "name the run that coded it with --entropy_coder"),
+                            (["decompress", b, tmp_path / "c.png", "--run", ar], "3 frames do not fit into a PNG"),
+                            (["decompress", b, tmp_path / "c.mp4", "--run", ar], "pip install av"),
+                            (["decompress", b, tmp_path / "c.xyz", "--run", ar], "ending must be"),
+                            (["decompress", b, tmp_path / "no" / "c.gif", "--run", ar], "could not write"),
+                            (["compress", a, b, "--run", tiny_run / "shapes-vae"], "--run .*ids"),
+                            (["compress", a, b, "--run", tok, "--entropy_coder", tok], "--entropy_coder .*--generator ar"),
+                            (["compress", tok, b, "--run", tok], "no such file"),
+                            (["compress", Path(tok) / "log.csv", b, "--run", tok], "not a readable image")):
+        with pytest.raises(data.BadInput, match=sentence):
+            sample.main([str(w) for w in words])
 
 
 def test_samples_are_a_function_of_the_seed(tiny_run):
