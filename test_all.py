@@ -3291,6 +3291,45 @@ def test_psnr_ssim_precision_and_recall():
     assert precision > 0.99 and recall < 0.05
 
 
+def test_ms_ssim_equals_its_definition_in_slow_loops():
+    def means(a, b):                                        # SSIM and contrast-structure, window by window, in float64
+        g = np.exp(-(np.arange(11) - 5.0) ** 2 / (2 * 1.5**2))
+        window, ssim, cs = np.outer(g, g) / g.sum() ** 2, [], []
+        for y in range(a.shape[0] - 10):
+            for x in range(a.shape[1] - 10):
+                p, q = a[y:y + 11, x:x + 11], b[y:y + 11, x:x + 11]
+                mu_p, mu_q = (window * p).sum(), (window * q).sum()
+                var_p, var_q = (window * (p - mu_p) ** 2).sum(), (window * (q - mu_q) ** 2).sum()
+                cov = (window * (p - mu_p) * (q - mu_q)).sum()
+                cs.append((2 * cov + 0.06**2) / (var_p + var_q + 0.06**2))
+                ssim.append(cs[-1] * (2 * mu_p * mu_q + 0.02**2) / (mu_p**2 + mu_q**2 + 0.02**2))
+        return np.mean(ssim), np.mean(cs)
+
+    def slow(a, b, weights):                                # grey images (H, W) in [0, 2]
+        product = 1.0
+        for j, w in enumerate(weights):
+            ssim, cs = means(a, b)
+            product *= (ssim if j + 1 == len(weights) else cs) ** (w / sum(weights))
+            a, b = (v[:len(v) // 2 * 2, :v.shape[1] // 2 * 2].reshape(len(v) // 2, 2, -1, 2).mean((1, 3)) for v in (a, b))
+        return product
+    weights = [0.0448, 0.2856, 0.3001, 0.2363, 0.1333]
+    for side, scales in ((44, 3), (43, 2), (22, 2), (21, 1)):
+        a = data.draw(torch.arange(1), side)[0]
+        b = (a + 0.3 * torch.randn(a.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+        grey = [((x[0].double() + 1) * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0).numpy() for x in (a, b)]
+        assert abs(evaluate.ms_ssim(a, b).item() - slow(*grey, weights[:scales])) < 1e-4, side
+    assert torch.equal(evaluate.ms_ssim(a, b), evaluate.ssim(a, b))                         # 21 pixels: one scale
+    real = evaluate.similarity                              # five from 176 pixels on, four below
+    for side, scales in ((176, 5), (175, 4)):
+        calls, x = [], torch.rand(1, 3, side, 200) * 2 - 1
+        evaluate.similarity = lambda a, b: calls.append(a.shape) or real(a, b)
+        try:
+            assert abs(evaluate.ms_ssim(x, x) - 1) < 1e-5 and evaluate.ms_ssim(x, -x) == 0
+        finally:
+            evaluate.similarity = real
+        assert len(calls) == 2 * scales
+
+
 def test_probe_is_perfect_on_separable_features_and_at_chance_on_noise():
     y = torch.arange(1200) % 4
     x = torch.randn(1200, 6) + 12 * F.one_hot(y, 6)
