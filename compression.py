@@ -1,30 +1,32 @@
 """
 Images and clips as small files: a tokenizer is a codec, and a generator is its entropy coder.
 
-A clip becomes a grid of ids, and each id is log2 V bits. But ids are not equally likely: an autoregressive transformer says
-p(id | earlier ids), and an arithmetic coder then spends -log2 p bits on an id. The file is as long as the model's loss, to
-the byte: a generator that predicts better is a codec that compresses better (MAGVIT-v2, https://arxiv.org/abs/2310.05737,
-section 4.3, has the tokens; Shannon 1948 the rest). The numbers so far are an interval, the file a number inside it:
+A clip becomes a grid of ids, and an id takes log2 V bits (MAGVIT-v2, https://arxiv.org/abs/2310.05737, compresses videos
+so). But not all ids are equally likely: an autoregressive transformer knows p(id | earlier ids), and an arithmetic coder
+spends -log2 p bits on one. The file is then as long as the model's loss, and who predicts better compresses better. What has
+been written so far is an interval of numbers; the next id narrows it to its share, and the file is a number in the last one:
 
-    low += range P(ids before this one)      range *= p(this one)
+    low += range P(the ids before this one in the alphabet)         range *= p(this one)
 
-    python sample.py compress cat.gif cat.lfq --run runs/shapes-lfq                          # log2 V bits per token
+    python sample.py compress cat.gif cat.lfq --run runs/shapes-lfq                         # log2 V bits per id
     python sample.py compress cat.gif cat.lfq --run runs/shapes-lfq --entropy_coder runs/shapes-lfq-ar-categorical
     python sample.py decompress cat.lfq cat2.gif --run runs/shapes-lfq-ar-categorical
 
-Shapes:  clip (N, 3, H, W) uint8, N frames; ids (f, h, w) int64: VQ and LFQ are convolutions, so a picture may have any size.
-It is padded to whole tokens and cropped again. A video tokenizer takes chunks of its own number of frames, TiTok squares of
-its own size. The transformer knows one grid: each chunk is cut into tiles of it, which know nothing of each other.
+Shapes:  clip (N, 3, H, W) uint8, N frames; ids (f, h, w) int64. LFQ and VQ are convolutions, so a picture may have any size:
+it is padded to whole tokens, and cropped again. A video tokenizer takes chunks of its own number of frames, TiTok squares of
+its own size. The transformer knows one grid: each chunk is cut into tiles of that grid, which know nothing of each other.
 
-The file, numbers little-endian, 40 bytes and the payload:
+The file, its numbers little-endian:
 
-    4 "LFQ" and the version, 1      2 x 3 frames, height, width of the clip      4 fingerprint of the tokenizer
-    1 coder: 0 fixed length, 1 AR   2 x 3 f, h, w of the ids                     4 fingerprint of the transformer, or 0
-    1 bits of a fixed-length id     2 milliseconds per frame                     4 bytes of payload    4 CRC32 of the ids
-                                                                                 4 CRC32 of all bytes but these four
-Who decodes must compute the very probabilities of who encoded, to the last bit. Both take the same cached steps of the same
-batch here, on one CPU thread; that is the same on one machine with one build of PyTorch. Elsewhere a sum may be rounded
-otherwise, which the CRC of the ids notices: the file is then refused. Fixed-length files decode to the same ids everywhere.
+     0 -  3   "LFQ" and the version, 1                           18, 19   milliseconds per frame (0: an image)
+     4,   5   coder (0 fixed length, 1 AR), bits per id          20 - 27  fingerprints: tokenizer, transformer (0: none)
+     6 - 11   frames, height, width of the clip                  28 - 31  bytes from 40 on
+    12 - 17   f, h, w of the ids                                 32 - 39  CRC32 of the ids, and of all other bytes here
+    40 - end  the ids
+
+Who decodes must compute the very probabilities of who encoded, to the last bit. Here both take the same cached steps at the
+same batch size, on one thread of the CPU: the same on one machine with one build of PyTorch. Elsewhere a sum may be rounded
+otherwise; the CRC of the ids tells, and the file is refused. Fixed-length files hold the same ids everywhere.
 """
 import argparse
 import contextlib
