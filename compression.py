@@ -89,7 +89,7 @@ class ArithmeticEncoder:
 
 
 class ArithmeticDecoder:
-    """Follows the encoder's interval; code is the file's number, counted from low, so that neither low nor carry is needed."""
+    """Follows the encoder's interval; code is the file's number, counted from low: neither low nor carry is needed."""
 
     def __init__(self, payload):
         self.bits = iter(np.unpackbits(np.frombuffer(payload, dtype=np.uint8)).tolist())
@@ -155,7 +155,7 @@ def tiles(lengths, h, w, grid):
     tf, th, tw = (1,) * (3 - len(grid)) + tuple(grid)
     places = torch.arange(sum(lengths) * h * w).view(-1, h, w)
     chunks = [F.pad(c, (0, -w % tw, 0, -h % th, 0, tf - len(c)), value=-1) for c in places.split(lengths)]
-    cut = torch.stack(chunks).unflatten(3, (-1, tw)).unflatten(2, (-1, th))                 # (chunks, tf, rows, th, cols, tw)
+    cut = torch.stack(chunks).unflatten(3, (-1, tw)).unflatten(2, (-1, th))                 # (n, tf, rows, th, cols, tw)
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, tf * th * tw)
 
 
@@ -270,13 +270,17 @@ def fingerprint(model):
     return crc
 
 
+def bits_of(tokenizer):
+    return (tokenizer.vocab_size - 1).bit_length()
+
+
 def crc_of_ids(ids):
     return zlib.crc32(ids.flatten().numpy().astype("<i8").tobytes())
 
 
 def write(ids, lay, tokenizer, model=None, ms=0):
     """ids (f, h, w) and their Layout -> the bytes of a file; with a model arithmetic-coded. ms: milliseconds per frame."""
-    bits = (tokenizer.vocab_size - 1).bit_length()
+    bits = bits_of(tokenizer)
     payload = encode_ids(ids, lay.lengths, model) if model else pack(ids, bits)
     values = [MAGIC, int(model is not None), bits, lay.frames, lay.height, lay.width, lay.f, lay.h, lay.w, ms,
               fingerprint(tokenizer), fingerprint(model) if model else 0, len(payload), crc_of_ids(ids)]
@@ -303,7 +307,7 @@ def read(blob, tokenizer, model=None, name="file"):
         raise BadInput(f"{name}: {'coded by another transformer than this' if model else 'arithmetic-coded'}; name the run "
                        "that coded it with --entropy_coder")
     lay = Layout(tokenizer, x["frames"], x["height"], x["width"]) if x["frames"] * x["height"] * x["width"] else None
-    bits = (tokenizer.vocab_size - 1).bit_length()
+    bits = bits_of(tokenizer)
     fixed = -(-x["f"] * x["h"] * x["w"] * bits // 8)
     if (not lay or (x["f"], x["h"], x["w"], x["bits"]) != (lay.f, lay.h, lay.w, bits) or x["coder"] > 1
             or x["coder"] == 0 and len(payload) != fixed):
@@ -313,8 +317,8 @@ def read(blob, tokenizer, model=None, name="file"):
     else:
         ids = unpack(payload, bits, lay.f * lay.h * lay.w).view(lay.f, lay.h, lay.w)
     if crc_of_ids(ids) != x["ids_crc"]:
-        raise BadInput(f"{name}: the ids came out otherwise than they went in: the transformer's probabilities were computed on "
-                       "another machine or by another PyTorch; decode it there, or write it without --entropy_coder")
+        raise BadInput(f"{name}: the ids came out otherwise than they went in, for their probabilities were computed on another "
+                       "machine or by another PyTorch; decode it there, or write it without --entropy_coder")
     if ids.max() >= tokenizer.vocab_size:
         raise BadInput(f"{name}: an id of {int(ids.max())}, and the tokenizer has {tokenizer.vocab_size}")
     return ids, lay, x["ms"]
@@ -369,7 +373,7 @@ def write_clip(path, clip, ms):
         first.save(path, **moving, **(dict(lossless=True) if ending == ".webp" else {}))
     elif ending == ".mp4":
         av = need_av(path)
-        even = clip.shape[-1] % 2 == clip.shape[-2] % 2 == 0                                # half the colour resolution asks that
+        even = clip.shape[-1] % 2 == clip.shape[-2] % 2 == 0                                # half of the colours is kept then
         with av.open(str(path), "w") as film:
             stream = film.add_stream("libx264", rate=max(1, round(1000 / (ms or 1000))), options=dict(crf="12"))
             stream.width, stream.height, stream.pix_fmt = clip.shape[-1], clip.shape[-2], "yuv420p" if even else "yuv444p"
@@ -388,11 +392,14 @@ def coder_of(args, run):
     from train import load_run
     other = load_run(args.entropy_coder) if args.entropy_coder else run
     model, asked = other.generator, args.entropy_coder is not None
-    fits = model is not None and (other.args.generator, other.args.head, other.args.condition) == ("ar", "categorical", "class")
+    kind = (other.args.generator, other.args.head, other.args.condition)
+    fits = model is not None and kind == ("ar", "categorical", "class")
     if asked and not fits:
-        raise BadInput(f"--entropy_coder {args.entropy_coder}: needs a run of --generator ar --head categorical that knows classes")
+        raise BadInput(f"--entropy_coder {args.entropy_coder}: must be a run of --generator ar --head categorical, without "
+                       "--condition text")
     if asked and fingerprint(other.tokenizer) != fingerprint(run.tokenizer):
-        raise BadInput(f"--entropy_coder {args.entropy_coder}: was trained on the tokens of another tokenizer than --run {args.run}")
+        raise BadInput(f"--entropy_coder {args.entropy_coder}: was trained on the tokens of another tokenizer than that of "
+                       f"--run {args.run}")
     return model if fits and (asked or args.way == "decompress") else None
 
 
@@ -404,10 +411,11 @@ def compress(args, run, model):
     seconds = time.perf_counter() - start
     Path(args.out).write_bytes(blob)
     mse = (from_ids(run.tokenizer, ids, lay).float() - clip.float()).square().mean().item()
-    pixels, fixed = lay.frames * lay.height * lay.width, -(-ids.numel() * (run.tokenizer.vocab_size - 1).bit_length() // 8)
-    print(f"{args.out}: {len(blob)} bytes for {lay.frames} x {lay.height} x {lay.width} pixels, {8 * len(blob) / pixels:.4f} bits "
-          f"per pixel, PSNR {10 * math.log10(255**2 / max(mse, 1e-9)):.2f} dB; {lay.f} x {lay.h} x {lay.w} ids in "
-          f"{len(blob) - HEADER.size} bytes" + (f", fixed length would take {fixed}" if model else "") + f"; {seconds:.1f} s")
+    bpp = 8 * len(blob) / (lay.frames * lay.height * lay.width)
+    fixed = f" (fixed length: {-(-ids.numel() * bits_of(run.tokenizer) // 8)})" if model else ""
+    print(f"{args.out}: {len(blob)} bytes, {len(blob) - HEADER.size} of them{fixed} for {lay.f} x {lay.h} x {lay.w} ids of "
+          f"{lay.frames} x {lay.height} x {lay.width} pixels: {bpp:.4f} bits per pixel, PSNR "
+          f"{10 * math.log10(255**2 / max(mse, 1e-9)):.2f} dB; {seconds:.1f} s")
 
 
 def decompress(args, run, model):
@@ -426,7 +434,7 @@ def main(argv):
     p.add_argument("file", help="compress: an image, .gif, .webp, or a film such as .mp4; decompress: what compress wrote")
     p.add_argument("out", help="compress: the file to write, such as x.lfq; decompress: a .png, .gif, .webp or .mp4")
     p.add_argument("--run", required=True, help="run folder with a tokenizer of ids (lfq, vq, titok): the same both ways")
-    p.add_argument("--entropy_coder", help="run folder of an AR transformer on the ids of that tokenizer: smaller files, slower")
+    p.add_argument("--entropy_coder", help="run folder of an AR transformer on the same ids: smaller files, but slower")
     args = p.parse_args(argv)
     run = load_run(args.run)
     if run.tokenizer.vocab_size is None or run.args.task != "class":

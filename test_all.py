@@ -3751,7 +3751,7 @@ def test_compress_and_decompress_from_the_command_line(tiny_run, tmp_path, capsy
                             (["decompress", b, tmp_path / "c.xyz", "--run", ar], "ending must be"),
                             (["decompress", b, tmp_path / "no" / "c.gif", "--run", ar], "could not write"),
                             (["compress", a, b, "--run", tiny_run / "shapes-vae"], "--run .*ids"),
-                            (["compress", a, b, "--run", tok, "--entropy_coder", tok], "--entropy_coder .*--generator ar"),
+                            (["compress", a, b, "--run", tok, "--entropy_coder", tok], "--entropy_coder .*must be a run of --generator ar"),
                             (["compress", tok, b, "--run", tok], "no such file"),
                             (["compress", Path(tok) / "log.csv", b, "--run", tok], "not a readable image")):
         with pytest.raises(data.BadInput, match=sentence):

@@ -2,14 +2,14 @@
 Tokens as a codec: bits per pixel against PSNR and MS-SSIM, beside JPEG, WebP and H.265.
 
     pip install av                                       # brings H.265 (x265); without it there are no films and no H.265
-    python experiments/compression.py --film bigbuckbunny.mp4 --test bikes.mp4   # trains, measures; 25 minutes on one core
-    python experiments/compression.py --parts images --n 16 --out /tmp/x         # does it run? (uses trained models if there)
+    python experiments/compression.py --film bigbuckbunny.mp4 --test bikes.mp4   # trains, measures; 15 minutes on one core
+    python experiments/compression.py --parts images --n 16 --out /tmp/x         # does it run? (trains what is not there)
 
-Three tests, each on what no model was trained on. images: drawn 32 x 32 validation images, train.py's LFQ. clips: drawn clips
-of 9 frames, the image LFQ inflated to video and trained on. film: 27 frames of --test, by the same LFQ trained on crops of
---film alone. Entropy coders are AR transformers on the training tokens ("no class" nine times in ten, for they are asked so).
+Three tests, on what no model was trained on. images: drawn validation images, train.py's LFQ. clips: drawn clips of 9
+frames, the image LFQ inflated to video and trained on. film: 27 frames of --test, by the same LFQ trained on crops of --film
+alone. Entropy coders are AR transformers on the training tokens ("no class" nine times in ten, for they are asked so).
 
-What is compared with what. LFQ: the whole file of `sample.py compress` (its 40 bytes too), fixed-length and arithmetic-coded,
+What is compared with what. LFQ: the whole file of `sample.py compress`, its 40 bytes too, fixed-length or arithmetic-coded,
 all pictures of a test in one file; every file is decoded again, and its ids must be those that went in. JPEG and WebP: at 32
 pixels a file is mostly header, so the images are laid side by side in one large sheet; the size as single files is reported
 too. H.265: x265's preset medium, the bare stream without a container; clips lie side by side in one film. Drawn things keep
@@ -52,8 +52,8 @@ CHUNK = 9                                                   # frames of a clip: 
 
 def image_codec(args):
     """train.py's own two stages on the drawn images -> tokenizer, coder."""
-    words = ["--tokenizer", "lfq", "--head", "categorical", "--runs", args.runs, "--name", "shapes-lfq-coder", "--size", "tiny",
-             "--steps", str(args.ar_steps), "--label_drop", "0.9", "--device", "cpu"]
+    words = ["--tokenizer", "lfq", "--head", "categorical", "--runs", args.runs, "--name", "shapes-lfq-coder",
+             "--size", "tiny", "--steps", str(args.ar_steps), "--label_drop", "0.9", "--device", "cpu"]
     train.main(words)
     run = train.load_run(Path(args.runs) / "shapes-lfq-coder")
     return run.tokenizer, run.generator
@@ -77,16 +77,15 @@ def clip_codec(args, name, image_lfq, clips):
         return tokenizer.state_dict()
     tokenizer.load_state_dict(kept(Path(args.runs) / f"{name}-lfq.pt", fit))
     tokenizer.eval()
-    size = ar_transformer.SIZES["tiny"]
-    model = ar_transformer.ARTransformer(ar_transformer.CategoricalHead(size["n_embd"], tokenizer.vocab_size), tokenizer.seq_len,
-                                         1, vocab_size=tokenizer.vocab_size, grid=tokenizer.grid, label_drop=0.9, **size)
+    size, V = ar_transformer.SIZES["tiny"], tokenizer.vocab_size
+    model = ar_transformer.ARTransformer(ar_transformer.CategoricalHead(size["n_embd"], V), tokenizer.seq_len, 1,
+                                         vocab_size=V, grid=tokenizer.grid, label_drop=0.9, **size)
 
     def fit_coder():
         ids = torch.cat([tokenizer.encode(x) for x in clips.split(25)])
         torch.manual_seed(0)
-        start = time.perf_counter()
-        losses = ar_transformer.fit_ids(model, lambda step: (ids[torch.randint(len(ids), (16,))], torch.zeros(16, dtype=torch.long)),
-                                        args.ar_steps // 2)
+        start, none = time.perf_counter(), torch.zeros(16, dtype=torch.long)
+        losses = ar_transformer.fit_ids(model, lambda step: (ids[torch.randint(len(ids), (16,))], none), args.ar_steps // 2)
         print(f"{name}: transformer, {losses[-1] / math.log(2):.2f} bits per token in training, "
               f"{time.perf_counter() - start:.0f} s", flush=True)
         return model.state_dict()
@@ -97,16 +96,17 @@ def clip_codec(args, name, image_lfq, clips):
 def crops(film, n, side=32, seed=0):
     """n random pieces of a film (N, 3, H, W) uint8 -> (n, 3, 9, side, side) in [-1, 1]."""
     g = torch.Generator().manual_seed(seed)
-    places = [[int(torch.randint(size - k + 1, (1,), generator=g)) for size, k in zip((len(film), *film.shape[-2:]), (CHUNK, side, side))]
-              for _ in range(n)]
-    return torch.stack([film[t:t + CHUNK, :, y:y + side, x:x + side].transpose(0, 1) for t, y, x in places]).float() / 127.5 - 1
+    room = [size - k + 1 for size, k in zip((len(film), *film.shape[-2:]), (CHUNK, side, side))]
+    places = [[int(torch.randint(r, (1,), generator=g)) for r in room] for _ in range(n)]
+    pieces = [film[t:t + CHUNK, :, y:y + side, x:x + side].transpose(0, 1) for t, y, x in places]
+    return torch.stack(pieces).float() / 127.5 - 1
 
 
 # ---------------------------------------------------------------------------------------------------
 # The codecs: clip (N, 3, H, W) uint8 -> bytes, the decoded clip
 
 def sheet(clip, columns):
-    """Pictures side by side: (N, 3, H, W) -> (3, rows H, columns W); of clips (N, F, 3, H, W) -> (F, 3, rows H, columns W)."""
+    """Pictures side by side: (N, 3, H, W) -> (3, rows H, columns W); clips (N, F, 3, H, W) -> (F, 3, rows H, columns W)."""
     *_, H, W = clip.shape
     x = clip.unflatten(0, (-1, columns)).movedim(1, -2)                                     # (rows, ..., H, columns, W)
     return x.movedim(0, -4).flatten(-4, -3).flatten(-2)
@@ -130,8 +130,8 @@ def h265(clip, crf, pix_fmt):
     import av
     file = io.BytesIO()
     with av.open(file, "w", format="hevc") as film:
-        stream = film.add_stream("libx265", rate=25, options={"crf": str(crf), "preset": "medium",
-                                                              "x265-params": "info=0:log-level=none:pools=none:frame-threads=1"})
+        options = {"crf": str(crf), "preset": "medium", "x265-params": "info=0:log-level=none:pools=none:frame-threads=1"}
+        stream = film.add_stream("libx265", rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = clip.shape[-1], clip.shape[-2], pix_fmt
         for x in clip.permute(0, 2, 3, 1).contiguous().numpy():
             film.mux(stream.encode(av.VideoFrame.from_ndarray(x, format="rgb24")))
@@ -165,11 +165,13 @@ def through_lfq(clip, tokenizer, model, lpips):
         blob = compression.write(ids, lay, tokenizer, coder)
         written = time.process_time()
         assert torch.equal(compression.read(blob, tokenizer, coder)[0], ids)
-        rows.append(dict(codec=name, bpp=8 * len(blob) / pixels, bytes=len(blob), bits_per_token=8 * (len(blob) - 40) / ids.numel(),
+        rows.append(dict(codec=name, bpp=8 * len(blob) / pixels, bytes=len(blob),
+                         bits_per_token=8 * (len(blob) - compression.HEADER.size) / ids.numel(),
                          write_s=written - start, read_s=time.process_time() - written, **scores))
     p = ids.flatten().bincount().double() / ids.numel()
-    others = dict(tokens=ids.numel(), zlib=len(zlib.compress(compression.pack(ids, tokenizer.bits), 9)) * 8 / ids.numel(),
-                  order0_entropy=-(torch.xlogy(p, p).sum() / math.log(2)).item())           # bits per token, table not counted
+    zipped = len(zlib.compress(ids.numpy().astype("<u2").tobytes(), 9))
+    others = dict(tokens=ids.numel(), bits_per_token_zlib=8 * zipped / ids.numel(),
+                  bits_per_token_by_frequency=-(torch.xlogy(p, p).sum() / math.log(2)).item())         # table not counted
     return rows, others, decoded
 
 
@@ -207,7 +209,8 @@ def images(args, lpips):
     rate = rows[0]["bpp"]
     bpp, near = min(webps, key=lambda v: abs(math.log(v[0] / rate)))
     pick = lambda x: sheet(x[:16], 4)
-    shown = [("original", pick(clip)), (f"LFQ, {rate:.2f} bpp (coded: {rows[1]['bpp']:.2f})", pick(decoded)), (f"WebP, {bpp:.2f} bpp", pick(near))]
+    shown = [("original", pick(clip)), (f"LFQ, {rate:.2f} bpp, {rows[1]['bpp']:.2f} coded", pick(decoded)),
+             (f"WebP, {bpp:.2f} bpp", pick(near))]
     others |= dict(single_file_bytes=40 + math.ceil(tokenizer.seq_len * tokenizer.bits / 8))
     return SimpleNamespace(name="drawn images, 32 x 32", rows=rows, others=others, shown=shown)
 
@@ -223,7 +226,8 @@ def beside_h265(args, lpips, name, clip, codec, pix_fmt, to_film, from_film, pic
         shown.append((rows[-1]["bpp"], back))
     rate = rows[1]["bpp"]
     bpp, near = min(shown, key=lambda v: abs(math.log(v[0] / rate)))
-    shown = [("original", picture(clip)), (f"LFQ, coded, {rate:.2f} bpp", picture(decoded)), (f"H.265, {bpp:.2f} bpp", picture(near))]
+    shown = [("original", picture(clip)), (f"LFQ, coded, {rate:.2f} bpp", picture(decoded)),
+             (f"H.265, {bpp:.2f} bpp", picture(near))]
     return SimpleNamespace(name=name, rows=rows, others=others, shown=shown)
 
 
@@ -252,8 +256,11 @@ def film(args, lpips):
     y, x = ((v - m) // 2 for v, m in zip(clip.shape[-2:], (H, W)))
     clip = clip[:3 * CHUNK, :, y:y + H, x:x + W].contiguous()
     same = lambda v: v
-    return beside_h265(args, lpips, f"film {Path(args.test).stem}, {len(clip)} x {H} x {W}", clip, codec, "yuv420p", same, same,
-                       lambda v: v[len(v) // 2])
+    name = f"film {Path(args.test).stem}, {len(clip)} x {H} x {W}"
+    return beside_h265(args, lpips, name, clip, codec, "yuv420p", same, same, lambda v: v[len(v) // 2])
+
+
+TESTS = dict(images=images, clips=clips, film=film)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -263,7 +270,7 @@ def draw(path, tests):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig = plt.figure(figsize=(5 * len(tests), 7.6))
-    grid = fig.add_gridspec(2, len(tests), height_ratios=[1.25, 1], left=0.3 / len(tests) * 0.55, right=0.99, top=0.9, bottom=0.03,
+    grid = fig.add_gridspec(2, len(tests), height_ratios=[1.25, 1], left=0.16 / len(tests), right=0.99, top=0.9, bottom=0.03,
                             wspace=0.2, hspace=0.3)
     for column, test in enumerate(tests):
         ax = fig.add_subplot(grid[0, column])
@@ -280,7 +287,8 @@ def draw(path, tests):
         ax.minorticks_off()
         ax.grid(alpha=0.3)
         ax.legend(fontsize=9)
-        cells = grid[1, column].subgridspec(*((3, 1) if test.shown[0][1].shape[-1] > 300 else (1, 3)), hspace=0.25, wspace=0.05)
+        wide = test.shown[0][1].shape[-1] > 300
+        cells = grid[1, column].subgridspec(*((3, 1) if wide else (1, 3)), hspace=0.25, wspace=0.05)
         for cell, (title, picture) in zip(cells, test.shown):
             ax = fig.add_subplot(cell)
             ax.imshow(picture.permute(1, 2, 0), interpolation="nearest")
@@ -293,7 +301,7 @@ def draw(path, tests):
 
 def main():
     p = argparse.ArgumentParser(description="LFQ tokens against JPEG, WebP and H.265.")
-    p.add_argument("--parts", nargs="+", default=["images", "clips", "film"], choices=["images", "clips", "film"], help="which tests")
+    p.add_argument("--parts", nargs="+", default=list(TESTS), choices=list(TESTS), help="which tests")
     p.add_argument("--film", help="the film to train on (part film)")
     p.add_argument("--test", help="the film to compress (part film)")
     p.add_argument("--n", type=int, default=256, help="held-out images; a quarter as many clips")
@@ -310,21 +318,23 @@ def main():
     begun, used, tests = time.perf_counter(), time.process_time(), []
     lpips = perceptual_gan.LPIPS.from_files(*args.lpips).eval() if args.lpips else None
     for part in args.parts:
-        tests.append(test := globals()[part](args, lpips))
+        tests.append(test := TESTS[part](args, lpips))
         scores = [k for k in ("psnr", "ms_ssim", "lpips") if k in test.rows[0]]
         print(f"\n{test.name}: {test.others}")
         for row in test.rows:
-            print(f"  {row['codec']:22s} {row.get('setting', ''):>4} {row['bpp']:8.4f} bpp  " + "  ".join(f"{k} {row[k]:.3f}" for k in scores)
+            print(f"  {row['codec']:22s} {row.get('setting', ''):>4} {row['bpp']:8.4f} bpp  "
+                  + "  ".join(f"{k} {row[k]:.3f}" for k in scores)
                   + (f"  {row['bits_per_token']:.2f} bits per token" if "bits_per_token" in row else ""), flush=True)
         test.equal = []
         for row in test.rows[:2]:
             for codec in dict.fromkeys(r["codec"] for r in test.rows[2:]):
                 other = [r for r in test.rows if r["codec"] == codec]
-                test.equal.append(dict(lfq=row["codec"], codec=codec, bpp=row["bpp"], bpp_of_codec_for_psnr=rate_for(other, row["psnr"]),
-                                       **{k: row[k] for k in scores}, **{f"{k}_of_codec": at_rate(other, row["bpp"], k) for k in scores}))
+                test.equal.append(dict(lfq=row["codec"], codec=codec, bpp=row["bpp"], **{k: row[k] for k in scores},
+                                       **{f"{k}_of_codec": at_rate(other, row["bpp"], k) for k in scores},
+                                       bpp_of_codec_for_psnr=rate_for(other, row["psnr"])))
                 print("  at equal rate:", test.equal[-1], flush=True)
-    facts = dict(machine=machine_name(torch.device("cpu")), threads=1, torch=torch.__version__, date=str(date.today()), seed=0,
-                 seconds=time.perf_counter() - begun, processor_seconds=time.process_time() - used,
+    facts = dict(machine=machine_name(torch.device("cpu")), threads=1, torch=torch.__version__, date=str(date.today()),
+                 seed=0, seconds=time.perf_counter() - begun, processor_seconds=time.process_time() - used,
                  flags={k: v for k, v in vars(args).items() if k not in ("runs", "out")})
     tests_out = [dict(name=t.name, ids=t.others, rows=t.rows, at_equal_rate=t.equal) for t in tests]
     Path(args.out + ".json").write_text(json.dumps(facts | dict(tests=tests_out), indent=1) + "\n")
