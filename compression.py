@@ -216,7 +216,7 @@ class Layout:
         self.frames, self.height, self.width, self.time_stride = frames, height, width, s
 
     @contextlib.contextmanager
-    def of(self, tokenizer):
+    def known_to(self, tokenizer):
         """decode() must be told how the ids of a picture of another size lie."""
         name = "space" if hasattr(tokenizer, "space") else "grid"
         was = getattr(tokenizer, name)
@@ -248,7 +248,7 @@ def to_ids(tokenizer, clip):
 def from_ids(tokenizer, ids, lay):
     """The inverse of to_ids, as far as the tokenizer can: ids (f, h, w) -> clip (N, 3, H, W) uint8."""
     clip = []
-    with lay.of(tokenizer):
+    with lay.known_to(tokenizer):
         for part, left in zip(ids.split(lay.lengths), range(lay.frames, 0, -lay.chunk)):
             x = tokenizer.decode(part.reshape(-1, tokenizer.seq_len) if lay.flat else part.view(1, -1))
             if lay.flat:
@@ -317,8 +317,8 @@ def read(blob, tokenizer, model=None, name="file"):
     else:
         ids = unpack(payload, bits, lay.f * lay.h * lay.w).view(lay.f, lay.h, lay.w)
     if crc_of_ids(ids) != x["ids_crc"]:
-        raise BadInput(f"{name}: the ids came out otherwise than they went in, for their probabilities were computed on another "
-                       "machine or by another PyTorch; decode it there, or write it without --entropy_coder")
+        raise BadInput(f"{name}: the ids came out otherwise than they went in, for their probabilities were computed on "
+                       "another machine or by another PyTorch; decode it there, or write it without --entropy_coder")
     if ids.max() >= tokenizer.vocab_size:
         raise BadInput(f"{name}: an id of {int(ids.max())}, and the tokenizer has {tokenizer.vocab_size}")
     return ids, lay, x["ms"]
@@ -373,7 +373,7 @@ def write_clip(path, clip, ms):
         first.save(path, **moving, **(dict(lossless=True) if ending == ".webp" else {}))
     elif ending == ".mp4":
         av = need_av(path)
-        even = clip.shape[-1] % 2 == clip.shape[-2] % 2 == 0                                # half of the colours is kept then
+        even = clip.shape[-1] % 2 == clip.shape[-2] % 2 == 0              # half as many colours as pixels
         with av.open(str(path), "w") as film:
             stream = film.add_stream("libx264", rate=max(1, round(1000 / (ms or 1000))), options=dict(crf="12"))
             stream.width, stream.height, stream.pix_fmt = clip.shape[-1], clip.shape[-2], "yuv420p" if even else "yuv444p"

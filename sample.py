@@ -12,7 +12,7 @@ Draw from a trained run: a labelled grid, an .npz batch for evaluators, an anima
     python sample.py --official mar_base.pth --vae kl16.ckpt --label 207        # MAR's weights: a golden retriever
     python sample.py --official c2i_B_256.pt --vq vq_ds16_c2i.pt --label 207    # LlamaGen's
     python sample.py RUN --top_p 0.9 --clip 2 --guidance closed     # GIVT's sampling tricks; --beam 4: a likely image
-    python sample.py compress x.gif x.lfq --run runs/shapes-lfq     # a file of tokens; decompress x.lfq y.gif: see compression.py
+    python sample.py compress x.gif x.lfq --run runs/shapes-lfq     # a file of tokens (compression.py); decompress: back again
 
 Without --cfg and --temperature the defaults below are used; evaluate.py and train.py use the same ones.
 """

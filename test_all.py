@@ -3452,7 +3452,7 @@ def test_ids_survive_the_file_on_a_hundred_random_clips():
 
 def test_an_arithmetic_coded_file_is_as_long_as_its_model_says():
     tokenizer, model = tiny_codec()
-    lay = compression.Layout(tokenizer, 15, 24, 20)         # 3 chunks of 3 x 12 x 10 ids: tiles that hang over
+    lay = compression.Layout(tokenizer, 12, 41, 20)         # 3, 3, 2 x 21 x 10 ids: two batches of tiles, some hang over
     torch.manual_seed(1)
     places, ids = compression.tiles(lay.lengths, lay.h, lay.w, model.grid), torch.zeros(lay.f * lay.h * lay.w, dtype=torch.long)
     drawn = model.sample(torch.full((len(places),), model.num_classes))
@@ -3464,6 +3464,8 @@ def test_an_arithmetic_coded_file_is_as_long_as_its_model_says():
     bits = nats / math.log(2)
     assert bits / 8 < size < 1.002 * bits / 8 + 4, (bits / 8, size)         # 0.0014 bits per token are given away knowingly
     assert size < 0.95 * len(compression.pack(ids, 6))
+    table = compression.cumulative(torch.tensor([[0.0, 300.0, -300.0]]))                    # none is impossible
+    assert (np.diff(table) >= 1).all() and table[0, 0] == 0 and np.diff(table)[0, 1] / table[0, -1] > 0.999
 
 
 def test_a_clip_of_any_size_goes_through_every_tokenizer():
