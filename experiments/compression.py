@@ -306,8 +306,8 @@ def main():
     p.add_argument("--test", help="the film to compress (part film)")
     p.add_argument("--n", type=int, default=256, help="held-out images; a quarter as many clips")
     p.add_argument("--n_clips", type=int, default=400, help="training clips, drawn or cropped")
-    p.add_argument("--clip_steps", type=int, default=250, help="training steps of a video tokenizer")
-    p.add_argument("--ar_steps", type=int, default=1000, help="training steps of the entropy coder of images; half of clips")
+    p.add_argument("--clip_steps", type=int, default=150, help="training steps of a video tokenizer")
+    p.add_argument("--ar_steps", type=int, default=400, help="training steps of the entropy coder, half as many of clips")
     p.add_argument("--lpips", nargs="+", help="LPIPS's weights, as for train.py")
     p.add_argument("--runs", default="runs", help="folder of the trained models: what is there is used")
     p.add_argument("--out", default=str(ROOT / "experiments/results/compression"), help="where .json and .png go")
@@ -333,12 +333,12 @@ def main():
                                        **{f"{k}_of_codec": at_rate(other, row["bpp"], k) for k in scores},
                                        bpp_of_codec_for_psnr=rate_for(other, row["psnr"])))
                 print("  at equal rate:", test.equal[-1], flush=True)
-    facts = dict(machine=machine_name(torch.device("cpu")), threads=1, torch=torch.__version__, date=str(date.today()),
-                 seed=0, seconds=time.perf_counter() - begun, processor_seconds=time.process_time() - used,
-                 flags={k: v for k, v in vars(args).items() if k not in ("runs", "out")})
-    tests_out = [dict(name=t.name, ids=t.others, rows=t.rows, at_equal_rate=t.equal) for t in tests]
-    Path(args.out + ".json").write_text(json.dumps(facts | dict(tests=tests_out), indent=1) + "\n")
-    draw(args.out + ".png", tests)
+        facts = dict(machine=machine_name(torch.device("cpu")), threads=1, torch=torch.__version__, date=str(date.today()),
+                     seed=0, seconds=time.perf_counter() - begun, processor_seconds=time.process_time() - used,
+                     flags={k: v for k, v in vars(args).items() if k not in ("runs", "out")},
+                     tests=[dict(name=t.name, ids=t.others, rows=t.rows, at_equal_rate=t.equal) for t in tests])
+        Path(args.out + ".json").write_text(json.dumps(facts, indent=1) + "\n")            # after each test: they take long
+        draw(args.out + ".png", tests)
     print(f"wrote {args.out}.json and .png, {time.process_time() - used:.0f} s of processor time")
 
 
