@@ -37,7 +37,7 @@ from maskgit import SCHEDULES
 DEFAULTS = {"ar-gmm": dict(cfg=1.5, temperature=0.9), "maskgit-gmm": dict(cfg=3.0, temperature=0.9),
             "mar-gmm": dict(cfg=1.5, temperature=0.9), "mar-diffusion": dict(cfg=4.0, temperature=1.0, cfg_schedule="constant"),
             "ar-diffusion": dict(cfg=2.5, temperature=1.0), "ar-categorical": dict(cfg=2.0, temperature=0.9),
-            "maskgit-categorical": dict(cfg=2.0, temperature=1.0), "mar-categorical": dict(cfg=2.0, temperature=1.0),
+            "maskgit-categorical": dict(cfg=3.0, temperature=1.0), "mar-categorical": dict(cfg=2.0, temperature=1.0),
             "text": dict(cfg=3.0, temperature=1.0),
             "segment": dict(cfg=1.0, temperature=0.9), "depth": dict(cfg=1.0, temperature=0.9)}
 TRICKS = ("steps", "schedule", "order", "choice_temperature", "guidance", "top_k", "top_p", "clip", "beam", "fan", "cfg_schedule", "cfg_interval",

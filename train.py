@@ -80,8 +80,12 @@ DEFAULTS = {                                                # what a flag is whe
                 size="small", steps=1600, batch_size=64, lr=4e-3),
     "cuda": dict(tok_size="medium", tok_steps=4000, tok_batch_size=128, tok_lr=1e-3, beta=0.02,
                  size="medium", steps=8000, batch_size=256, lr=1e-3),
-    "any-lfq": dict(beta=0.05), "any-titok": dict(beta=0.25, codebook="l2-ema"), "any-titok-vae": dict(beta=0.01),
+    "any-lfq": dict(beta=0.05), "cpu-lfq": dict(tok_size="coarse"),
+    "any-titok": dict(beta=0.25, codebook="l2-ema"), "any-titok-vae": dict(beta=0.01),
+    "cpu-titok": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),
+    "cpu-titok-vae": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),
     "any-vq": dict(beta=0.25, codebook="l2-ema"),           # beta: of the commitment. LlamaGen's own l2 leaves half unused here
+    "cpu-maskgit-categorical": dict(size="tiny", steps=8000),
     "cpu-maskgit": dict(steps=3000),                        # a pass teaches the hidden tokens only, so it needs more of them
     "cuda-maskgit": dict(steps=16_000),
     "cpu-segment": dict(steps=2000),
@@ -193,7 +197,7 @@ def resolve(given, names, saved, device, folder):
     Refuses a given flag that contradicts the checkpoint."""
     machine = "cuda" if device.type == "cuda" else "cpu"
     defaults = DEFAULTS["any"] | DEFAULTS[machine]
-    for choice in (given.tokenizer, given.generator, given.task):
+    for choice in (given.tokenizer, given.generator, f"{given.generator}-{given.head}", given.task):
         defaults |= DEFAULTS.get(f"any-{choice}", {}) | DEFAULTS.get(f"{machine}-{choice}", {})
     if given.mix == "full":
         defaults |= dict(n_mix=1)
