@@ -52,10 +52,10 @@ CHUNK = 9                                                   # frames of a clip: 
 
 def image_codec(args):
     """train.py's own two stages on the drawn images -> tokenizer, coder."""
-    words = ["--tokenizer", "lfq", "--head", "categorical", "--runs", args.runs, "--name", "shapes-lfq-coder",
-             "--size", "tiny", "--steps", str(args.ar_steps), "--label_drop", "0.9", "--device", "cpu"]
-    train.main(words)
-    run = train.load_run(Path(args.runs) / "shapes-lfq-coder")
+    words = ["--tokenizer", "lfq", "--tok_size", "small", "--head", "categorical", "--size", "tiny", "--steps", str(args.ar_steps)]
+    train.main([*words, "--label_drop", "0.9", "--device", "cpu", "--runs", args.runs, "--tok_name", "codec-lfq",
+                "--name", "codec-ar"])
+    run = train.load_run(Path(args.runs) / "codec-ar")
     return run.tokenizer, run.generator
 
 
