@@ -392,8 +392,8 @@ def coder_of(args, run):
     from train import load_run
     other = load_run(args.entropy_coder) if args.entropy_coder else run
     model, asked = other.generator, args.entropy_coder is not None
-    kind = (other.args.generator, other.args.head, other.args.condition)
-    fits = model is not None and kind == ("ar", "categorical", "class")
+    flags = vars(other.args)                                # of a tokenizer alone they say nothing of a generator
+    fits = model is not None and (flags["generator"], flags["head"], flags["condition"]) == ("ar", "categorical", "class")
     if asked and not fits:
         raise BadInput(f"--entropy_coder {args.entropy_coder}: must be a run of --generator ar --head categorical, without "
                        "--condition text")

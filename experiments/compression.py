@@ -52,8 +52,8 @@ CHUNK = 9                                                   # frames of a clip: 
 
 def image_codec(args):
     """train.py's own two stages on the drawn images -> tokenizer, coder."""
-    words = ["--tokenizer", "lfq", "--tok_size", "small", "--head", "categorical", "--size", "tiny", "--steps", str(args.ar_steps)]
-    train.main([*words, "--label_drop", "0.9", "--device", "cpu", "--runs", args.runs, "--tok_name", "codec-lfq",
+    words = ["--tokenizer", "lfq", "--tok_size", "small", "--head", "categorical", "--size", "tiny", "--label_drop", "0.9"]
+    train.main([*words, "--steps", str(args.ar_steps), "--device", "cpu", "--runs", args.runs, "--tok_name", "codec-lfq",
                 "--name", "codec-ar"])
     run = train.load_run(Path(args.runs) / "codec-ar")
     return run.tokenizer, run.generator
@@ -85,7 +85,7 @@ def clip_codec(args, name, image_lfq, clips):
         ids = torch.cat([tokenizer.encode(x) for x in clips.split(25)])
         torch.manual_seed(0)
         start, none = time.perf_counter(), torch.zeros(16, dtype=torch.long)
-        losses = ar_transformer.fit_ids(model, lambda step: (ids[torch.randint(len(ids), (16,))], none), args.ar_steps // 2)
+        losses = ar_transformer.fit_ids(model, lambda step: (ids[torch.randint(len(ids), (16,))], none), args.clip_ar_steps)
         print(f"{name}: transformer, {losses[-1] / math.log(2):.2f} bits per token in training, "
               f"{time.perf_counter() - start:.0f} s", flush=True)
         return model.state_dict()
@@ -254,7 +254,7 @@ def film(args, lpips):
     clip = compression.read_clip(args.test)[0]
     H, W = (min(v, most) // 16 * 16 for v, most in zip(clip.shape[-2:], (192, 320)))
     y, x = ((v - m) // 2 for v, m in zip(clip.shape[-2:], (H, W)))
-    clip = clip[:3 * CHUNK, :, y:y + H, x:x + W].contiguous()
+    clip = clip[:args.film_frames, :, y:y + H, x:x + W].contiguous()
     same = lambda v: v
     name = f"film {Path(args.test).stem}, {len(clip)} x {H} x {W}"
     return beside_h265(args, lpips, name, clip, codec, "yuv420p", same, same, lambda v: v[len(v) // 2])
@@ -304,10 +304,12 @@ def main():
     p.add_argument("--parts", nargs="+", default=list(TESTS), choices=list(TESTS), help="which tests")
     p.add_argument("--film", help="the film to train on (part film)")
     p.add_argument("--test", help="the film to compress (part film)")
+    p.add_argument("--film_frames", type=int, default=27, help="frames of --test that are compressed")
     p.add_argument("--n", type=int, default=256, help="held-out images; a quarter as many clips")
     p.add_argument("--n_clips", type=int, default=400, help="training clips, drawn or cropped")
     p.add_argument("--clip_steps", type=int, default=150, help="training steps of a video tokenizer")
-    p.add_argument("--ar_steps", type=int, default=400, help="training steps of the entropy coder, half as many of clips")
+    p.add_argument("--ar_steps", type=int, default=400, help="training steps of the entropy coder of images")
+    p.add_argument("--clip_ar_steps", type=int, default=200, help="training steps of an entropy coder of clips")
     p.add_argument("--lpips", nargs="+", help="LPIPS's weights, as for train.py")
     p.add_argument("--runs", default="runs", help="folder of the trained models: what is there is used")
     p.add_argument("--out", default=str(ROOT / "experiments/results/compression"), help="where .json and .png go")
