@@ -3422,6 +3422,11 @@ def test_arithmetic_coder_reaches_the_entropy_and_inverts():
             assert start <= decoder.target(total) < end
             decoder.advance(start, end, total)
     assert compression.ArithmeticEncoder().finish() == b"\0"
+    for start in range(1000):                               # the first number of a share is in it, the one before is not
+        decoder.range, decoder.code = (1 << 31) + 12345, ((1 << 31) + 12345) * start // 1000
+        assert decoder.target(1000) == start
+        decoder.code -= 1
+        assert decoder.target(1000) == start - 1
     carries = compression.ArithmeticEncoder()               # 0.0111 1111 ... and then something more: the carry runs far back
     carries.encode((1 << 31) - 1, (1 << 31) + 1, 1 << 32)
     for _ in range(40):

@@ -269,9 +269,9 @@ def draw(path, tests):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig = plt.figure(figsize=(5 * len(tests), 7.6))
-    grid = fig.add_gridspec(2, len(tests), height_ratios=[1.25, 1], left=0.16 / len(tests), right=0.99, top=0.9, bottom=0.03,
-                            wspace=0.2, hspace=0.3)
+    fig = plt.figure(figsize=(5.2 * len(tests), 6.2))
+    grid = fig.add_gridspec(2, len(tests), height_ratios=[2.1, 1], left=0.17 / len(tests), right=0.99, top=0.87, bottom=0.01,
+                            wspace=0.16, hspace=0.28)
     for column, test in enumerate(tests):
         ax = fig.add_subplot(grid[0, column])
         for k, codec in enumerate(dict.fromkeys(r["codec"] for r in test.rows)):
@@ -287,14 +287,13 @@ def draw(path, tests):
         ax.minorticks_off()
         ax.grid(alpha=0.3)
         ax.legend(fontsize=9)
-        wide = test.shown[0][1].shape[-1] > 300
-        cells = grid[1, column].subgridspec(*((3, 1) if wide else (1, 3)), hspace=0.25, wspace=0.05)
+        cells = grid[1, column].subgridspec(1, 3, wspace=0.05)
         for cell, (title, picture) in zip(cells, test.shown):
             ax = fig.add_subplot(cell)
             ax.imshow(picture.permute(1, 2, 0), interpolation="nearest")
             ax.set(xticks=[], yticks=[])
-            ax.set_title(title, fontsize=9)
-    fig.suptitle("Tokens as a codec: the same ids, fixed-length and arithmetic-coded (arrow), beside the classical codecs")
+            ax.set_title(title, fontsize=8)
+    fig.suptitle("Tokens as a codec: the same ids, of fixed length and\narithmetic-coded (arrow), beside the classical codecs")
     fig.savefig(path, dpi=80)
     plt.close(fig)
 
