@@ -293,7 +293,7 @@ def draw(path, tests):
             ax.imshow(picture.permute(1, 2, 0), interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             ax.set_title(title, fontsize=8)
-    fig.suptitle("Tokens as a codec: the same ids, of fixed length and\narithmetic-coded (arrow), beside the classical codecs")
+    fig.suptitle("Tokens as a codec: the same ids, fixed-length and\narithmetic-coded (arrow), beside classical codecs")
     fig.savefig(path, dpi=80)
     plt.close(fig)
 
