@@ -6,8 +6,10 @@ torch.distributions, a slow loop, an inverse, the uncached path), and the progra
 """
 import argparse
 import ast
+import contextlib
 import copy
 import csv
+import functools
 import io
 import math
 import os
@@ -2486,6 +2488,24 @@ def test_maskgit_loads_titoks_generator_and_gets_the_authors_logits(tmp_path):
             maskgit.MaskGIT.from_official({k: v for k, v in sd.items() if k != key}, n_head=4)
 
 
+@pytest.mark.parametrize("name, options", [("const", dict(cfg=3.0, temperature=4.5, cfg_schedule="constant", anneal=False)),
+                                           ("linear", dict(cfg=4.5, temperature=9.5, cfg_schedule="linear")),
+                                           ("power", dict(cfg=6.9, temperature=2.8, cfg_schedule="power-cosine"))])
+def test_maskgit_replays_titoks_sampler(name, options, monkeypatch):
+    """From the uniforms that their code drew: the ids, and in the constant run what is hidden after each pass."""
+    g = golden("tokenizers/imagebert_tiny")
+    model = maskgit.MaskGIT.from_official({k.removeprefix("sd."): v for k, v in g.items() if k.startswith("sd.")}, n_head=4)
+    noise = iter([g[f"gen_{name}_u_{kind}{i}"] for i in range(4) for kind in ("sample", "conf")])
+    monkeypatch.setattr(torch, "rand", lambda *a, **k: next(noise))
+    passes = []
+    tokens = model.sample_titok(g["condition"], steps=4, on_step=lambda i, x, m: passes.append((x, m)), **options)
+    assert torch.equal(tokens, g[f"gen_{name}_tokens"])
+    if name == "const":
+        for i, (x, mask) in enumerate(passes[:3]):
+            assert torch.equal(torch.where(mask, 64, x), g[f"step{i + 1}_ids_in"]), f"after pass {i} other tokens are known"
+            assert mask.sum(1).tolist() == [int(g[f"step{i}_mask_len"])] * 3
+
+
 def test_maskgit_of_titok_has_its_parameter_count():
     with torch.device("meta"):
         model = maskgit.MaskGIT(maskgit.CategoricalHead(768, 4096), 32, 1000, vocab_size=4096, **maskgit.SIZES["maskgit"])
@@ -3524,6 +3544,34 @@ def test_sample_draws_from_llamagens_files(tmp_path, monkeypatch, capsys):
                              ({2: "--vae"}, "not an LDM-style autoencoder")]:
         with pytest.raises(SystemExit, match=sentence):
             sample.main([change.get(i, w) for i, w in enumerate(words)])
+
+
+def test_sample_draws_from_titoks_files(tmp_path, monkeypatch, capsys):
+    """--official and --titok: the tiny golden generator, 16 ids of 64, and a tokenizer of as many made fit for it."""
+    g, (_, sd, _, _) = golden("tokenizers/imagebert_tiny"), titok_golden("vq_pixels")
+    generator = {k.removeprefix("sd."): v for k, v in g.items() if k.startswith("sd.")}
+    T, V = 16, 64
+    for key in ("latent_tokens", "encoder.latent_token_positional_embedding", "decoder.latent_token_positional_embedding"):
+        sd[key] = sd[key].repeat(-(-T // len(sd[key])), 1)[:T]
+    table = sd["quantize.embedding.weight"]
+    sd["quantize.embedding.weight"] = table.repeat(-(-V // len(table)), 1)[:V]
+    torch.save(generator, tmp_path / "generator.bin")
+    torch.save(sd, tmp_path / "tokenizer.bin")
+    for cls in (maskgit.MaskGIT, titok.TiTok):              # 4 heads; the shapes do not tell
+        monkeypatch.setattr(cls, "from_official", functools.partial(cls.from_official, n_head=4))
+    words = ["--official", str(tmp_path / "generator.bin"), "--titok", str(tmp_path / "tokenizer.bin"), "--label", "3", "--n", "2",
+             "--steps", "4", "--out", str(tmp_path / "x.png"), "--npz", str(tmp_path / "x.npz")]
+    sample.main(words)
+    with np.load(tmp_path / "x.npz") as f:
+        drawn = f["arr_0"]
+    torch.manual_seed(0)
+    tokens = maskgit.MaskGIT.from_official(generator).sample_titok(torch.tensor([3, 3]), steps=4, cfg=4.5, temperature=9.5)
+    truth = titok.TiTok.from_official(sd).decode(tokens)
+    assert np.array_equal(drawn, data.to_uint8(truth).permute(0, 2, 3, 1).numpy())
+    for extra, sentence in [(["--vq", "x"], "name its tokenizer"), (["--top_k", "3"], "--top_k: not for"),
+                            (["--cfg_schedule", "power-cosine"], None)]:
+        with pytest.raises(SystemExit, match=sentence) if sentence else contextlib.nullcontext():
+            sample.main([*words, *extra])
 
 
 def test_the_rule_that_judges_captions_reads_real_pictures():
