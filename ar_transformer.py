@@ -163,7 +163,8 @@ class CategoricalHead(nn.Module):
     groups > 1: an id becomes that many digits, the lowest first, each with a softmax of its own; p(id | h) is their product,
     as if they were independent given h (MAGVIT-v2, https://arxiv.org/abs/2310.05737: 2^18 ids are two digits of 2^9). The
     rows of proj are then the digits' embeddings too ("tied"), which embed() gives the generator instead of a table of its
-    own, and cannot start at zero.
+    own, and cannot start at zero. At V = 2^18 a training step of ar_transformer.py's "small" with AdamW, 8 x 64 tokens on one
+    core, takes 4 s and 2.9 GB (103M parameters); with two groups 0.15 s and 0.2 GB (2.9M).
     """
 
     def __init__(self, n_embd, vocab_size, groups=1):
@@ -230,7 +231,8 @@ class SubTokenHead(nn.Module):
     For every token a small causal transformer goes over two rows, [h, embedding of d_1]; row i predicts d_i. It is the "next
     sub-token prediction" of Open-MAGVIT2 (https://arxiv.org/abs/2409.04410): 2^18 ids as 2^6 x 2^12, with 2, 3, 4 of these
     layers on the blocks of gpt-l, gpt-xl, gpt-xxl. The digits of CategoricalHead(groups=2) do not see each other; these do,
-    so that every distribution over the ids is within reach. zero_prefix: see rope_table; the prefix is h here.
+    so that every distribution over the ids is within reach, at 0.23 s and 0.3 GB where those take 0.15 s and 0.2 GB.
+    zero_prefix: see rope_table; the prefix is h here.
     """
 
     def __init__(self, n_embd, vocab_size, split=(6, 12), n_layer=1, n_head=4, multiple_of=64, zero_prefix=False):

