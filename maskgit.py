@@ -80,7 +80,8 @@ class EncoderBlock(nn.Module):
         return self.dropout(self.wo(attention(q, k, v).transpose(1, 2).flatten(2)))
 
     def mlp(self, x):                                       # (B, S, C) -> (B, S, C)
-        return self.fc2(self.dropout(self.gelu(self.fc1(x))))
+        x = self.gelu(self.fc1(x))
+        return self.dropout(self.fc2(x)) if self.post_norm else self.fc2(self.dropout(x))  # BERT's place, and GIVT's
 
     def forward(self, x):                                   # (B, S, C) -> (B, S, C)
         if self.post_norm:
