@@ -3769,8 +3769,9 @@ def test_sample_draws_from_titoks_files(tmp_path, monkeypatch, capsys):
     sample.main(words)
     with np.load(tmp_path / "x.npz") as f:
         drawn = f["arr_0"]
+    model = maskgit.MaskGIT.from_official(generator)
     torch.manual_seed(0)
-    tokens = maskgit.MaskGIT.from_official(generator).sample_titok(torch.tensor([3, 3]), steps=4, cfg=4.5, temperature=9.5)
+    tokens = model.sample_titok(torch.tensor([3, 3]), steps=4, cfg=4.5, temperature=9.5)
     truth = titok.TiTok.from_official(sd).decode(tokens)
     assert np.array_equal(drawn, data.to_uint8(truth).permute(0, 2, 3, 1).numpy())
     for extra, sentence in [(["--vq", "x"], "name its tokenizer"), (["--top_k", "3"], "--top_k: not for"),
