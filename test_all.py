@@ -3780,6 +3780,23 @@ def test_sample_draws_from_titoks_files(tmp_path, monkeypatch, capsys):
             sample.main([*words, *extra])
 
 
+def test_sample_draws_from_open_magvit2s_files(tmp_path, monkeypatch, capsys):
+    """--official and --lfq: the tiny golden GPT (16 ids of 8 bits) and a tokenizer of random weights under the authors' keys."""
+    _, g, sd = open_magvit2()
+    torch.manual_seed(0)
+    tokenizer = {f"{part}.{name}": 0.1 * torch.randn(shape) for part, name, shape in magvit_shapes(32, (1, 1, 2), 1, 8, False)}
+    torch.save({"state_dict": {f"transformer.{k}": v for k, v in sd.items()}}, tmp_path / "gpt.ckpt")
+    torch.save({"state_dict": tokenizer}, tmp_path / "tokenizer.ckpt")
+    monkeypatch.setitem(ar_transformer.SIZES, "tiny golden", dict(n_embd=32, n_head=4))
+    sample.main(["--official", str(tmp_path / "gpt.ckpt"), "--lfq", str(tmp_path / "tokenizer.ckpt"), "--image_size", "16", "--n", "1",
+                 "--label", str(int(g["cfg_cls"][0])), "--cfg", str(g["cfg_scale"].item()), "--top_k", "1", "--npz",
+                 str(tmp_path / "x.npz"), "--out", str(tmp_path / "x.png")])
+    with np.load(tmp_path / "x.npz") as f:
+        drawn = f["arr_0"]
+    truth = lfq.LFQ.from_official(tokenizer, 16).decode((g["greedy_pre"] + 8 * g["greedy_post"])[:1].long())
+    assert truth.std() > 0.05 and np.array_equal(drawn, data.to_uint8(truth).permute(0, 2, 3, 1).numpy())
+
+
 def test_the_rule_that_judges_captions_reads_real_pictures():
     index = torch.arange(data.VAL_INDEX, data.VAL_INDEX + 60)
     images, s = data.draw(index, 32)[0], data.scene(index)
