@@ -394,9 +394,9 @@ def coder_of(args, run):
     model, asked = other.generator, args.entropy_coder is not None
     flags = vars(other.args)                                # of a tokenizer alone they say nothing of a generator
     fits = model is not None and (flags["generator"], flags["head"], flags["condition"]) == ("ar", "categorical", "class")
-    if asked and not fits:
+    if asked and not (fits and hasattr(model.head, "logits")):
         raise BadInput(f"--entropy_coder {args.entropy_coder}: must be a run of --generator ar --head categorical, without "
-                       "--condition text")
+                       "--condition text and --split")
     if asked and fingerprint(other.tokenizer) != fingerprint(run.tokenizer):
         raise BadInput(f"--entropy_coder {args.entropy_coder}: was trained on the tokens of another tokenizer than that of "
                        f"--run {args.run}")
