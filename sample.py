@@ -40,10 +40,10 @@ from maskgit import SCHEDULES
 DEFAULTS = {"ar-gmm": dict(cfg=1.5, temperature=0.9), "maskgit-gmm": dict(cfg=3.0, temperature=0.9),
             "mar-gmm": dict(cfg=1.5, temperature=0.9), "mar-diffusion": dict(cfg=4.0, temperature=1.0, cfg_schedule="constant"),
             "ar-diffusion": dict(cfg=2.5, temperature=1.0), "ar-categorical": dict(cfg=2.0, temperature=0.9),
-            "maskgit-categorical": dict(cfg=2.0, temperature=1.0), "mar-categorical": dict(cfg=2.0, temperature=1.0),
+            "maskgit-categorical": dict(cfg=3.0, temperature=1.0), "mar-categorical": dict(cfg=2.0, temperature=1.0),
             "text": dict(cfg=3.0, temperature=1.0),
             "segment": dict(cfg=1.0, temperature=0.9), "depth": dict(cfg=1.0, temperature=0.9)}
-TRICKS = ("steps", "schedule", "choice_temperature", "guidance", "top_k", "top_p", "clip", "beam", "fan", "cfg_schedule", "cfg_interval",
+TRICKS = ("steps", "schedule", "order", "choice_temperature", "guidance", "top_k", "top_p", "clip", "beam", "fan", "cfg_schedule", "cfg_interval",
           "diffusion_steps", "sampler", "spacing")
 
 
@@ -367,6 +367,8 @@ def parse_args(argv=None):
     p.add_argument("--spacing", choices=["strided", "official"],
                    help="diffusion head: which noise levels; official begins at t = 999")
     p.add_argument("--schedule", choices=list(SCHEDULES), help="maskgit: how many tokens are revealed when (default: cosine)")
+    p.add_argument("--order", choices=["confidence", "halton"],
+                   help="maskgit: which tokens are revealed first: the most confident, or those far apart, whatever they say")
     p.add_argument("--choice_temperature", type=float, help="maskgit: noise in the choice of the tokens that stay")
     p.add_argument("--guidance", choices=["closed", "importance", "rejection", "official"],
                    help="gmm: how p(x|c)^s p(x)^(1-s) is drawn from")

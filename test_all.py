@@ -3432,6 +3432,30 @@ def test_every_combination_trains_loads_and_samples(words, name, tiny_run, capsy
     assert all(torch.isfinite(torch.tensor(v)) for v in log_of(tiny_run, name).values())
 
 
+def test_titoks_published_stages_follow_each_other(tiny_run, capsys):
+    words = [*TINY, *IDS, "--runs", str(tiny_run), "--generator", "none"]
+    train.main([*words, "--tok_size", "fine", "--tok_name", "patches"])
+    words[words.index("vq")] = "titok"
+    train.main([*words, "--tokens", "6", "--stage", "finetune", "--proxy", str(tiny_run / "patches")])
+    proxy, first, then = (train.load_run(tiny_run / n).tokenizer for n in ("patches", "shapes-titok-proxy", "shapes-titok-finetune"))
+    assert (first.stage, then.stage) == ("proxy", "finetune") and then.proxy.grid == (4, 4)
+    a, b, c = (m.state_dict() for m in (proxy, first.proxy, then.proxy))
+    same = lambda x, y: {k for k in x if torch.equal(x[k], y[k])}
+    assert same(a, b) == set(a)                             # the proxy is only read, then its decoder learns
+    assert all(k in same(a, c) for k in a if k.startswith("encoder.")) and any(k not in same(a, c) for k in a if k.startswith("decoder."))
+    a, b = first.state_dict(), then.state_dict()
+    frozen = {k for k in a if k.startswith(("encoder.", "quantizer."))}
+    assert frozen <= same(a, b) and any(k not in same(a, b) for k in a if k.startswith("decoder."))
+    nats = log_of(tiny_run, "shapes-titok-proxy", "proxy_nats")
+    assert abs(nats[1] - math.log(512)) < 1 and nats[24] < nats[1] and "mse" in (tiny_run / "shapes-titok-finetune/log.csv").read_text()
+    train.main([*TINY, *IDS, "--runs", str(tiny_run), "--tokenizer", "titok", "--tokens", "6", "--stage", "finetune", "--proxy",
+                str(tiny_run / "patches"), "--generator", "maskgit"])
+    run = train.load_run(tiny_run / "shapes-titok-finetune-maskgit-categorical")            # complete in itself
+    assert torch.equal(run.tokenizer.decoder.canvas, then.decoder.canvas) and run.tokenizer.seq_len == 6
+    with pytest.raises(SystemExit, match="grid of \\(4, 4\\) ids, this TiTok 8 x 8"):
+        train.main([*words, "--image_size", "32", "--stage", "proxy", "--proxy", str(tiny_run / "patches"), "--tok_name", "other"])
+
+
 @pytest.mark.parametrize("task", ["segment", "depth"])
 def test_maps_of_images_are_trained_drawn_and_measured(task, tiny_run, capsys, monkeypatch):
     train.main([*TINY, "--runs", str(tiny_run), "--task", task])
@@ -3540,8 +3564,9 @@ def test_captions_are_trained_drawn_and_judged(words, folder, tiny_run, tmp_path
         sample.main([str(tiny_run / "shapes-vae-ar-gmm"), "--prompt", "a star"])
 
 
-def test_editing_keeps_what_lies_outside_the_mask(tiny_run, tmp_path, capsys, monkeypatch):
-    train.main([*TINY, "--runs", str(tiny_run), "--generator", "maskgit", "--name", "edit"])
+@pytest.mark.parametrize("words", [[], ["--tokenizer", "vq", "--head", "categorical", "--tok_size", "fine", "--tok_name", "patches"]])
+def test_editing_keeps_what_lies_outside_the_mask(words, tiny_run, tmp_path, capsys, monkeypatch):
+    train.main([*TINY, *words, "--runs", str(tiny_run), "--generator", "maskgit", "--name", "edit", "--overwrite"])
     picture = tmp_path / "p.png"
     Image.fromarray(data.to_uint8(data.draw(torch.arange(1), 16)[0])[0].permute(1, 2, 0).numpy()).save(picture)
     seen, draw = {}, sample.draw_tokens
@@ -3549,9 +3574,12 @@ def test_editing_keeps_what_lies_outside_the_mask(tiny_run, tmp_path, capsys, mo
     sample.main([str(tiny_run / "edit"), "--image", str(picture), "--mask", "right", "--n", "10", "--npz", str(tmp_path / "x.npz")])
     with np.load(tmp_path / "x.npz") as f:
         assert f["arr_0"].shape == (10, 16, 16, 3)
-    left = torch.tensor([True, False, True, False])         # of the 2 x 2 tokens
+    T = 16 if words else 4
+    side = math.isqrt(T)                                    # of the grid of tokens, 2 x 2 or 4 x 4
+    left = (torch.arange(T) % side < side // 2)
     assert (seen["known_mask"] == left).all() and torch.equal(seen["drawn"][:, left], seen["known"][:, left])
-    assert (seen["drawn"][:, ~left] != seen["known"][:, ~left]).any(-1).all() and seen["drawn"][:, ~left].std(0).min() > 0
+    changed = (seen["drawn"] != seen["known"])[:, ~left].flatten(1)
+    assert changed.any(1).all() and seen["drawn"][:, ~left].float().std(0).min() > 0
     grid = (4, 4)
     assert sample.parse_mask("right", grid).view(grid)[:, 2:].all() and sample.parse_mask("right", grid).sum() == 8
     assert sample.parse_mask("0,0,0.5,1", grid).view(grid)[:2].all() and sample.parse_mask("0,0,0.5,1", grid).sum() == 8
@@ -3561,7 +3589,7 @@ def test_editing_keeps_what_lies_outside_the_mask(tiny_run, tmp_path, capsys, mo
     for words, sentence in [(["--image", picture, "--mask", "0,0,2"], "a box y0,x0,y1,x1"), (["--image", picture], "belong together"),
                             (["--image", tmp_path / "no.png", "--mask", "left"], "no such file"),
                             (["--image", picture, "--mask", "0,0,0.01,0.01"], "covers no token"),
-                            (["--steps", "9"], "only 4 tokens"), (["--beam", "2"], "--beam: not for --generator maskgit")]:
+                            (["--steps", "17"], f"only {T} tokens"), (["--beam", "2"], "--beam: not for --generator maskgit")]:
         with pytest.raises(SystemExit, match=sentence):
             sample.main([str(tiny_run / "edit"), *map(str, words)])
 
@@ -3671,6 +3699,9 @@ def test_refusals_end_with_an_exit_code_and_no_traceback(tiny_run, tmp_path):
     (["--tokenizer", "vq", "--adapter", "flow"], "--adapter: needs --tokenizer vae"),
     (["--tokenizer", "lfq", "--vocab_size", "1000"], "power of 2"), (["--tokenizer", "lfq", "--token_dim", "8"], "10 bits for 1024"),
     (["--tokenizer", "vae", "--vocab_size", "64"], "--vocab_size: is for"), (["--tokenizer", "vq", "--tokens", "8"], "--tokens: is for"),
+    (["--tokenizer", "vq", "--stage", "proxy"], "--stage proxy: is for --tokenizer titok"), (["--tokenizer", "titok", "--proxy", "x"],
+                                                                                            "goes with --stage"),
+    (["--tokenizer", "titok", "--stage", "finetune"], "--proxy RUN"),
     (["--tokenizer", "vq", "--tok_size", "kl16"], "--tok_size kl16: --tokenizer vq has"),
     (["--tokenizer", "vq", "--condition", "text", "--generator", "mar"], "only --generator ar reads captions"),
     (["--tokenizer", "vq", "--condition", "text", "--flip"], "may say left or right"), (["--tokenizer", "vq", "--text_len", "9"], "goes with"),

@@ -50,9 +50,9 @@ import vae
 import vq
 from data import BadInput
 
-STAGE1 = ("data", "image_size", "frames", "frame_step", "inflate", "flip", "n_shapes", "seed", "task",
-          "tokenizer", "tok_size", "tok_steps", "tok_batch_size", "tok_lr", "token_dim", "channels", "likelihood", "beta", "corrupt", "vocab_size", "codebook", "tokens",
-          "perceptual", "lpips", "gan", "gan_loss", "gan_start", "adaptive")
+STAGE1 = ("data", "image_size", "frames", "frame_step", "inflate", "flip", "n_shapes", "seed", "task", "tokenizer", "tok_size",
+          "tok_steps", "tok_batch_size", "tok_lr", "token_dim", "channels", "likelihood", "beta", "corrupt", "vocab_size",
+          "codebook", "tokens", "stage", "proxy", "proxy_flags", "perceptual", "lpips", "gan", "gan_loss", "gan_start", "adaptive")
 STAGE2 = STAGE1 + ("adapter", "generator", "head", "mix", "n_mix", "objective", "head_width", "head_depth", "batch_mul",
                    "order", "attention", "n_buffer", "mask_min", "joint", "size", "steps", "batch_size", "lr", "optimizer",
                    "label_drop", "dropout", "condition", "text_encoder", "text_len")
@@ -71,7 +71,7 @@ CODEBOOKS = {                                               # --codebook: unit l
 DEFAULTS = {                                                # what a flag is when nobody says it
     "any": dict(data="shapes", image_size=32, frames=1, flip=False, n_shapes=20_000, seed=0, task="class", condition="class",
                 text_encoder="bytes", text_len=None, channels=3, likelihood="mse",
-                corrupt=0.0, vocab_size=None, codebook=None, tokens=None,
+                corrupt=0.0, vocab_size=None, codebook=None, tokens=None, stage="pixels", proxy=None, proxy_flags=None,
                 perceptual=0.0, lpips=None, gan=0.0, gan_loss="hinge", gan_start=None, adaptive=False, adapter="none",
                 mix="vector", n_mix=8, objective="diffusion",
                 batch_mul=4, order="random",
@@ -81,8 +81,12 @@ DEFAULTS = {                                                # what a flag is whe
                 size="small", steps=1600, batch_size=64, lr=4e-3),
     "cuda": dict(tok_size="medium", tok_steps=4000, tok_batch_size=128, tok_lr=1e-3, beta=0.02,
                  size="medium", steps=8000, batch_size=256, lr=1e-3),
-    "any-lfq": dict(beta=0.05), "any-titok": dict(beta=0.25, codebook="l2-ema"), "any-titok-vae": dict(beta=0.01),
+    "any-lfq": dict(beta=0.05), "cpu-lfq": dict(tok_size="coarse"),
+    "any-titok": dict(beta=0.25, codebook="l2-ema"), "any-titok-vae": dict(beta=0.01),
+    "cpu-titok": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),
+    "cpu-titok-vae": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),
     "any-vq": dict(beta=0.25, codebook="l2-ema"),           # beta: of the commitment. LlamaGen's own l2 leaves half unused here
+    "cpu-maskgit-categorical": dict(size="tiny", steps=8000),
     "cpu-maskgit": dict(steps=3000),                        # a pass teaches the hidden tokens only, so it needs more of them
     "cuda-maskgit": dict(steps=16_000),
     "cpu-segment": dict(steps=2000),
@@ -124,6 +128,10 @@ def parse_args(argv=None):
     g.add_argument("--token_dim", type=int, help="numbers in one token, or in one code of vq (default: that of the size)")
     g.add_argument("--vocab_size", type=int, help="vq, lfq, titok: how many codes, for lfq a power of 2 (default: that of the size)")
     g.add_argument("--tokens", type=int, help="titok: tokens per image, such as 8, 16, 32 (default: that of the size)")
+    g.add_argument("--stage", choices=["pixels", "proxy", "finetune"],
+                   help="titok: learn pixels, or as published: first name the ids of --proxy, then go on from there to pixels "
+                        "with encoder and ids frozen (finetune; does the first part too where its folder is missing)")
+    g.add_argument("--proxy", help="titok: run folder of a trained vq tokenizer with one id per patch (--tok_size fine)")
     g.add_argument("--codebook", choices=list(CODEBOOKS), help="vq, titok: codes of unit length (l2), as they are (plain), or as moving "
                                                                "averages with restarts (l2-ema, ema)")
     g.add_argument("--inflate", help="lfq with --frames: begin with the weights of an image tokenizer's run folder")
@@ -189,6 +197,7 @@ def parse_args(argv=None):
     g.add_argument("--save_every", type=int, default=100, help="steps between checkpoints")
     args = p.parse_args(argv)
     args.head = args.head or ("gmm" if args.tokenizer in CONTINUOUS else "categorical")
+    args.proxy_flags = None                                 # of the run --proxy, so that a checkpoint is complete in itself
     return args
 
 
@@ -198,7 +207,7 @@ def resolve(given, names, saved, device, folder):
     machine = "cuda" if device.type == "cuda" else "cpu"
     defaults = DEFAULTS["any"] | DEFAULTS[machine]
     clips = "clips" if (saved or {}).get("frames", given.frames) not in (None, 1) else None
-    for choice in (given.tokenizer, given.generator, given.task, clips):
+    for choice in (given.tokenizer, given.generator, f"{given.generator}-{given.head}", given.task, clips):
         defaults |= DEFAULTS.get(f"any-{choice}", {}) | DEFAULTS.get(f"{machine}-{choice}", {})
     if given.mix == "full":
         defaults |= dict(n_mix=1)
@@ -236,6 +245,10 @@ def check(args):
                         ("channels", ("vae", "vq", "lfq"))):
         if args.tokenizer not in where and getattr(args, name) not in (None, 3):
             raise BadInput(f"--{name}: is for --tokenizer {' or '.join(where)}")
+    if args.stage not in (None, "pixels") and (not args.tokenizer.startswith("titok") or not args.proxy):
+        raise BadInput(f"--stage {args.stage}: is for --tokenizer titok, and needs the run folder of a trained vq tokenizer, --proxy RUN")
+    if args.proxy and args.stage in (None, "pixels"):
+        raise BadInput("--proxy: goes with --stage proxy or finetune")
     if args.tokenizer == "lfq" and args.vocab_size and args.vocab_size & (args.vocab_size - 1):
         raise BadInput(f"--vocab_size {args.vocab_size}: lfq has one bit per dimension, so a power of 2, such as 1024")
     if args.tokenizer == "lfq" and args.token_dim:
@@ -354,6 +367,8 @@ def build_tokenizer(args):
     else:
         size |= CODEBOOKS[args.codebook] | given(vocab_size=args.vocab_size, code_dim=args.token_dim)
         size |= given(n_tokens=args.tokens) if args.tokenizer == "titok" else {}
+    if args.stage != "pixels":
+        size |= dict(stage=args.stage, proxy=build_tokenizer(argparse.Namespace(**DEFAULTS["any"] | args.proxy_flags)))
     try:
         return model_class(**size)
     except ValueError as e:
@@ -685,8 +700,8 @@ def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finis
         if p.ndim == 4:                                     # channels last: twice as fast for 2-D convolutions on a CPU
             p.data = p.data.contiguous(memory_format=torch.channels_last)
     ema = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(1 - 20 / max(steps, 40) if args.ema is None else args.ema))
-    optimizers = make_optimizers(raw, args, lr, matrices=stage == 2 and args.optimizer == "muon")
-    small_net = stage == 1 or args.joint                    # convolutions of 16 channels gain nothing from bf16 on a CPU
+    transformer = args.tokenizer.startswith("titok") if stage == 1 else not args.joint      # small convolutions gain no speed
+    optimizers = make_optimizers(raw, args, lr, matrices=transformer if stage == 1 else args.optimizer == "muon")
     first = 0
     if checkpoint is not None:
         raw.load_state_dict(checkpoint["model"])
@@ -700,7 +715,7 @@ def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finis
         model = torch.compile(model)
     if world.size > 1:
         model = DistributedDataParallel(model)
-    use_bf16 = world.dtype == "bf16" if world.dtype else world.native_bf16 and (world.device.type == "cuda" or not small_net)
+    use_bf16 = world.dtype == "bf16" if world.dtype else world.native_bf16 and (world.device.type == "cuda" or transformer)
     params, log_unit = sum(p.numel() for p in raw.parameters()), "images" if args.frames == 1 else "clips"
     say(world, f"stage {stage}: {folder}, {params / 1e6:.2f}M parameters, {len(source)} {log_unit}, steps {first} to {steps} of "
                f"{batch_size} {log_unit}, {world.device.type} x {world.size}, {'bf16' if use_bf16 else 'fp32'}")
@@ -859,18 +874,25 @@ def start(given, names, folder, world):
 
 UNITS = {"vae": "squared error per pixel value + beta KL", "titok-vae": "squared error per pixel value + beta KL",
          **{name: "squared error per pixel value + losses of the codes" for name in ("vq", "lfq", "titok")},
-         "logistic": "bits per dimension", "gmm": "nats per token", "categorical": "nats per token",
+         "proxy": "nats per id of the proxy + losses of the codes", "logistic": "bits per dimension", "gmm": "nats per token", "categorical": "nats per token",
          "diffusion": "squared error of the noise + vb (bits)", "flow": "squared error of the velocity"}
 
 
-def train_tokenizer(given, folder, world):
-    """Stage 1 -> the tokenizer, in eval mode, and its flags."""
+def train_tokenizer(given, folder, world, begin=None):
+    """Stage 1 -> the tokenizer, in eval mode, and its flags. begin: the trained run of --stage proxy, for finetune."""
+    if given.stage not in (None, "pixels"):
+        proxy = load_run(given.proxy, world.device)
+        given.proxy_flags = {name: getattr(proxy.args, name) for name in STAGE1}
     args, checkpoint, done = start(given, STAGE1, folder, world)
     check(argparse.Namespace(**vars(given) | vars(args)))
     if not done:
         divisible(args.tok_batch_size, "--tok_batch_size", world)
         torch.manual_seed(args.seed)
         tokenizer = build_tokenizer(args)
+        if args.stage == "proxy":
+            tokenizer.proxy.load_state_dict(proxy.tokenizer.state_dict())
+        if args.stage == "finetune":
+            tokenizer.load_state_dict(begin.state_dict())
         args_io = argparse.Namespace(**vars(args), skip_bad=given.skip_bad)
         if args.inflate and checkpoint is None:
             tokenizer = inflate(tokenizer, args.inflate)
@@ -900,9 +922,10 @@ def train_tokenizer(given, folder, world):
                 data.save_rows(folder / "reconstructions.png", rows, folder.name)
 
         loop_args = argparse.Namespace(**vars(args), **loop_flags(given))
+        unit = "logistic" if args.likelihood == "logistic" else "proxy" if args.stage == "proxy" else args.tokenizer
         val = validate(held_out, 100 if args.frames == 1 else max(1, 200 // args.frames), args, world, n=2000 // args.frames)
         fit(1, model, images if args.frames == 1 else Stills(images), val, loop_args, folder, world, checkpoint,
-            dict(classes=images.classes), finish, UNITS["logistic" if args.likelihood == "logistic" else args.tokenizer])
+            dict(classes=images.classes), finish, UNITS[unit])
         barrier(world)                                      # until process 0 has written the checkpoint
     run = load_run(folder, world.device)
     return run.tokenizer, run.args
@@ -1030,17 +1053,18 @@ def main(argv=None):
     kind = given.tokenizer if given.frames in (None, 1) else f"{given.tokenizer}-{given.frames}f"
     tok_folder = Path(given.runs) / (given.tok_name or f"{data_name}-{kind}")
     task = given.task if given.task not in (None, "class") else None
-    parts = [data_name, kind, task, "text" if given.condition == "text" else None, "joint" if given.joint else None,
+    parts = [data_name, kind, task, given.stage if given.stage in ("proxy", "finetune") else None,
+             "text" if given.condition == "text" else None, "joint" if given.joint else None,
              given.adapter if given.adapter == "flow" else None, given.generator, given.head]
     folder = Path(given.runs) / (given.name or "-".join(p for p in parts if p))
     if given.resume and not any((f / "ckpt.pt").exists() for f in (folder, tok_folder)):
         raise BadInput(f"--resume: there is no run in {folder} or {tok_folder}; leave --resume out to start one")
 
-    def stage1(folder, **changed):
+    def stage1(folder, begin=None, **changed):
         keep = argparse.Namespace(**vars(given) | changed)
         if (folder / "ckpt.pt").exists() and given.overwrite and given.generator != "none":
             keep.overwrite = contradicts(keep, folder)      # --overwrite of stage 2 keeps a tokenizer that still fits
-        return *train_tokenizer(keep, folder, world), folder
+        return *train_tokenizer(keep, folder, world, begin), folder
 
     try:
         shown = folder
@@ -1048,7 +1072,10 @@ def main(argv=None):
             train_joint(given, folder, world)
         else:
             source = stage1(tok_folder, task="class") if task else None
-            tokenizer = stage1(tok_folder.with_name(f"{tok_folder.name}-{task}") if task else tok_folder)
+            stage = given.stage if given.stage in ("proxy", "finetune") else None
+            named = lambda part: tok_folder.with_name(f"{tok_folder.name}-{part}")
+            begin = stage1(named("proxy"), stage="proxy")[0] if stage == "finetune" else None
+            tokenizer = stage1(named(task or stage) if task or stage else tok_folder, begin)
             if given.generator != "none":
                 train_generator(given, folder, *tokenizer, world, source)
             else:
