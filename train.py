@@ -113,7 +113,7 @@ def parse_args(argv=None):
     g.add_argument("--data", help="`shapes` (drawn, no download), or a folder / .tar[.gz] / .zip of class folders, or an .npz")
     g.add_argument("--image_size", type=int, help="side of the square images, in pixels")
     g.add_argument("--frames", type=int, help="lfq: clips of so many frames, 1 + a multiple of 4 (drawn shapes move, and their "
-                                              "action is the class; of your files: see data.py)")
+                                              "action is the class; what files of yours are clips: see data.py)")
     g.add_argument("--frame_step", type=int, help="your clips: take every so manyth frame, and all windows of a file (default: "
                                                   "one, its frames spread evenly over the file)")
     g.add_argument("--n_shapes", type=int, help="how many drawn training images or clips")
@@ -591,8 +591,9 @@ class Pairs:
 
 
 class Stills:
-    """A set of clips in which one batch out of four is of single frames, each of them as an image: four of every clip, at
-    random. So one tokenizer learns both, with the same weights and codes; a batch is of one kind, so shapes stay static."""
+    """A set of clips in which three batches out of four are of single frames, each of them as an image: four of every clip, at
+    random. So one tokenizer learns both, with the same weights and codes. A batch is of one kind, so shapes stay static; one of
+    stills costs a tenth of the other, for an image needs no time axis, and how things look is learnt from it as well."""
 
     def __init__(self, clips):
         self.clips = clips
@@ -602,7 +603,7 @@ class Stills:
 
     def batch(self, index):                                 # (B,) -> (B, 3, F, H, W) or (4B, 3, H, W), labels
         x, labels = self.clips.batch(index)
-        if torch.rand(()) >= 0.25:                          # on the CPU, from the seed of the step: alike in all processes
+        if torch.rand(()) >= 0.75:                          # on the CPU, from the seed of the step: alike in all processes
             return x, labels
         B, _, n, H, W = x.shape
         some = torch.rand(B, n, device=x.device).argsort(1)[:, :4]                          # (B, 4), none of them twice
