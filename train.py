@@ -4,6 +4,7 @@ Train any tokenizer, and any generator with any head on top of it.
     python train.py --tokenizer vae --head gmm                 # GIVT on the drawn shapes, CPU or CUDA
     python train.py --tokenizer vae --head gmm --data PATH     # ... on your images: class folders, .tar[.gz], .zip, .npz
     python train.py --tokenizer vq --head categorical          # LlamaGen: whole numbers as tokens, a softmax over them
+    python train.py --tokenizer lfq --vocab_size 262144 --groups 2         # ... of 2^18, as two digits of 2^9 (MAGVIT-v2)
     python train.py --tokenizer vae --generator maskgit        # ... tokens in parallel: GIVT-MaskGIT
     python train.py --tokenizer vae --generator mar --head diffusion       # MAR: random order, a diffusion loss per token
     python train.py --tokenizer vq --condition text            # ... from captions, not classes
@@ -54,8 +55,8 @@ STAGE1 = ("data", "image_size", "frames", "frame_step", "inflate", "flip", "n_sh
           "tok_steps", "tok_batch_size", "tok_lr", "token_dim", "channels", "likelihood", "beta", "corrupt", "vocab_size",
           "codebook", "tokens", "stage", "proxy", "proxy_flags", "perceptual", "lpips", "gan", "gan_loss", "gan_start", "adaptive")
 STAGE2 = STAGE1 + ("adapter", "generator", "head", "mix", "n_mix", "objective", "head_width", "head_depth", "batch_mul",
-                   "order", "attention", "n_buffer", "mask_min", "joint", "size", "steps", "batch_size", "lr", "optimizer",
-                   "label_drop", "dropout", "condition", "text_encoder", "text_len")
+                   "groups", "split", "order", "attention", "n_buffer", "mask_min", "joint", "size", "steps", "batch_size",
+                   "lr", "optimizer", "label_drop", "dropout", "condition", "text_encoder", "text_len")
 BOTH = ("weight_decay", "warmup", "grad_clip", "ema")
 
 TOKENIZERS = {"vae": (vae.VAE, vae.SIZES), "vq": (vq.VQ, vq.SIZES), "lfq": (lfq.LFQ, lfq.SIZES),
@@ -74,7 +75,7 @@ DEFAULTS = {                                                # what a flag is whe
                 corrupt=0.0, vocab_size=None, codebook=None, tokens=None, stage="pixels", proxy=None, proxy_flags=None,
                 perceptual=0.0, lpips=None, gan=0.0, gan_loss="hinge", gan_start=None, adaptive=False, adapter="none",
                 mix="vector", n_mix=8, objective="diffusion",
-                batch_mul=4, order="random",
+                batch_mul=4, groups=1, split=None, order="random",
                 attention="bidirectional", joint=False, label_drop=0.1, weight_decay=0.02, warmup=50, grad_clip=1.0,
                 optimizer="muon"),
     "cpu": dict(tok_size="small", tok_steps=1000, tok_batch_size=32, tok_lr=4e-3, beta=0.02,
@@ -165,6 +166,9 @@ def parse_args(argv=None):
     g.add_argument("--head_width", type=int, help="diffusion head: width of its MLP (default: that of the size)")
     g.add_argument("--head_depth", type=int, help="diffusion head: blocks of its MLP (default: that of the size)")
     g.add_argument("--batch_mul", type=int, help="diffusion head: noise levels per token and step")
+    g.add_argument("--groups", type=int, help="categorical head: cut an id into so many digits, drawn side by side (MAGVIT-v2: 2)")
+    g.add_argument("--split", type=int, nargs="+", metavar="BITS", help="categorical head of ar: cut an id into digits of so many "
+                                                                        "bits, drawn in turn (Open-MAGVIT2: 6 12)")
     g.add_argument("--order", choices=["random", "raster"], help="mar: the order in which tokens are written")
     g.add_argument("--attention", choices=["bidirectional", "causal"], help="mar: an encoder-decoder, or a GPT told where to write")
     g.add_argument("--n_buffer", type=int, help="mar: copies of the class, room to think in (default: that of the size)")
@@ -261,7 +265,8 @@ def check(args):
     if args.tok_size is not None and args.tok_size not in TOKENIZERS[args.tokenizer][1]:
         raise BadInput(f"--tok_size {args.tok_size}: --tokenizer {args.tokenizer} has {', '.join(TOKENIZERS[args.tokenizer][1])}")
     for name in ("frames", "frame_step", "image_size", "n_shapes", "tok_steps", "tok_batch_size", "steps", "batch_size", "n_mix",
-                 "token_dim", "vocab_size", "tokens", "text_len", "head_width", "head_depth", "batch_mul", "n_buffer", "log_every", "eval_every", "save_every"):
+                 "token_dim", "vocab_size", "tokens", "text_len", "head_width", "head_depth", "batch_mul", "groups", "n_buffer",
+                 "log_every", "eval_every", "save_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: must be at least 1")
     for name in ("tok_lr", "lr", "grad_clip"):
@@ -281,6 +286,12 @@ def check(args):
             raise BadInput(f"--{name} {getattr(args, name)}: must be below 1")
     if args.size is not None and args.generator in GENERATORS and args.size not in GENERATORS[args.generator][1]:
         raise BadInput(f"--size {args.size}: --generator {args.generator} has {', '.join(GENERATORS[args.generator][1])}")
+    if (args.split or args.groups not in (None, 1)) and args.head != "categorical":
+        raise BadInput("--groups, --split: cut ids into digits, so they go with --head categorical")
+    if args.split and args.groups not in (None, 1):
+        raise BadInput("--groups, --split: two ways to cut an id into digits; give one of them")
+    if args.split and args.generator not in ("ar", "none"):
+        raise BadInput("--split: only --generator ar predicts digits one after the other; use --groups 2")
     if args.head == "diffusion" and args.generator == "maskgit":
         raise BadInput("--head diffusion gives no density, and --generator maskgit keeps the tokens of highest density: use "
                        "--generator mar, or --head gmm")
@@ -314,6 +325,17 @@ def check_clips(args):
         raise BadInput("--perceptual: the classifier of clips looks at time too; give --lpips, which looks at frames")
     if args.frame_step and args.data in (None, "shapes"):
         raise BadInput("--frame_step: is for your own clips (--data); drawn ones have as many frames as asked for")
+
+
+def check_digits(args, V):
+    """Refuse --groups and --split that do not cut V ids into whole digits: before the tokenizer is trained."""
+    groups = args.groups or 1
+    if groups > 1 and (base := round(V ** (1 / groups))) ** groups != V:
+        raise BadInput(f"--groups {groups}: --vocab_size {V} must be a whole number to the power of {groups}, such as "
+                       f"{base ** groups}")
+    if args.split and (len(args.split) < 2 or min(args.split) < 1 or 1 << sum(args.split) != V):
+        raise BadInput(f"--split {' '.join(map(str, args.split))}: two or more numbers of bits, which add up to those of "
+                       f"--vocab_size {V}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -411,6 +433,7 @@ def with_losses(args, tokenizer, images, held_out, folder, device):
 def build_generator(args, tokenizer, num_classes, source=None):
     """The generator that the flags name, behind the flow where --adapter flow asks for it. source: the tokenizer of
     the images on which maps are conditioned (--task)."""
+    check_digits(args, tokenizer.vocab_size)
     model_class, sizes = GENERATORS[args.generator]
     size = sizes[args.size] | (dict(dropout=args.dropout) if args.dropout is not None else {})
     if args.condition == "text":
@@ -427,8 +450,11 @@ def build_generator(args, tokenizer, num_classes, source=None):
         net = mar.HEAD_SIZES.get(args.size, mar.HEAD_SIZES["mar-b"])
         head = diffusion_head.DiffusionHead(size["n_embd"], tokenizer.token_dim, args.head_width or net["width"],
                                             args.head_depth or net["depth"], args.objective, args.batch_mul)
+    elif args.split:                                        # as deep as Open-MAGVIT2's: a layer for every twelve
+        head = ar_transformer.SubTokenHead(size["n_embd"], tokenizer.vocab_size, args.split, max(1, size["n_layer"] // 12),
+                                           size["n_head"], size.get("multiple_of", 64))
     elif args.head == "categorical":
-        head = ar_transformer.CategoricalHead(size["n_embd"], tokenizer.vocab_size)         # the same code in all three files
+        head = ar_transformer.CategoricalHead(size["n_embd"], tokenizer.vocab_size, args.groups)    # one code in three files
     else:
         head = gmm_head.HEADS[args.mix](size["n_embd"], tokenizer.token_dim, args.n_mix)
     model = model_class(head, tokenizer.seq_len, num_classes, tokenizer.token_dim, tokenizer.vocab_size, tokenizer.grid,
@@ -890,6 +916,7 @@ def train_tokenizer(given, folder, world, begin=None):
         divisible(args.tok_batch_size, "--tok_batch_size", world)
         torch.manual_seed(args.seed)
         tokenizer = build_tokenizer(args)
+        check_digits(given, tokenizer.vocab_size)
         if args.stage == "proxy":
             tokenizer.proxy.load_state_dict(proxy.tokenizer.state_dict())
         if args.stage == "finetune":

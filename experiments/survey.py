@@ -161,9 +161,10 @@ def main():
     p.add_argument("--runs", default=ROOT / "runs" / "survey", type=Path, help="where the runs lie")
     p.add_argument("--n", type=int, default=1000, help="samples per measurement")
     p.add_argument("--rounds", type=int, default=7, help="turns of every system")
+    p.add_argument("--batches", type=int, nargs="+", help="images at once (default: 1 16, with --paper 1 64)")
     args = p.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batches = (1, 64) if args.paper else (1, 16)
+    batches = args.batches or ((1, 64) if args.paper else (1, 16))
     systems = systems_of_paper_size(device) if args.paper else systems_trained(args.runs, device)
     passes = {"AR": (256,), "MaskGIT": (8, 12), "TiTok": (8,)} if args.paper else {name: s[2] for name, s in SYSTEMS.items()}
     rows = measure_speed(systems, passes, batches, args.rounds)
