@@ -70,7 +70,8 @@ CODEBOOKS = {                                               # --codebook: unit l
     "plain": dict(l2_norm=False), "ema": dict(l2_norm=False, ema=0.99),                     # VQGAN's, and VQ-VAE's
 }
 DEFAULTS = {                                                # what a flag is when nobody says it
-    "any": dict(data="shapes", image_size=32, frames=1, flip=False, n_shapes=20_000, seed=0, task="class", condition="class",
+    "any": dict(data="shapes", image_size=32, frames=1, frame_step=None, inflate=None, flip=False, n_shapes=20_000, seed=0,
+                task="class", condition="class",
                 text_encoder="bytes", text_len=None, channels=3, likelihood="mse",
                 corrupt=0.0, vocab_size=None, codebook=None, tokens=None, stage="pixels", proxy=None, proxy_flags=None,
                 perceptual=0.0, lpips=None, gan=0.0, gan_loss="hinge", gan_start=None, adaptive=False, adapter="none",
