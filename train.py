@@ -94,9 +94,9 @@ DEFAULTS = {                                                # what a flag is whe
     "cpu-segment": dict(steps=2000),
     "cpu-mar": dict(size="tiny", steps=7000, dropout=0.0, mask_min=0.0),                    # all counts: see mar.MAR
     "cuda-mar": dict(steps=16_000, dropout=0.0, mask_min=0.0),
-    "cpu-clips": dict(image_size=16, n_shapes=6000, tok_size="clips", tok_steps=1500, tok_batch_size=8,
-                      size="tiny", steps=3000),
-    "cuda-clips": dict(image_size=64, n_shapes=20_000, tok_size="medium", tok_batch_size=32, batch_size=128),
+    "cpu-clips": dict(image_size=16, n_shapes=6000, tok_size="clips", tok_steps=2600, tok_batch_size=8,
+                      size="tiny", steps=5000, batch_size=32),
+    "cuda-clips": dict(image_size=64, n_shapes=20_000, tok_size="clips-medium", tok_batch_size=32, batch_size=128),
 }
 
 
@@ -618,9 +618,9 @@ class Pairs:
 
 
 class Stills:
-    """A set of clips in which three batches out of four are of single frames, each of them as an image: four of every clip, at
-    random. So one tokenizer learns both, with the same weights and codes. A batch is of one kind, so shapes stay static; one of
-    stills costs a tenth of the other, for an image needs no time axis, and how things look is learnt from it as well."""
+    """A set of clips in which every other batch, by chance, is of single frames, each of them as an image: four of every clip,
+    at random. So one tokenizer learns both, with the same weights and codes. A batch is of one kind, so shapes stay static; one
+    of stills costs a tenth of the other, for an image needs no time axis, and how things look is learnt from it as well."""
 
     def __init__(self, clips):
         self.clips = clips
@@ -630,7 +630,7 @@ class Stills:
 
     def batch(self, index):                                 # (B,) -> (B, 3, F, H, W) or (4B, 3, H, W), labels
         x, labels = self.clips.batch(index)
-        if torch.rand(()) >= 0.75:                          # on the CPU, from the seed of the step: alike in all processes
+        if torch.rand(()) >= 0.5:                           # on the CPU, from the seed of the step: alike in all processes
             return x, labels
         B, _, n, H, W = x.shape
         some = torch.rand(B, n, device=x.device).argsort(1)[:, :4]                          # (B, 4), none of them twice
