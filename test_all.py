@@ -3891,19 +3891,22 @@ def test_homework_gmm_head_draw():
     many = [v.expand(50_000, *v.shape) for v in (pi.log(), mu, sigma)]
     x = gmm_head.GMMHead.draw(many, temperature=0.5)
     mean = pi @ mu
-    check("the mean of 50,000 draws", x.mean(0), mean, "Is a component chosen by its weight, and then its own mean taken?", 0.03)
+    check("the mean of 50,000 draws", x.mean(0), mean,
+          "Is a component chosen by its weight, and then its own mean taken?", 0.03)
     check("their variance at temperature 0.5", x.var(0), pi @ (mu**2 + (0.5 * sigma) ** 2) - mean**2,
           "temperature multiplies sigma, once, and not mu.", 0.03)
     x = gmm_head.GMMHead.draw(many, n=(3,), clip=1.0)
     assert x.shape == (3, 50_000, 2), f"n=(3,) gives shape {tuple(x.shape)}: {(3, 50_000, 2)} is right"
     near = ((x[..., None, :] - mu).abs() <= sigma + 1e-4).all(-1).any(-1)
-    assert near.all(), f"with clip=1, {100 * (~near).float().mean():.0f}% of the draws are more than one sigma from every mean"
+    assert near.all(), \
+        f"with clip=1, {100 * (~near).float().mean():.0f}% of the draws are more than one sigma from every mean"
 
 
 def guided_on_a_grid(mc, sc, mu, su, cfg):
     """Mean and std of N(mc, sc)^cfg N(mu, su)^(1 - cfg), each (n,), by numerical integration."""
     x = torch.linspace(-40, 40, 8_001, dtype=torch.float64)[:, None]
-    weight = (cfg * D.Normal(mc.double(), sc.double()).log_prob(x) + (1 - cfg) * D.Normal(mu.double(), su.double()).log_prob(x))
+    weight = (cfg * D.Normal(mc.double(), sc.double()).log_prob(x) + (1 - cfg) * D.Normal(mu.double(),
+                                                                                          su.double()).log_prob(x))
     mean = (weight.softmax(0) * x).sum(0)
     return mean, (weight.softmax(0) * (x - mean) ** 2).sum(0).sqrt()
 
@@ -3913,7 +3916,8 @@ def test_homework_gmm_head_guided_normal():
     mc, sc, mu, su = torch.randn(20), torch.rand(20) + 0.3, torch.randn(20), torch.rand(20) + 1.2
     mean, std, proper = gmm_head.guided_normal(mc, sc, mu, su, 2.5)
     true_mean, true_std = guided_on_a_grid(mc, sc, mu, su, 2.5)
-    check("the mean", mean, true_mean, "Precisions add: cfg / sc^2 - (cfg - 1) / su^2, and each mean counts with its own.", 1e-3)
+    check("the mean", mean, true_mean,
+          "Precisions add: cfg / sc^2 - (cfg - 1) / su^2, and each mean counts with its own.", 1e-3)
     check("the std", std, true_std, "Precisions add, variances do not; and std is the root of 1 / precision.", 1e-3)
     assert proper.dtype == torch.bool and proper.all(), "all of these products are densities: proper should be True"
 
@@ -3938,9 +3942,8 @@ def test_homework_gmm_head_nucleus():
                 row[k] = p[k]
             total += p[k]
     kept = gmm_head.GMMHead.nucleus((log_pi, mu, sigma), 0.7)
-    assert (kept[0][torch.arange(60), log_pi.argmax(-1)] > -torch.inf).all(), "the likeliest component must always stay"
     assert torch.equal(kept[0] > -torch.inf, truth > 0), (
-        f"{(kept[0] > -torch.inf).sum(-1).float().mean():.1f} of 6 components stay on average, "
+        f"{(kept[0] > -torch.inf).sum(-1).float().mean():.1f} of 6 components stay on average (nan counts as gone), "
         f"{(truth > 0).sum(-1).float().mean():.1f} are needed. The one that reaches top_p belongs to them.")
     check("the weights kept", kept[0].exp(), truth / truth.sum(-1, keepdim=True), "What is left must be renormalised.")
     assert torch.equal(kept[1], mu) and torch.equal(kept[2], sigma), "means and scales stay as they are"
@@ -4018,7 +4021,8 @@ def test_homework_flow_adapter_sample():
     model, seen = flow_adapter.Adapted(Stretch(), Writer()), []
     cond, three = torch.zeros(2, dtype=torch.long), torch.full((2, 4, 2), 3.01)
     x = model.sample(cond, cfg=2.0, on_step=lambda i, tokens, mask: seen.append(tokens))
-    check("a sample", x, three, "The generator's tokens are bent: the adapter's inverse makes the tokenizer's tokens of them.")
+    check("a sample", x, three,
+          "The generator's tokens are bent: the adapter's inverse makes the tokenizer's tokens of them.")
     check("what on_step is shown", seen[0], three, "on_step, too, is to see the tokenizer's tokens.")
     assert model.generator.options.get("cfg") == 2.0, "options such as cfg go to the generator"
     known, mask = torch.randn(2, 4, 2), torch.tensor([[True, False, True, False]] * 2)
@@ -4033,7 +4037,8 @@ def test_homework_flow_adapter_sample():
 
 def turned(x, rope):
     """RoPE as multiplication by complex numbers: x (B, S, n_head, head_dim), rope (S, head_dim / 2, 2)."""
-    z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous()) * torch.view_as_complex(rope.contiguous())[:, None]
+    z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous()) * torch.view_as_complex(rope.contiguous())[:,
+                                                                                                                        None]
     return torch.view_as_real(z).flatten(-2)
 
 
@@ -4093,7 +4098,8 @@ def test_homework_ar_transformer_teacher_forcing():
         drop = torch.tensor([True, False, True])
         h, start, e = model.hidden(tokens, cond, drop), model.prefix(cond, drop), model.embed(tokens)
         assert h.shape == e.shape, f"h has shape {tuple(h.shape)} and not {tuple(e.shape)}: one row for each token"
-        check("what h[:, 0] has read last", h[:, 0], start[:, -1], "The first token is predicted from the prefix (with drop).")
+        check("what h[:, 0] has read last", h[:, 0], start[:, -1],
+              "The first token is predicted from the prefix (with drop).")
         check("what h[:, 1:] has read last", h[:, 1:], e[:, :-1],
               "Row t predicts token t, so the last thing it reads is token t - 1. If it reads token t, the answer leaks.")
 
@@ -4116,8 +4122,9 @@ def test_homework_maskgit_schedule():
     starts = torch.tensor([[64], [100], [7]])
     for step in range(5):
         truth = torch.tensor([[math.floor(n * math.cos(math.pi / 2 * (step + 1) / 5) + 1e-6)] for n in (64, 100, 7)])
-        check(f"hidden after step {step} of 5 (from {starts.flatten().tolist()})", maskgit.still_hidden(starts, step, 5), truth,
-              "floor(n cos(pi/2 r)), where r is what is done AFTER this step: (step + 1) / steps, so that the last leaves 0.")
+        check(f"hidden after step {step} of 5 (from {starts.flatten().tolist()})", maskgit.still_hidden(starts, step, 5),
+              truth,
+              "floor(n cos(pi/2 r)), where r is what is done AFTER this step: (step + 1) / steps, and the last leaves 0.")
     check("for the linear schedule", maskgit.still_hidden(starts, 0, 5, "linear"), torch.tensor([[51], [80], [5]]))
 
 
@@ -4143,7 +4150,8 @@ def test_homework_maskgit_masked_mean():
     check("the mean per image", maskgit.masked_mean(loss, weight), torch.tensor(sum(rows) / 3),
           f"Within each image first. Over all T tokens it would be {(loss * weight).mean():.3f}: hidden ones alone count.")
     check("the mean over the batch", maskgit.masked_mean(loss, weight, per_image=False),
-          torch.tensor(sum(r * sum(w) for r, w in zip(rows, weight.tolist()))) / weight.sum(), "Every hidden token counts alike.")
+          torch.tensor(sum(r * sum(w) for r, w in zip(rows, weight.tolist()))) / weight.sum(),
+          "Every hidden token counts alike.")
 
 
 @exercise("maskgit.MaskGIT.embed", points=2)
@@ -4175,7 +4183,7 @@ def test_homework_mar_mask_rate():
             rate = mar.mask_rate(u, low, std)
             truth = grid[torch.searchsorted(below / below[-1], u)].item()
             assert abs(rate - truth) < 2e-3, (f"the rate at quantile {u} of N(1, {std}^2) cut to [{low}, 1] is {rate:.3f}, "
-                                              f"and should be {truth:.3f}: the inverse cdf, with u between cdf({low}) and cdf(1)")
+                                              f"not {truth:.3f}: the inverse cdf, u being between cdf({low}) and cdf(1)")
 
 
 @exercise("mar.masked_counts", points=3)
@@ -4185,9 +4193,11 @@ def test_homework_mar_counts():
         f"256 tokens in 8 steps: {counts}. Before step k, floor(256 cos(pi/2 k/8)) are unknown, and 0 at the end."
     for n in (1, 2, 9, 64):
         counts = mar.masked_counts(n, n)
-        assert counts == list(range(n, -1, -1)), f"{n} tokens in {n} steps: {counts}. Every step must draw one at least, and no more."
+        assert counts == list(range(n, -1, -1)), \
+            f"{n} tokens in {n} steps: {counts}. Every step must draw one at least, and no more."
     counts = mar.masked_counts(10, 8)
-    assert len(counts) == 9 and all(a > b for a, b in zip(counts, counts[1:])), f"10 tokens in 8 steps: {counts} does not fall"
+    assert len(counts) == 9 and all(a > b for a, b in zip(counts, counts[1:])), \
+        f"10 tokens in 8 steps: {counts} does not fall"
 
 
 @exercise("mar.draw_order", points=2)
@@ -4197,7 +4207,8 @@ def test_homework_mar_order():
     order = mar.draw_order("random", 3000, 6, torch.device("cpu"))
     assert torch.equal(order.sort(1).values, torch.arange(6).expand(3000, 6)), "each row must hold each place once"
     share = torch.stack([(order[:, i, None] == torch.arange(6)).float().mean(0) for i in range(6)])
-    check("how often each place comes at each turn", share, torch.full((6, 6), 1 / 6), "All orders are equally likely.", 0.05)
+    check("how often each place comes at each turn", share, torch.full((6, 6), 1 / 6), "All orders are equally likely.",
+          0.05)
     known = torch.rand(500, 6) < 0.4
     for kind in ("random", "raster"):
         order = mar.draw_order(kind, 500, 6, torch.device("cpu"), known)
@@ -4230,11 +4241,13 @@ def test_homework_mar_loss():
         assert torch.equal(mask, torch.zeros(4, 6).scatter(1, order[:, 2:], 1).bool(), ), \
             "hidden are the LAST places of the order: those before them are what the model has already written"
         assert asked["n_visible"] in (2, None), f"n_visible is {asked['n_visible']}: 6 - 4 tokens are visible"
-        check("the loss", loss, tokens[mask].mean(), f"The mean over MASKED tokens; over all of them it is {tokens.mean():.2f}.")
+        check("the loss", loss, tokens[mask].mean(),
+              f"The mean over MASKED tokens; over all of them it is {tokens.mean():.2f}.")
         check("h that the head is given", model.head.h, model.head.x, "h and token must come from the same place.")
         assert torch.equal(asked["labels"], torch.arange(4)), "in eval mode the labels stay"
         model.train()(tokens, torch.arange(4))
-        assert torch.equal(asked["labels"], torch.full((4,), 5)), "label_drop is 1: while training every label becomes 'no class', 5"
+        assert torch.equal(asked["labels"], torch.full((4,), 5)), \
+            "label_drop is 1: while training every label becomes 'no class', 5"
 
 
 # diffusion_head.py
@@ -4296,7 +4309,8 @@ def test_homework_diffusion_head_loss():
 
 @exercise("diffusion_head.DiffusionHead.terms", points=1, hidden=True)
 def test_homework_diffusion_head_flow_loss():
-    head, (x, noise), t = diffusion_head.DiffusionHead(4, 3, width=8, depth=1, objective="flow"), torch.randn(2, 5, 3), torch.rand(5)
+    head, (x, noise), t = diffusion_head.DiffusionHead(4, 3, width=8, depth=1, objective="flow"), torch.randn(2, 5, 3), \
+        torch.rand(5)
     head.net = Told(torch.randn(5, 3))
     loss, = head.terms(x, torch.randn(5, 4), t, noise)
     check("the point on the way that the network sees", head.net.x, torch.lerp(x, noise, t[:, None]), "t = 0 is the token.")
@@ -4319,7 +4333,7 @@ def test_homework_diffusion_head_guidance():
 def test_homework_diffusion_head_kl():
     gaussians = torch.randn(4, 7, 3)
     check("KL", diffusion_head.kl_bits(*gaussians), kl_in_bits(*gaussians),
-          "log_var is log sigma^2, not log sigma; the second Gaussian's variance divides; nats / ln 2 are bits; mean over D.")
+          "log_var is log sigma^2, not log sigma; the second Gaussian's variance divides; nats / ln 2 are bits.")
 
 
 # vae.py
@@ -4328,13 +4342,15 @@ def test_homework_diffusion_head_kl():
 def test_homework_vae_kl():
     mean, std = torch.randn(2, 5, 3), torch.rand(2, 5, 3) + 0.3
     truth = D.kl_divergence(D.Normal(mean, std), D.Normal(0.0, 1.0)).sum(-1)
-    check("KL", vae.VAE.kl(mean, std), truth, "In nats per token: 1/2 sum_d (mean^2 + std^2 - 1 - log std^2). Without -1 it is "
+    check("KL", vae.VAE.kl(mean, std), truth,
+          "In nats per token: 1/2 sum_d (mean^2 + std^2 - 1 - log std^2). Without -1 it is "
           "+1.500, with log std for log std^2 " + f"{std.log().sum(-1).mean() / 2:+.3f}, with a mean over D a third of it.")
 
 
 @exercise("vae.VAE.reparameterise", points=2)
 def test_homework_vae_reparameterise():
-    mean, std = torch.tensor([[[-2.0, 1.0]]]).repeat(1, 40_000, 1).requires_grad_(), torch.tensor([[[0.5, 3.0]]]).repeat(1, 40_000, 1)
+    mean, std = torch.tensor([[[-2.0, 1.0]]]).repeat(1, 40_000, 1).requires_grad_(), \
+        torch.tensor([[[0.5, 3.0]]]).repeat(1, 40_000, 1)
     std.requires_grad_()
     z = vae.VAE.reparameterise(mean, std)
     check("the mean of 40,000 draws", z.mean((0, 1)), torch.tensor([-2.0, 1.0]), "z = mean + std * noise.", 0.06)
@@ -4354,7 +4370,8 @@ def test_homework_vae_log_likelihood():
         model.log_scale.copy_(torch.tensor([-2.0, -3.0, -1.0]))
     images, raw = (v / 127.5 - 1).view(256, 1, 1, 1).expand(256, 3, 1, 1), torch.tensor([0.1, -0.8, 1.2]).view(1, 3, 1, 1)
     ours = model.log_likelihood(images, raw.expand(256, 3, 1, 1))
-    edges = (torch.arange(257, dtype=torch.float64) * 2 - 1) / 255 - 1                      # value v lies between v and v + 1
+    edges = (torch.arange(257,
+                          dtype=torch.float64) * 2 - 1) / 255 - 1                      # value v lies between v and v + 1
     cdf = torch.sigmoid((edges[:, None] - raw.flatten()) * torch.exp(-model.log_scale.detach().double()))
     cdf[0], cdf[-1] = 0, 1
     check("log p of the values 1 .. 254 of a pixel", ours[1:-1], (cdf[1:] - cdf[:-1]).log().sum(1)[1:-1],
@@ -4367,7 +4384,8 @@ def test_homework_vae_log_likelihood():
 
 @exercise("vae.VAE.measure", points=2)
 def test_homework_vae_measure():
-    model, mean, std = vae.VAE(token_dim=2), torch.randn(300, 16, 2) * torch.tensor([0.5, 4.0]), torch.full((300, 16, 2), 2.0)
+    model, mean, std = vae.VAE(token_dim=2), torch.randn(300, 16, 2) * torch.tensor([0.5, 4.0]), \
+        torch.full((300, 16, 2), 2.0)
     mean += torch.tensor([3.0, -1.0])
     model.measure(mean, std)
     z = (mean + std * torch.randn(20, 300, 16, 2)).flatten(0, 2)
@@ -4392,7 +4410,8 @@ def slow_distances(z, codes):
 
 def nearest_by_loop(codes, z):
     """ids (B, T) of the nearest rows of codes (V, D)."""
-    return torch.tensor([[min(range(len(codes)), key=lambda k: (codes[k] - row).norm().item()) for row in rows] for rows in z])
+    return torch.tensor([[min(range(len(codes)),
+                              key=lambda k: (codes[k] - row).norm().item()) for row in rows] for rows in z])
 
 
 @exercise("vq.VectorQuantizer.nearest", points=2)
@@ -4423,12 +4442,14 @@ def test_homework_vq_losses_and_straight_through():
     through = gradient((q * weight).sum(), z)
     assert through is not None, "no gradient comes back through q: the encoder would learn nothing (straight-through)"
     check("the gradient that q sends back to z", through, weight, "Straight through: as if q were z.")
-    check("the loss", loss, 1.25 * ((z - e) ** 2).mean(), "|sg(z) - e|^2 + beta |z - sg(e)|^2, means over tokens and channels.")
+    check("the loss", loss, 1.25 * ((z - e) ** 2).mean(),
+          "|sg(z) - e|^2 + beta |z - sg(e)|^2, means over tokens and channels.")
     to_z, to_codes = gradient(loss, z), gradient(loss, quantizer.codebook)
     assert to_z is not None and to_codes is not None, "the loss must move both the encoder (commitment) and the codes"
     check("the gradient of the loss for z", to_z, 0.25 * 2 * (z - e) / n, "beta, and only beta, weighs the encoder's term.")
     moved = torch.zeros(7, 3).index_add_(0, ids.flatten(), (2 * (e - z) / n).detach().flatten(0, 1))
-    check("the gradient of the loss for the codes", to_codes, moved, "The codes' own term has weight 1, and z is detached in it.")
+    check("the gradient of the loss for the codes", to_codes, moved,
+          "The codes' own term has weight 1, and z is detached in it.")
 
 
 @exercise("vq.VectorQuantizer.forward", points=1, hidden=True)
@@ -4438,9 +4459,11 @@ def test_homework_vq_running_averages():
     quantizer.update = lambda z, ids: calls.append((z, ids))
     _, ids, loss, _ = quantizer.train()(z)
     assert len(calls) == 1, f"update() is called {len(calls)} times in a training step with ema: once is right"
-    assert torch.equal(calls[0][0], z.detach().flatten(0, 1)) and torch.equal(calls[0][1], ids.flatten()), "update(z (N, D), ids (N,))"
+    assert torch.equal(calls[0][0], z.detach().flatten(0, 1)) and torch.equal(calls[0][1], ids.flatten()), \
+        "update(z (N, D), ids (N,))"
     assert not calls[0][0].requires_grad, "the running averages are no part of the graph"
-    check("the loss", loss, 0.25 * ((z - quantizer.codebook[ids]) ** 2).mean(), "With ema the codes have no loss of their own.")
+    check("the loss", loss, 0.25 * ((z - quantizer.codebook[ids]) ** 2).mean(),
+          "With ema the codes have no loss of their own.")
     assert gradient(loss, z) is not None, "the commitment moves z, and with ema it alone is the loss"
     quantizer.eval()(z)
     assert len(calls) == 1, "in eval mode the codes must stay"
@@ -4454,7 +4477,7 @@ def test_homework_vq_entropy():
     p = (-slow_distances(z, quantizer.codebook.detach()) / 0.7).softmax(-1)
     entropies, whole = D.Categorical(probs=p).entropy(), D.Categorical(probs=p.mean(0)).entropy()
     check("the entropy loss", quantizer.entropy_loss(z, 0.7), entropies.mean() - whole,
-          f"The mean entropy of a token is {entropies.mean():.3f}, the entropy of the mean {whole:.3f} nats: first minus second.", 1e-3)
+          f"The mean entropy of a token is {entropies.mean():.3f}, that of the mean {whole:.3f} nats: first minus second.", 1e-3)
 
 
 # lfq.py
@@ -4465,9 +4488,12 @@ def test_homework_lfq_quantize():
     q, index = lfq.quantize(z)
     check("q", q, torch.where(z > 0, 1.0, -1.0), "Only the sign is kept.")
     truth = torch.tensor([[sum(2**i for i, v in enumerate(token) if v > 0) for token in row] for row in z.tolist()])
-    backwards = torch.tensor([[sum(2 ** (5 - i) for i, v in enumerate(token) if v > 0) for token in row] for row in z.tolist()])
-    assert index.shape == (3, 4) and index.dtype == torch.long, f"index {tuple(index.shape)} {index.dtype} is not (3, 4) int64"
-    assert torch.equal(index, truth), "the bits are read backwards: channel 0 is the LOWEST bit" if torch.equal(index, backwards) \
+    backwards = torch.tensor([[sum(2 ** (5 - i) for i,
+                                   v in enumerate(token) if v > 0) for token in row] for row in z.tolist()])
+    assert index.shape == (3, 4) and index.dtype == torch.long, \
+        f"index {tuple(index.shape)} {index.dtype} is not (3, 4) int64"
+    assert torch.equal(index, truth), \
+        "the bits are read backwards: channel 0 is the LOWEST bit" if torch.equal(index, backwards) \
         else f"index {index[0, 0]} for the signs {q[0, 0].tolist()}: {truth[0, 0]} is right"
     through = gradient((q * torch.arange(6.0)).sum(), z)
     assert through is not None, "no gradient comes back through q: straight-through"
@@ -4499,12 +4525,15 @@ def test_homework_lfq_entropy():
         parts = lfq.entropy_penalty(z, 0.5, groups=2)
         sharp = (z * 300).requires_grad_()
         lfq.entropy_penalty(sharp, 0.01)[0].backward()
-    check("per_sample", ours[0], per_token.mean(), "Coins with P(+1) = sigmoid(4 z / temperature): entropies add over bits, then "
+    check("per_sample", ours[0], per_token.mean(),
+          "Coins with P(+1) = sigmoid(4 z / temperature): entropies add over bits, then "
           f"the mean over tokens is taken ({per_token.mean():.3f} nats); a forgotten sum over bits makes it a sixth.")
     check("batch", ours[1], whole(z, 0.5), f"The entropy of the mean is {whole(z, 0.5):.3f} nats.", 1e-3)
-    check("batch of two groups", parts[1], whole(z[:, :3], 0.5) + whole(z[:, 3:], 0.5), "The sum over runs of neighbouring bits.", 1e-3)
+    check("batch of two groups", parts[1], whole(z[:, :3], 0.5) + whole(z[:, 3:], 0.5),
+          "The sum over runs of neighbouring bits.", 1e-3)
     check("per_sample with two groups", parts[0], per_token.mean(), "It is exact, whatever the groups.")
-    assert torch.isfinite(sharp.grad).all(), "the gradient at large |z| is nan: p log p at p = 0, or a softplus that overflows"
+    assert torch.isfinite(sharp.grad).all(), \
+        "the gradient at large |z| is nan: p log p at p = 0, or a softplus that overflows"
 
 
 @exercise("lfq.CausalConv.forward", points=2)
@@ -4514,7 +4543,8 @@ def test_homework_lfq_causal_convolution():
         frames = []
         for t in range(0, 5, stride):                       # frame by frame, tap by tap
             frames.append(conv.bias[:, None, None] + sum(
-                F.conv2d(x[:, :, t - 2 + tap], conv.weight[:, :, tap], None, stride, 1) for tap in range(3) if t - 2 + tap >= 0))
+                F.conv2d(x[:, :, t - 2 + tap], conv.weight[:, :, tap], None, stride,
+                         1) for tap in range(3) if t - 2 + tap >= 0))
         truth = torch.stack(frames, 2)
         hint = "kernel - 1 zeros in front of the first frame, none behind the last."
         check(f"a clip, stride {stride}", conv(x), truth, hint)
@@ -4522,7 +4552,8 @@ def test_homework_lfq_causal_convolution():
         n = -(-3 // stride)
         check("the past, when the future changes", conv(changed)[:, :, :n], conv(x)[:, :, :n], hint, 1e-6)
         check("an image", conv(x[:, :, :1]), truth[:, :, :1], "An image is a clip of one frame.")
-        check("the first two channels", conv(x, 2), truth[:, :2], "c_out takes the first rows of the weight and of the bias.")
+        check("the first two channels", conv(x, 2), truth[:, :2],
+              "c_out takes the first rows of the weight and of the bias.")
 
 
 # titok.py
@@ -4541,7 +4572,8 @@ def latent_outputs(encoder, images):
     for i in range(0, images.shape[2], p):
         for j in range(0, images.shape[3], p):
             rows.append(images[:, :, i:i + p, j:j + p].flatten(1) @ weight.T + bias + encoder.pos[len(rows)])
-    x = torch.stack([encoder.cls[0].expand(len(images), -1), *rows, *(v.expand(len(images), -1) for v in encoder.latents)], 1)
+    x = torch.stack([encoder.cls[0].expand(len(images), -1), *rows,
+                     *(v.expand(len(images), -1) for v in encoder.latents)], 1)
     return encoder.norm_post(Stir()(encoder.norm_pre(x)))[:, 1 + len(rows):]
 
 
@@ -4550,7 +4582,7 @@ def test_homework_titok_encoder():
     encoder, images = titok.LatentEncoder(8, 4, 3, 5, n_embd=8, n_layer=1, n_head=2), torch.randn(2, 3, 8, 8)
     encoder.blocks = nn.ModuleList([Stir()])
     check("z", encoder(images), encoder.out(latent_outputs(encoder, images)),
-          "Patches (with pos) and latents stand in one sequence, cls in front; of what comes out, the last T rows are the tokens.")
+          "Patches (with pos) and latents stand in one sequence, cls in front; of what comes out, the last T are the tokens.")
 
 
 @exercise("titok.LatentEncoder.forward", points=1, hidden=True)
@@ -4587,7 +4619,8 @@ def test_homework_titok_soft_codes():
     class Decoder(SimpleNamespace):
         def __call__(self, q):
             return logits
-    mixed = torch.stack([torch.stack([sum(p * code for p, code in zip(row, table)) for row in rows]) for rows in logits.softmax(-1)])
+    mixed = torch.stack([torch.stack([sum(p * code for p,
+                                          code in zip(row, table)) for row in rows]) for rows in logits.softmax(-1)])
     ours = titok.TiTok.decode_raw(SimpleNamespace(decoder=Decoder(proxy_vocab=6), proxy=proxy), torch.randn(2, 3, 5))
     check("what the proxy's decoder makes of the mixed codes", ours, 10 + mixed,
           "Each of the proxy's codes counts with its probability, a softmax over the vocabulary.")
@@ -4603,9 +4636,11 @@ def test_homework_titok_vae_bottleneck():
     z, loss, logs = model.bottleneck(torch.cat([mean, logvar], -1))
     kl = D.kl_divergence(D.Normal(mean, (0.5 * logvar).exp()), D.Normal(0.0, 1.0)).sum(-1).mean()
     check("logs['kl'], nats per token", logs["kl"], kl)
-    check("the loss", loss, 0.5 * kl * 3 / (3 * 8 * 8), "beta * KL summed over the T tokens, divided by the 3 H W pixel values.")
+    check("the loss", loss, 0.5 * kl * 3 / (3 * 8 * 8),
+          "beta * KL summed over the T tokens, divided by the 3 H W pixel values.")
     check("the mean of 4,000 draws", z.mean(0), mean[0], "The first half of the moments is the mean.", 0.1)
-    check("their std", z.std(0), (0.5 * logvar[0]).exp(), "The second half is log variance; draw with noise, also in training.", 0.1)
+    check("their std", z.std(0), (0.5 * logvar[0]).exp(),
+          "The second half is log variance; draw with noise, also in training.", 0.1)
 
 
 # perceptual_gan.py
@@ -4616,15 +4651,18 @@ def test_homework_perceptual_gan_critic_loss():
     mean = lambda values: sum(values) / len(values)
     r, f = real.flatten().tolist(), fake.flatten().tolist()
     hinge = (mean([max(0, 1 - v) for v in r]) + mean([max(0, 1 + v) for v in f])) / 2
-    check("hinge", perceptual_gan.critic_loss(real, fake), torch.tensor(hinge), "Real logits are pushed above +1, fake ones below -1.")
+    check("hinge", perceptual_gan.critic_loss(real, fake), torch.tensor(hinge),
+          "Real logits are pushed above +1, fake ones below -1.")
     nats = -(mean([math.log(1 / (1 + math.exp(-v))) for v in r]) + mean([math.log(1 / (1 + math.exp(v))) for v in f])) / 2
-    check("non-saturating", perceptual_gan.critic_loss(real, fake, "non-saturating"), torch.tensor(nats), "Binary cross-entropy.")
+    check("non-saturating", perceptual_gan.critic_loss(real, fake, "non-saturating"), torch.tensor(nats),
+          "Binary cross-entropy.")
 
 
 @exercise("perceptual_gan.generator_loss", points=1)
 def test_homework_perceptual_gan_generator_loss():
     fake = torch.randn(4, 1, 2, 2)
-    check("hinge", perceptual_gan.generator_loss(fake), torch.tensor(-sum(fake.flatten().tolist()) / 16), "Raise the critic's logit.")
+    check("hinge", perceptual_gan.generator_loss(fake), torch.tensor(-sum(fake.flatten().tolist()) / 16),
+          "Raise the critic's logit.")
     nats = -sum(math.log(1 / (1 + math.exp(-v))) for v in fake.flatten().tolist()) / 16
     check("non-saturating", perceptual_gan.generator_loss(fake, "non-saturating"), torch.tensor(nats), "-log sigmoid(fake).")
 
@@ -4661,7 +4699,8 @@ def test_homework_perceptual_gan_lpips():
     with patch.object(perceptual_gan, "unit_channels", slow_unit):
         ours = net(a, b)
     truth = sum(net.lins[k]((slow_unit(maps[0][k]) - slow_unit(maps[1][k])) ** 2).mean((1, 2, 3)) for k in range(2))
-    check("LPIPS", ours, truth, "Shifted and scaled images, features of unit length, squared differences weighted per channel, "
+    check("LPIPS", ours, truth,
+          "Shifted and scaled images, features of unit length, squared differences weighted per channel, "
           "a mean over positions, a sum over layers.", 1e-5)
 
 
@@ -4673,9 +4712,11 @@ def test_homework_perceptual_gan_adaptive_weight():
     ours = model.adaptive_weight((weight * a).sum(), (weight * b * 0.1).sum())
     check("the weight", ours, a.norm() / (0.1 * b.norm() + 1e-4), "|grad of the others| / |grad of the adversarial loss|.")
     assert not ours.requires_grad, "the weight is a number to multiply with: detached"
-    assert torch.is_grad_enabled() and weight.grad is None, "torch.autograd.grad leaves .grad alone, where backward() fills it"
+    assert torch.is_grad_enabled() and weight.grad is None, \
+        "torch.autograd.grad leaves .grad alone, where backward() fills it"
     with torch.no_grad():
-        check("the weight without gradients", model.adaptive_weight(None, None), ours, "It is that of the last training step.")
+        check("the weight without gradients", model.adaptive_weight(None, None), ours,
+              "It is that of the last training step.")
     check("the weight against a loss without gradient", model.adaptive_weight((weight * a * 100).sum(), (weight * 0).sum()),
           torch.tensor(1e4), "At most 1e4.")
 
@@ -4713,7 +4754,8 @@ def body(node):
 def blanked(source, name, targets):
     """The source of NAME.py with the bodies of `targets` cut out, line by line; every other byte stays."""
     lines, nodes = source.split("\n"), functions(source)
-    for target in sorted(targets, key=lambda t: -nodes[t].lineno):                          # from the end: numbers stay right
+    for target in sorted(targets,
+                         key=lambda t: -nodes[t].lineno):                          # from the end: numbers stay right
         first, last = body(nodes[target])[0], nodes[target].end_lineno
         lines[first.lineno - 1:last] = [f'{" " * first.col_offset}raise NotImplementedError("homework: {name}.{target}")']
     return "\n".join(lines)
@@ -4743,7 +4785,8 @@ def without_answers(name, hidden=False):
     for other in MODELS:
         same = [t for t, node in functions(texts[f"{other}.py"]).items() if (t.split(".")[-1], code(node)) in answers]
         texts[f"{other}.py"] = blanked(texts[f"{other}.py"], other, exercises(name) if other == name else same)
-    texts[Path(__file__).name] = without(texts[Path(__file__).name], [] if hidden else [t.__name__ for t in graded(name) if t.hidden])
+    texts[Path(__file__).name] = without(texts[Path(__file__).name],
+                                         [] if hidden else [t.__name__ for t in graded(name) if t.hidden])
     return texts
 
 
@@ -4817,7 +4860,8 @@ def run_process(folder, name, tests, args, seconds):
     """Run `tests` in the student's copy of the project -> {test: what is wrong, or ""} for those that came to an end, the
     tests that began, and what ended the process, in a sentence."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}
-    words = [sys.executable, "-c", f"import {Path(__file__).stem} as t; t.main()", "_run", name, str(args.test_seconds), *tests]
+    words = [sys.executable, "-c", f"import {Path(__file__).stem} as t; t.main()", "_run", name, str(args.test_seconds),
+             *tests]
     results, output = folder / "results.jsonl", folder / "output.txt"
     with open(output, "wb") as f:
         child = subprocess.Popen(words, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=f,
@@ -4903,21 +4947,23 @@ def grade(args):
             if any(row["student"] == r["student"] for r in rows):
                 row["student"] = str(path).replace("/", "_")                                # two folders of one name
             rows.append(row)
-            print(f"{row['student']:20s} {row['points']:2d} of {row['of']} points for {args.file}.py   {row['seconds']:.1f} s"
+            print(f"{row['student']:20s} {row['points']:2d} of {row['of']} points   {row['seconds']:.1f} s"
                   + (f"   {row['remark']}" if row["remark"] else ""))
-            for t, points, wrong in row["tests"]:
-                print(f"    {points} of {t.points}  {t.exercise:48s}" + (f" {wrong}" if wrong else ""), flush=True)
+            for t, points, wrong in row["tests"] if row["points"] or not row["remark"] else []:
+                print(f"    {points} of {t.points}  " + (f"{t.exercise:46s} {wrong}" if wrong else t.exercise), flush=True)
     try:
         with open(args.csv, "w", newline="") as f:
             out = csv.writer(f)
             out.writerow(["student", "file", "points", "of", *[t.__name__ for t in graded(args.file)], "seconds", "remark"])
             for row in rows:
-                out.writerow([row["student"], row["file"], row["points"], row["of"], *[points for _, points, _ in row["tests"]],
+                out.writerow([row["student"], row["file"], row["points"], row["of"],
+                              *[points for _, points, _ in row["tests"]],
                               f"{row['seconds']:.1f}", row["remark"]])
         print(f"wrote {args.csv}")
         if args.json:
             one = len(rows) == 1
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True) if one else Path(args.json).mkdir(parents=True, exist_ok=True)
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True) if one else Path(args.json).mkdir(parents=True,
+                                                                                                        exist_ok=True)
             for row in rows:
                 path = Path(args.json) if one else Path(args.json) / f"{row['student']}.json"
                 path.write_text(json.dumps(gradescope(row), indent=1))
@@ -4941,7 +4987,7 @@ def handout(args):
                 shutil.copy(ROOT / name, folder / name)
     except OSError as e:
         raise data.BadInput(f"could not write ({e})") from None
-    print(f"wrote {folder}: {args.file}.py with {len(exercises(args.file))} functions to write, their docstrings are the questions.\n"
+    print(f"wrote {folder}: {args.file}.py with {len(exercises(args.file))} functions to write: the docstrings say what.\n"
           f"There, python -m pytest test_all.py -k homework_{args.file} says how far one has come, and "
           f"python test_all.py grade {args.file} . counts the points.")
 
@@ -4969,14 +5015,15 @@ def main():
     p.add_argument("-o", metavar="DIR", help="a new or empty folder (default: homework-FILE)")
     p.set_defaults(run=handout)
     p = commands.add_parser("grade", help="run the graded tests on students' files, each in a process of its own",
-                            description="Runs students' code with your rights. It is kept from your files by good manners only: "
-                            "a time limit, a memory limit and a folder of its own stop accidents, and not somebody who wants to "
-                            "read, delete, send or fake something. Grade what you do not trust in a container. Linux or macOS "
-                            "(where the memory limit has no effect).")
+                            description="Runs students' code with your rights. A time limit, a memory limit and a folder of "
+                            "its own stop accidents; nothing stops somebody who wants to read, delete or send your files, or "
+                            "to fake results. Grade what you do not trust in a container. Linux, or macOS, where the memory "
+                            "limit has no effect.")
     p.add_argument("file", choices=MODELS, metavar="FILE", help=" | ".join(MODELS))
     p.add_argument("students", nargs="+", help="folders that hold FILE.py, or Python files by any name")
     p.add_argument("--csv", default="grades.csv", metavar="PATH", help="a row per student (default: grades.csv)")
-    p.add_argument("--json", metavar="PATH", help="Gradescope's results.json; with several students a folder of one for each")
+    p.add_argument("--json", metavar="PATH",
+                   help="Gradescope's results.json; with several students a folder of one for each")
     p.add_argument("--seconds", type=float, default=60.0, help="time limit of one student, for all questions (default: 60)")
     p.add_argument("--test_seconds", type=float, default=10.0, help="processor time limit of one question (default: 10)")
     p.add_argument("--gigabytes", type=float, default=4.0, help="memory limit of a student's process (default: 4)")
@@ -5020,13 +5067,15 @@ MISTAKES = [
     ("flow_adapter.FlowAdapter.inverse", "self.join(x1, x2)", "self.join(x2, x1)"),
     ("flow_adapter.Adapted.sample", "self.adapter.inverse(self.generator", "self.adapter(self.generator"),
     ("flow_adapter.Adapted.sample", "self.adapter(known * known_mask[..., None])", "known * known_mask[..., None]"),
-    ("flow_adapter.Adapted.sample", "return x if known is None else torch.where(known_mask[..., None], known, x)", "return x"),
+    ("flow_adapter.Adapted.sample", "return x if known is None else torch.where(known_mask[..., None], known, x)",
+     "return x"),
     ("flow_adapter.Adapted.sample", "on_step(i, self.adapter.inverse(u), mask)", "on_step(i, u, mask)"),
     ("ar_transformer.rotate", "a * cos - b * sin, b * cos + a * sin", "a * cos + b * sin, b * cos - a * sin"),
     ("ar_transformer.rotate", "unflatten(-1, (-1, 2)).unbind(-1)", "chunk(2, -1)"),
     ("ar_transformer.rotate", "-1).flatten(-2)", "-2).flatten(-2)"),
     ("ar_transformer.rotate", "cos, sin = ", "sin, cos = "),
-    ("ar_transformer.Attention.forward", "v = qkv[:, :, 2 * self.n_head:]", "v = rotate(qkv[:, :, 2 * self.n_head:], rope)", 2),
+    ("ar_transformer.Attention.forward", "v = qkv[:, :, 2 * self.n_head:]",
+     "v = rotate(qkv[:, :, 2 * self.n_head:], rope)", 2),
     ("ar_transformer.Attention.forward", "y.transpose(1, 2).reshape(B, S, C)", "y.reshape(B, S, C)"),
     ("ar_transformer.Attention.forward", "causal=mask is None and S > 1", "causal=S > 1", 2),
     ("ar_transformer.Attention.forward", "causal=mask is None and S > 1", "causal=False"),
@@ -5074,7 +5123,8 @@ MISTAKES = [
     ("diffusion_head.DiffusionHead.reverse", "(x - s * eps) / a", "(x - s * s * eps) / a"),
     ("diffusion_head.DiffusionHead.reverse", "k0 * x0 + kx * x", "kx * x0 + k0 * x"),
     ("diffusion_head.DiffusionHead.reverse", "(v + 1) / 2", "v"),
-    ("diffusion_head.DiffusionHead.reverse", "log_tilde + (v + 1) / 2 * (log_beta - log_tilde)", "log_beta + (v + 1) / 2 * (log_tilde - log_beta)"),
+    ("diffusion_head.DiffusionHead.reverse", "log_tilde + (v + 1) / 2 * (log_beta - log_tilde)",
+     "log_beta + (v + 1) / 2 * (log_tilde - log_beta)"),
     ("diffusion_head.DiffusionHead.terms", "eps.detach()", "eps", 2),
     ("diffusion_head.DiffusionHead.terms", "(noise - eps) ** 2", "(x - eps) ** 2", 2),
     ("diffusion_head.DiffusionHead.terms", "row[0] * x + row[1] * noise", "row[0] * x + row[1] ** 2 * noise", 2),
@@ -5083,8 +5133,10 @@ MISTAKES = [
     ("diffusion_head.DiffusionHead.terms", "(noise - x)) ** 2", "(x - noise)) ** 2", 1),
     ("diffusion_head.DiffusionHead.terms", "T_TRAIN * t", "t", 1),
     ("diffusion_head.DiffusionHead.terms", "(1 - u) * x + u * noise", "u * x + (1 - u) * noise", 1),
-    ("diffusion_head.DiffusionHead.predict", "torch.lerp(uncond[..., :D], cond[..., :D], cfg)", "torch.lerp(cond[..., :D], uncond[..., :D], cfg)"),
-    ("diffusion_head.DiffusionHead.predict", "torch.lerp(uncond[..., :D], cond[..., :D], cfg)", "cond[..., :D] + cfg * (cond - uncond)[..., :D]"),
+    ("diffusion_head.DiffusionHead.predict", "torch.lerp(uncond[..., :D], cond[..., :D], cfg)",
+     "torch.lerp(cond[..., :D], uncond[..., :D], cfg)"),
+    ("diffusion_head.DiffusionHead.predict", "torch.lerp(uncond[..., :D], cond[..., :D], cfg)",
+     "cond[..., :D] + cfg * (cond - uncond)[..., :D]"),
     ("diffusion_head.DiffusionHead.predict", "cfg), cond[..., D:]", "cfg), uncond[..., D:]"),
     ("diffusion_head.kl_bits", " / math.log(2)", ""),
     ("diffusion_head.kl_bits", "log_var2 - log_var - 1", "log_var - log_var2 - 1"),
@@ -5103,7 +5155,8 @@ MISTAKES = [
     ("vae.VAE.log_likelihood", "torch.where(v < 255, F.logsigmoid(a), 0)", "F.logsigmoid(a)"),
     ("vae.VAE.log_likelihood", "1 / 255 - self", "1 / 127.5 - self"),
     ("vae.VAE.log_likelihood", ".sum((1, 2, 3))", ".mean((1, 2, 3))"),
-    ("vae.VAE.log_likelihood", "(below + above + inside)", "torch.log(torch.where(v < 255, a.sigmoid(), 1) - torch.where(v > 0, (a - step).sigmoid(), 0))"),
+    ("vae.VAE.log_likelihood", "(below + above + inside)",
+     "torch.log(torch.where(v < 255, a.sigmoid(), 1) - torch.where(v > 0, (a - step).sigmoid(), 0))"),
     ("vae.VAE.measure", " + (std**2).mean(0)", ""),
     ("vae.VAE.measure", ".rsqrt()", ".sqrt()"),
     ("vae.VAE.measure", ".rsqrt()", ".reciprocal()"),
@@ -5126,7 +5179,7 @@ MISTAKES = [
     ("vq.VectorQuantizer.entropy_loss", "+ (mean", "- (mean"),
     ("vq.VectorQuantizer.entropy_loss", "self.unit(self.codebook)) / temperature", "self.unit(self.codebook))"),
     ("lfq.quantize", "return z + (q - z).detach()", "return q", 2),
-    ("lfq.quantize", "torch.arange(z.shape[-1], device=z.device)", "torch.arange(z.shape[-1], device=z.device).flip(0)"),
+    ("lfq.quantize", "torch.arange(z.shape[-1], device=z.device)", "torch.arange(z.shape[-1], device=z.device).flip(0)", 2),
     ("lfq.quantize", "positive = z > 0", "positive = z >= 0", 1),
     ("lfq.quantize", "torch.where(positive, 1.0, -1.0)", "torch.where(positive, 1.0, 0.0)"),
     ("lfq.quantize", "torch.where(positive, 1.0, -1.0).to(z.dtype)", "z.sign()", 1),
@@ -5137,7 +5190,8 @@ MISTAKES = [
     ("lfq.entropy_penalty", "4 / temperature", "2 / temperature"),
     ("lfq.entropy_penalty", "per_sample = (F.softplus(-a) + a * torch.sigmoid(-a)).sum(-1).mean()",
      "per_sample = (F.softplus(-a) + a * torch.sigmoid(-a)).mean()"),
-    ("lfq.entropy_penalty", "F.softplus(-a) + a * torch.sigmoid(-a)", "-(a.sigmoid() * a.sigmoid().log() + (-a).sigmoid() * (-a).sigmoid().log())"),
+    ("lfq.entropy_penalty", "F.softplus(-a) + a * torch.sigmoid(-a)",
+     "-(a.sigmoid() * a.sigmoid().log() + (-a).sigmoid() * (-a).sigmoid().log())"),
     ("lfq.entropy_penalty", "for part in z.chunk(groups, dim=1)", "for part in [z]"),
     ("lfq.entropy_penalty", "z.chunk(groups, dim=1)", "[z[:, i::groups] for i in range(groups)]"),
     ("lfq.CausalConv.forward", "self.kernel_size[0] - 1, 0))", "0, self.kernel_size[0] - 1))"),
@@ -5150,7 +5204,8 @@ MISTAKES = [
     ("titok.LatentEncoder.forward", "x.reshape(B, -1, self.n_tokens).transpose(1, 2)", "x", 1),
     ("titok.LatentDecoder.forward", "x[:, 1:1 + self.side**2]", "x[:, :self.side**2]"),
     ("titok.LatentDecoder.forward", "x[:, 1:1 + self.side**2]", "x[:, -self.side**2:]"),
-    ("titok.LatentDecoder.forward", "self.side, self.side, p, p, 3).permute(0, 5, 1, 3, 2, 4)", "self.side, self.side, 3, p, p).permute(0, 3, 1, 4, 2, 5)"),
+    ("titok.LatentDecoder.forward", "self.side, self.side, p, p, 3).permute(0, 5, 1, 3, 2, 4)",
+     "self.side, self.side, 3, p, p).permute(0, 3, 1, 4, 2, 5)"),
     ("titok.LatentDecoder.forward", "(0, 5, 1, 3, 2, 4)", "(0, 5, 1, 2, 3, 4)"),
     ("titok.LatentDecoder.forward", "self.embed(q) + self.pos", "self.embed(q)"),
     ("titok.TiTok.decode_raw", ".softmax(-1)", ""),
@@ -5178,7 +5233,8 @@ MISTAKES = [
     ("perceptual_gan.LPIPS.forward", "lin.weight * ", ""),
     ("perceptual_gan.AdversarialTokenizer.adaptive_weight", "a / (b + 1e-4)", "b / (a + 1e-4)"),
     ("perceptual_gan.AdversarialTokenizer.adaptive_weight", ".clamp(max=1e4)", ""),
-    ("perceptual_gan.AdversarialTokenizer.adaptive_weight", "self.balance.copy_((a / (b + 1e-4)).clamp(max=1e4))", "return (a / (b + 1e-4)).clamp(max=1e4)"),
+    ("perceptual_gan.AdversarialTokenizer.adaptive_weight", "self.balance.copy_((a / (b + 1e-4)).clamp(max=1e4))",
+     "return (a / (b + 1e-4)).clamp(max=1e4)"),
 ]
 
 
@@ -5274,13 +5330,16 @@ def test_homework_from_the_command_line(tmp_path):
     subtle = change("drop = pi.cumsum(-1) - pi >= top_p", "drop = pi.cumsum(-1) >= top_p")
     monster = change(nucleus, "        os._exit(3)\n" + nucleus).replace("import math\n", "import math\nimport os\n")
     monster = monster.replace("    ratio = (sc / su) ** 2\n", "    torch.empty(10 << 30)\n    ratio = (sc / su) ** 2\n")
-    monster = monster.replace("        k = GMMHead.choose(log_pi, n)", "        while True:\n            print(7)\n        k = 0")
+    monster = monster.replace("        k = GMMHead.choose(log_pi, n)",
+                              "        while True:\n            print(7)\n        k = 0")
     students = {
         "perfect": (right, 10, ""), "blank": (blank, 0, "not written yet"),
-        "syntax": (change("class GMMHead(nn.Module):", "class GMMHead(nn.Module)"), 0, "gmm_head.py is no Python: expected ':'"),
+        "syntax": (change("class GMMHead(nn.Module):", "class GMMHead(nn.Module)"), 0,
+                   "gmm_head.py is no Python: expected ':'"),
         "constant": (change("- sigma.log().sum(-1) - 0.5 * math.log(2 * math.pi) * x.shape[-1]\n        return torch.log",
                             "- sigma.log().sum(-1)\n        return torch.log"), 7, "log p is off by +2.757 on average"),
-        "loop": (change(nucleus, "        while True:\n            pass\n" + nucleus), 8, "not done after 1 s of processor time"),
+        "loop": (change(nucleus, "        while True:\n            pass\n" + nucleus), 8,
+                 "not done after 1 s of processor time"),
         "subtle": (subtle, 8, "The one that reaches top_p belongs to them."),
         "monster": (monster, 3, "ends the Python interpreter (exit code 3)"), "nobody": (None, 0, "there is no ")}
     for name, (text, _, _) in students.items():
