@@ -31,6 +31,7 @@ import tempfile
 import textwrap
 import time
 import traceback
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -3905,10 +3906,10 @@ def test_homework_gmm_head_draw():
 def guided_on_a_grid(mc, sc, mu, su, cfg):
     """Mean and std of N(mc, sc)^cfg N(mu, su)^(1 - cfg), each (n,), by numerical integration."""
     x = torch.linspace(-40, 40, 8_001, dtype=torch.float64)[:, None]
-    weight = (cfg * D.Normal(mc.double(), sc.double()).log_prob(x) + (1 - cfg) * D.Normal(mu.double(),
-                                                                                          su.double()).log_prob(x))
-    mean = (weight.softmax(0) * x).sum(0)
-    return mean, (weight.softmax(0) * (x - mean) ** 2).sum(0).sqrt()
+    log_c, log_u = (D.Normal(m.double(), s.double()).log_prob(x) for m, s in ((mc, sc), (mu, su)))
+    p = (cfg * log_c + (1 - cfg) * log_u).softmax(0)                                        # (8001, n)
+    mean = (p * x).sum(0)
+    return mean, (p * (x - mean) ** 2).sum(0).sqrt()
 
 
 @exercise("gmm_head.guided_normal", points=2)
@@ -4037,9 +4038,8 @@ def test_homework_flow_adapter_sample():
 
 def turned(x, rope):
     """RoPE as multiplication by complex numbers: x (B, S, n_head, head_dim), rope (S, head_dim / 2, 2)."""
-    z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous()) * torch.view_as_complex(rope.contiguous())[:,
-                                                                                                                        None]
-    return torch.view_as_real(z).flatten(-2)
+    z, turn = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()), torch.view_as_complex(rope.contiguous())
+    return torch.view_as_real(z * turn[:, None]).flatten(-2)
 
 
 def angles(S, pairs):
@@ -4122,8 +4122,8 @@ def test_homework_maskgit_schedule():
     starts = torch.tensor([[64], [100], [7]])
     for step in range(5):
         truth = torch.tensor([[math.floor(n * math.cos(math.pi / 2 * (step + 1) / 5) + 1e-6)] for n in (64, 100, 7)])
-        check(f"hidden after step {step} of 5 (from {starts.flatten().tolist()})", maskgit.still_hidden(starts, step, 5),
-              truth,
+        ours = maskgit.still_hidden(starts, step, 5)
+        check(f"hidden after step {step} of 5 (from {starts.flatten().tolist()})", ours, truth,
               "floor(n cos(pi/2 r)), where r is what is done AFTER this step: (step + 1) / steps, and the last leaves 0.")
     check("for the linear schedule", maskgit.still_hidden(starts, 0, 5, "linear"), torch.tensor([[51], [80], [5]]))
 
@@ -4207,8 +4207,8 @@ def test_homework_mar_order():
     order = mar.draw_order("random", 3000, 6, torch.device("cpu"))
     assert torch.equal(order.sort(1).values, torch.arange(6).expand(3000, 6)), "each row must hold each place once"
     share = torch.stack([(order[:, i, None] == torch.arange(6)).float().mean(0) for i in range(6)])
-    check("how often each place comes at each turn", share, torch.full((6, 6), 1 / 6), "All orders are equally likely.",
-          0.05)
+    check("how often each place comes at each turn", share, torch.full((6, 6), 1 / 6),
+          "All orders are equally likely.", 0.05)
     known = torch.rand(500, 6) < 0.4
     for kind in ("random", "raster"):
         order = mar.draw_order(kind, 500, 6, torch.device("cpu"), known)
@@ -4309,8 +4309,8 @@ def test_homework_diffusion_head_loss():
 
 @exercise("diffusion_head.DiffusionHead.terms", points=1, hidden=True)
 def test_homework_diffusion_head_flow_loss():
-    head, (x, noise), t = diffusion_head.DiffusionHead(4, 3, width=8, depth=1, objective="flow"), torch.randn(2, 5, 3), \
-        torch.rand(5)
+    head = diffusion_head.DiffusionHead(4, 3, width=8, depth=1, objective="flow")
+    (x, noise), t = torch.randn(2, 5, 3), torch.rand(5)
     head.net = Told(torch.randn(5, 3))
     loss, = head.terms(x, torch.randn(5, 4), t, noise)
     check("the point on the way that the network sees", head.net.x, torch.lerp(x, noise, t[:, None]), "t = 0 is the token.")
@@ -4349,9 +4349,7 @@ def test_homework_vae_kl():
 
 @exercise("vae.VAE.reparameterise", points=2)
 def test_homework_vae_reparameterise():
-    mean, std = torch.tensor([[[-2.0, 1.0]]]).repeat(1, 40_000, 1).requires_grad_(), \
-        torch.tensor([[[0.5, 3.0]]]).repeat(1, 40_000, 1)
-    std.requires_grad_()
+    mean, std = (torch.tensor(v).repeat(1, 40_000, 1).requires_grad_() for v in ([[[-2.0, 1.0]]], [[[0.5, 3.0]]]))
     z = vae.VAE.reparameterise(mean, std)
     check("the mean of 40,000 draws", z.mean((0, 1)), torch.tensor([-2.0, 1.0]), "z = mean + std * noise.", 0.06)
     check("their std", z.std((0, 1)), torch.tensor([0.5, 3.0]), "std is not a variance, and the noise is normal.", 0.03)
@@ -4370,8 +4368,7 @@ def test_homework_vae_log_likelihood():
         model.log_scale.copy_(torch.tensor([-2.0, -3.0, -1.0]))
     images, raw = (v / 127.5 - 1).view(256, 1, 1, 1).expand(256, 3, 1, 1), torch.tensor([0.1, -0.8, 1.2]).view(1, 3, 1, 1)
     ours = model.log_likelihood(images, raw.expand(256, 3, 1, 1))
-    edges = (torch.arange(257,
-                          dtype=torch.float64) * 2 - 1) / 255 - 1                      # value v lies between v and v + 1
+    edges = (torch.arange(257).double() * 2 - 1) / 255 - 1  # value v lies between the edges v and v + 1
     cdf = torch.sigmoid((edges[:, None] - raw.flatten()) * torch.exp(-model.log_scale.detach().double()))
     cdf[0], cdf[-1] = 0, 1
     check("log p of the values 1 .. 254 of a pixel", ours[1:-1], (cdf[1:] - cdf[:-1]).log().sum(1)[1:-1],
@@ -4384,9 +4381,8 @@ def test_homework_vae_log_likelihood():
 
 @exercise("vae.VAE.measure", points=2)
 def test_homework_vae_measure():
-    model, mean, std = vae.VAE(token_dim=2), torch.randn(300, 16, 2) * torch.tensor([0.5, 4.0]), \
-        torch.full((300, 16, 2), 2.0)
-    mean += torch.tensor([3.0, -1.0])
+    model, std = vae.VAE(token_dim=2), torch.full((300, 16, 2), 2.0)
+    mean = torch.randn(300, 16, 2) * torch.tensor([0.5, 4.0]) + torch.tensor([3.0, -1.0])
     model.measure(mean, std)
     z = (mean + std * torch.randn(20, 300, 16, 2)).flatten(0, 2)
     z = (z - model.latent_mean) * model.latent_scale
@@ -4410,8 +4406,8 @@ def slow_distances(z, codes):
 
 def nearest_by_loop(codes, z):
     """ids (B, T) of the nearest rows of codes (V, D)."""
-    return torch.tensor([[min(range(len(codes)),
-                              key=lambda k: (codes[k] - row).norm().item()) for row in rows] for rows in z])
+    nearest = lambda v: min(range(len(codes)), key=lambda k: (codes[k] - v).norm().item())
+    return torch.tensor([[nearest(v) for v in row] for row in z])
 
 
 @exercise("vq.VectorQuantizer.nearest", points=2)
@@ -4477,7 +4473,7 @@ def test_homework_vq_entropy():
     p = (-slow_distances(z, quantizer.codebook.detach()) / 0.7).softmax(-1)
     entropies, whole = D.Categorical(probs=p).entropy(), D.Categorical(probs=p.mean(0)).entropy()
     check("the entropy loss", quantizer.entropy_loss(z, 0.7), entropies.mean() - whole,
-          f"The mean entropy of a token is {entropies.mean():.3f}, that of the mean {whole:.3f} nats: first minus second.", 1e-3)
+          f"The mean entropy of a token, {entropies.mean():.3f}, minus that of the mean, {whole:.3f} nats.", 1e-3)
 
 
 # lfq.py
@@ -4487,9 +4483,9 @@ def test_homework_lfq_quantize():
     z = torch.randn(3, 4, 6, requires_grad=True)
     q, index = lfq.quantize(z)
     check("q", q, torch.where(z > 0, 1.0, -1.0), "Only the sign is kept.")
-    truth = torch.tensor([[sum(2**i for i, v in enumerate(token) if v > 0) for token in row] for row in z.tolist()])
-    backwards = torch.tensor([[sum(2 ** (5 - i) for i,
-                                   v in enumerate(token) if v > 0) for token in row] for row in z.tolist()])
+    number = lambda token: sum(2**i for i, v in enumerate(token) if v > 0)
+    spelt = lambda z: torch.tensor([[number(token) for token in row] for row in z.tolist()])
+    truth, backwards = spelt(z), spelt(z.flip(-1))
     assert index.shape == (3, 4) and index.dtype == torch.long, \
         f"index {tuple(index.shape)} {index.dtype} is not (3, 4) int64"
     assert torch.equal(index, truth), \
@@ -4542,9 +4538,8 @@ def test_homework_lfq_causal_convolution():
         conv, x = lfq.CausalConv(2, 4, (3, 3, 3), (stride, stride, stride)), torch.randn(1, 2, 5, 6, 6)
         frames = []
         for t in range(0, 5, stride):                       # frame by frame, tap by tap
-            frames.append(conv.bias[:, None, None] + sum(
-                F.conv2d(x[:, :, t - 2 + tap], conv.weight[:, :, tap], None, stride,
-                         1) for tap in range(3) if t - 2 + tap >= 0))
+            taps = [F.conv2d(x[:, :, t + k], conv.weight[:, :, k + 2], None, stride, 1) for k in (-2, -1, 0) if t + k >= 0]
+            frames.append(sum(taps) + conv.bias[:, None, None])
         truth = torch.stack(frames, 2)
         hint = "kernel - 1 zeros in front of the first frame, none behind the last."
         check(f"a clip, stride {stride}", conv(x), truth, hint)
@@ -4582,7 +4577,7 @@ def test_homework_titok_encoder():
     encoder, images = titok.LatentEncoder(8, 4, 3, 5, n_embd=8, n_layer=1, n_head=2), torch.randn(2, 3, 8, 8)
     encoder.blocks = nn.ModuleList([Stir()])
     check("z", encoder(images), encoder.out(latent_outputs(encoder, images)),
-          "Patches (with pos) and latents stand in one sequence, cls in front; of what comes out, the last T are the tokens.")
+          "Patches (with pos) and latents stand in one sequence, cls in front; the last T outputs are the tokens.")
 
 
 @exercise("titok.LatentEncoder.forward", points=1, hidden=True)
@@ -4619,8 +4614,7 @@ def test_homework_titok_soft_codes():
     class Decoder(SimpleNamespace):
         def __call__(self, q):
             return logits
-    mixed = torch.stack([torch.stack([sum(p * code for p,
-                                          code in zip(row, table)) for row in rows]) for rows in logits.softmax(-1)])
+    mixed = sum(logits.softmax(-1)[..., k, None] * table[k] for k in range(6))              # (2, 4, 3)
     ours = titok.TiTok.decode_raw(SimpleNamespace(decoder=Decoder(proxy_vocab=6), proxy=proxy), torch.randn(2, 3, 5))
     check("what the proxy's decoder makes of the mixed codes", ours, 10 + mixed,
           "Each of the proxy's codes counts with its probability, a softmax over the vocabulary.")
@@ -4754,8 +4748,7 @@ def body(node):
 def blanked(source, name, targets):
     """The source of NAME.py with the bodies of `targets` cut out, line by line; every other byte stays."""
     lines, nodes = source.split("\n"), functions(source)
-    for target in sorted(targets,
-                         key=lambda t: -nodes[t].lineno):                          # from the end: numbers stay right
+    for target in sorted(targets, key=lambda t: -nodes[t].lineno):     # from the end: line numbers stay right
         first, last = body(nodes[target])[0], nodes[target].end_lineno
         lines[first.lineno - 1:last] = [f'{" " * first.col_offset}raise NotImplementedError("homework: {name}.{target}")']
     return "\n".join(lines)
@@ -4776,17 +4769,17 @@ def without(source, cut):
 
 
 def without_answers(name, hidden=False):
-    """{file: text} of all the project's Python files as handed out for NAME.py. Functions of other files with the same name
+    """{file: text} of the project's Python files as handed out for NAME.py. Functions of other files with the same name
     and code as an exercise are blanked, too. hidden: whether the hidden tests stay, as they do while grading."""
-    texts = {p.name: p.read_text() for p in sorted(ROOT.glob("*.py"))}
+    texts = {f"{p}.py": (ROOT / f"{p}.py").read_text() for p in (*MODELS, *PROGRAMS, "data", "test_all")}
     code = lambda node: "".join(map(ast.dump, body(node)))
     nodes = functions(texts[f"{name}.py"])
     answers = {(target.split(".")[-1], code(nodes[target])) for target in exercises(name)}
     for other in MODELS:
         same = [t for t, node in functions(texts[f"{other}.py"]).items() if (t.split(".")[-1], code(node)) in answers]
         texts[f"{other}.py"] = blanked(texts[f"{other}.py"], other, exercises(name) if other == name else same)
-    texts[Path(__file__).name] = without(texts[Path(__file__).name],
-                                         [] if hidden else [t.__name__ for t in graded(name) if t.hidden])
+    cut = [] if hidden else [t.__name__ for t in graded(name) if t.hidden]
+    texts["test_all.py"] = without(texts["test_all.py"], cut)
     return texts
 
 
@@ -4843,25 +4836,27 @@ def run_tests(name, seconds, tests):
     by_name = {t.__name__: t for t in graded(name)}
     with open("results.jsonl", "a") as f:
         for test in tests:
-            print(json.dumps({"start": test}), file=f, flush=True)
-            print(json.dumps({"end": test, "wrong": trial(by_name[test], float(seconds))}), file=f, flush=True)
+            print("start", test, sep="\t", file=f, flush=True)
+            print("end", test, trial(by_name[test], float(seconds)), sep="\t", file=f, flush=True)
     os._exit(0)                                             # whatever threads the student's code has left
 
 
 def limits(gigabytes):
     """For a student's process: memory, the size of a file, no core dumps."""
-    import resource
-    resource.setrlimit(resource.RLIMIT_DATA, (int(gigabytes * 2**30),) * 2)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**24,) * 2)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    import resource                                         # not on Windows, where the tests run and grading does not
+    for kind, most in (("DATA", int(gigabytes * 2**30)), ("FSIZE", 2**24), ("CORE", 0)):
+        kind = getattr(resource, f"RLIMIT_{kind}")
+        hard = resource.getrlimit(kind)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (most, most))
 
 
 def run_process(folder, name, tests, args, seconds):
     """Run `tests` in the student's copy of the project -> {test: what is wrong, or ""} for those that came to an end, the
     tests that began, and what ended the process, in a sentence."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}
-    words = [sys.executable, "-c", f"import {Path(__file__).stem} as t; t.main()", "_run", name, str(args.test_seconds),
-             *tests]
+    start = "import test_all; test_all.main()"              # sooner there than a script: its compiled file lies beside it
+    words = [sys.executable, "-c", start, "_run", name, str(args.test_seconds), *tests]
     results, output = folder / "results.jsonl", folder / "output.txt"
     with open(output, "wb") as f:
         child = subprocess.Popen(words, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=f,
@@ -4875,18 +4870,20 @@ def run_process(folder, name, tests, args, seconds):
         except ProcessLookupError:
             pass
         child.wait()
-    text = results.read_text(errors="replace") if results.exists() else ""
-    lines = [json.loads(line) for line in text.split("\n")[:-1]]                            # the last one may be cut short
-    done = {line["end"]: line["wrong"] for line in lines if "end" in line}
-    began = [line["start"] for line in lines if "start" in line]
+    done, began = {}, []
+    for line in results.read_text(errors="replace").split("\n")[:-1] if results.is_file() else ():
+        key, test, wrong = (line.split("\t") + ["", ""])[:3]
+        began, done = began + [test] * (key == "start"), done | ({test: wrong} if key == "end" else {})
     if code is None:
         return done, began, f"stopped: all questions together may take {args.seconds:g} s"
     if code < 0:
-        return done, began, f"the Python interpreter crashed ({signal.Signals(-code).name})"
+        return done, began, f"crashes the Python interpreter ({signal.Signals(-code).name})"
     if began:
         return done, began, f"ends the Python interpreter (exit code {code})"
-    last = [line for line in output.read_text(errors="replace")[-5000:].split("\n") if line.strip()]
-    return done, began, " ".join(f"cannot be imported: {last[-1] if last else f'exit code {code}'}"[:600].split())
+    printed = output.read_text(errors="replace")
+    last = [line for line in printed[-5000:].split("\n") if line.strip()] or [f"exit code {code}"]
+    why = "prints without end" if len(printed) > 2**23 else last[-1][:600]
+    return done, began, f"cannot be imported: {why}"
 
 
 def grade_one(name, path, clean, args):
@@ -4896,7 +4893,8 @@ def grade_one(name, path, clean, args):
     student = file.resolve().parent.name if file.name == f"{name}.py" else file.stem
     try:
         text = file.read_bytes()
-        compile(text, f"{name}.py", "exec", dont_inherit=True)
+        with warnings.catch_warnings(action="ignore"):
+            compile(text, f"{name}.py", "exec", dont_inherit=True)
     except FileNotFoundError:
         remark = f"there is no {file}"
     except OSError as e:
@@ -4915,7 +4913,7 @@ def grade_one(name, path, clean, args):
             wrong |= done
             queue = [t for t in queue if t not in done]
             if queue and (not began or ending.startswith("stopped")):
-                remark = f"{name}.py {ending}" if not began else ending
+                remark = ending if began else f"{name}.py {ending}"
                 wrong |= {t: ending if t in began else "not reached in time" for t in queue if began}
                 break
             if queue:
@@ -4961,11 +4959,9 @@ def grade(args):
                               f"{row['seconds']:.1f}", row["remark"]])
         print(f"wrote {args.csv}")
         if args.json:
-            one = len(rows) == 1
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True) if one else Path(args.json).mkdir(parents=True,
-                                                                                                        exist_ok=True)
             for row in rows:
-                path = Path(args.json) if one else Path(args.json) / f"{row['student']}.json"
+                path = Path(args.json) if len(rows) == 1 else Path(args.json) / f"{row['student']}.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(gradescope(row), indent=1))
             print(f"wrote {args.json}")
     except OSError as e:
@@ -5016,9 +5012,9 @@ def main():
     p.set_defaults(run=handout)
     p = commands.add_parser("grade", help="run the graded tests on students' files, each in a process of its own",
                             description="Runs students' code with your rights. A time limit, a memory limit and a folder of "
-                            "its own stop accidents; nothing stops somebody who wants to read, delete or send your files, or "
-                            "to fake results. Grade what you do not trust in a container. Linux, or macOS, where the memory "
-                            "limit has no effect.")
+                            "its own stop accidents; nothing stops somebody who wants to read, delete or send your files, "
+                            "or to fake results. Grade what you do not trust in a container. Linux, or macOS, where the "
+                            "memory limit has no effect.")
     p.add_argument("file", choices=MODELS, metavar="FILE", help=" | ".join(MODELS))
     p.add_argument("students", nargs="+", help="folders that hold FILE.py, or Python files by any name")
     p.add_argument("--csv", default="grades.csv", metavar="PATH", help="a row per student (default: grades.csv)")
@@ -5321,9 +5317,15 @@ def test_homework_is_handed_out_without_answers_and_with_all_else(name):
     assert all(f"def {t.__name__}(" in everything for t in graded(name)) and "MISTAKES" not in everything
 
 
-def test_homework_from_the_command_line(tmp_path):
-    call("test_all.py", "handout", "gmm_head", "-o", tmp_path / "hw")
-    assert "not an empty folder" in call("test_all.py", "handout", "gmm_head", "-o", tmp_path / "hw", code=1)
+def test_homework_from_the_command_line(tmp_path, monkeypatch, capsys):
+    def typed(*words):
+        monkeypatch.setattr(sys, "argv", ["test_all.py", *map(str, words)])
+        main()
+        return capsys.readouterr().out
+    assert typed("list", "gmm_head").startswith("gmm_head.py: 10 points\n    3  gmm_head.GMMHead.density ")
+    assert "with 4 functions to write" in typed("handout", "gmm_head", "-o", tmp_path / "hw")
+    with pytest.raises(data.BadInput, match="not an empty folder"):
+        typed("handout", "gmm_head", "-o", tmp_path / "hw")
     right, blank = SOURCES["gmm_head"], (tmp_path / "hw" / "gmm_head.py").read_text()
     change = lambda old, new: right.replace(old, new) if right.count(old) == 1 else pytest.fail(old)
     nucleus = "        pi, order = log_pi.exp().sort(-1, descending=True)\n"
@@ -5346,7 +5348,7 @@ def test_homework_from_the_command_line(tmp_path):
         (tmp_path / name).mkdir()
         if text is not None:
             (tmp_path / name / "gmm_head.py").write_text(text)
-    out = call("test_all.py", "grade", "gmm_head", *[tmp_path / name for name in students], "--csv", tmp_path / "grades.csv",
+    out = typed("grade", "gmm_head", *[tmp_path / name for name in students], "--csv", tmp_path / "grades.csv",
                "--json", tmp_path / "json", "--test_seconds", 1, "--seconds", 150)
     with open(tmp_path / "grades.csv", newline="") as f:
         grades = {row["student"]: row for row in csv.DictReader(f)}
