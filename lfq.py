@@ -35,7 +35,8 @@ SIZES = {
     "f16": dict(image_size=256, bits=18, ch=128, ch_mult=(1, 1, 2, 2, 4), n_res=4, groups=32),
     "f8": dict(image_size=128, bits=18, ch=128, ch_mult=(1, 2, 2, 4), n_res=4, groups=32),
     "video": dict(image_size=128, frames=17, bits=18, ch=128, ch_mult=(1, 2, 2, 4), n_res=4, groups=32),
-    "small": dict(image_size=32, bits=10, ch=16, ch_mult=(1, 2, 4), n_res=2, groups=8),
+    "coarse": dict(image_size=32, bits=10, ch=16, ch_mult=(1, 2, 4, 4), n_res=1, groups=8),             # for a CPU, 4 x 4 tokens
+    "small": dict(image_size=32, bits=10, ch=16, ch_mult=(1, 2, 4), n_res=2, groups=8),                 # 8 x 8
     "medium": dict(image_size=32, bits=12, ch=64, ch_mult=(1, 2, 4), n_res=2, groups=16),
 }
 

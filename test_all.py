@@ -2245,6 +2245,211 @@ def test_ar_learns_what_captions_say():
     assert math.log(30) - 1e-3 <= untold < 1.06 * math.log(30), f"{untold:.3f} nats without a caption, ln 30 = 3.401 is the least"
 
 
+# Ids as digits: CategoricalHead(groups=), SubTokenHead, and Open-MAGVIT2's arrays
+
+def grouped(kind, groups=2):
+    """A small generator whose 27 or 16 ids are digits, with a head that has opinions."""
+    V, size = {2: 16, 3: 27}[groups], dict(n_layer=2, n_head=2, n_embd=32, label_drop=0)
+    module = dict(ar=ar_transformer, split=ar_transformer, maskgit=maskgit, mar=mar, causal=mar)[kind]
+    cls = dict(ar="ARTransformer", split="ARTransformer", maskgit="MaskGIT", mar="MAR", causal="CausalMAR")[kind]
+    head = module.SubTokenHead(32, V, (1, 3), n_head=2) if kind == "split" else module.CategoricalHead(32, V, groups)
+    return getattr(module, cls)(head, 12, 5, vocab_size=V, grid=(3, 4), **size)
+
+
+def opinions(head):
+    for name, p in head.named_parameters():
+        if "proj" in name:
+            nn.init.normal_(p, std=0.5)
+    return head
+
+
+@pytest.mark.parametrize("groups, V, base", [(1, 9, 9), (2, 16, 4), (3, 27, 3)])
+def test_groups_are_a_product_of_softmaxes(groups, V, base):
+    head, h, null = opinions(ar_transformer.CategoricalHead(6, V, groups)), torch.randn(6), torch.randn(6)
+    digits = lambda i: [i // base ** g % base for g in range(groups)]                       # the lowest first
+    rows = head.proj.weight.detach().view(groups, base, 6)
+    factors = [D.Categorical(logits=row @ h) for row in rows]
+    slow = torch.stack([sum(f.log_prob(torch.tensor(d)) for f, d in zip(factors, digits(i))) for i in range(V)])
+    ours = -head.loss(h.expand(V, -1), torch.arange(V)).detach()
+    assert torch.allclose(ours, slow, atol=1e-5) and abs(ours.logsumexp(0)) < 1e-5
+    assert torch.allclose(head.logits(h).log_softmax(-1), slow, atol=1e-5)
+    assert torch.allclose(head.embed(torch.arange(V)), torch.stack([sum(rows[g, d] for g, d in enumerate(digits(i))) for i in range(V)]))
+    guided, many = [], h.expand(2, 9000, 6)                 # each digit is guided, warmed and cut by itself
+    for row in rows:
+        logits = (row @ null + 1.5 * (row @ h - row @ null)) / 0.8
+        guided.append(logits.masked_fill(logits < logits.topk(2).values[-1], -math.inf).log_softmax(-1))
+    wanted = torch.stack([sum(f[d] for f, d in zip(guided, digits(i))) for i in range(V)])
+    ids, log_p = head.sample(many, null.expand_as(many), cfg=1.5, temperature=0.8, top_k=2)
+    assert ids.shape == log_p.shape == (2, 9000) and torch.allclose(log_p, wanted[ids], atol=1e-4)
+    assert torch.allclose(ids.flatten().bincount(minlength=V) / 18_000, wanted.exp(), atol=0.02)
+    if groups > 1:
+        with pytest.raises(ValueError, match=f"such as {V}, not {V + 1}"):
+            ar_transformer.CategoricalHead(6, V + 1, groups)
+
+
+def test_sub_tokens_are_a_chain_over_the_bits():
+    head, h = opinions(ar_transformer.SubTokenHead(16, 32, (2, 3), n_layer=2, n_head=2)), torch.randn(16)
+    slow = torch.empty(32)
+    for low in range(4):                                    # one row and one pair of rows at a time
+        row = []
+        for k, x in enumerate((h[None, None], torch.stack([h, head.embeds[0].weight[low]])[None])):
+            for block in head.blocks:
+                x = block(x, head.rope[:k + 1])
+            row.append(head.norm(x)[0, -1] @ head.heads[k].proj.weight.T)
+        for high in range(8):
+            slow[low + 4 * high] = (row[0].log_softmax(-1)[low] + row[1].log_softmax(-1)[high]).detach()
+    ours = -head.loss(h.expand(2, 16, 16), torch.arange(32).view(2, 16)).detach().flatten()
+    assert torch.allclose(ours, slow, atol=1e-5) and abs(ours.logsumexp(0)) < 1e-5
+    ids, log_p = head.sample(h.expand(20_000, 16))
+    assert torch.allclose(log_p, slow[ids], atol=1e-4)
+    assert torch.allclose(ids.bincount(minlength=32) / 20_000, slow.exp(), atol=0.015)
+    low, _ = head.sample(h.expand(50, 16), temperature=(1e-5, 1.0))                         # a temperature for each digit
+    assert len((low % 4).unique()) == 1 and len((low // 4).unique()) > 1
+    null = torch.randn(50, 16)
+    same, other = (torch.manual_seed(1) and head.sample(h.expand(50, 16), null, cfg=c)[0] for c in (1.0, (1.0, 4.0)))
+    assert torch.equal(same % 4, other % 4) and not torch.equal(same // 4, other // 4)
+    for split in ((2, 2), (5, 0), (5,)):
+        with pytest.raises(ValueError, match="split"):
+            ar_transformer.SubTokenHead(16, 32, split)
+
+
+@pytest.mark.parametrize("kind, groups", [("ar", 2), ("ar", 3), ("split", 2), ("maskgit", 2), ("mar", 2), ("causal", 2)])
+def test_generators_of_digits_start_at_ln_v_and_train_every_weight(kind, groups):
+    model = grouped(kind, groups)
+    V = model.vocab_size
+    x, cond, step = torch.randint(V, (8, 12)), torch.arange(8) % 5, torch.optim.SGD(model.parameters(), lr=0.1)
+    loss, _ = model.eval()(x, cond)
+    assert abs(loss - math.log(V)) < (1e-5 if kind == "split" else 0.1)
+    for _ in range(2):                                      # a head at zero lets nothing through in the first step
+        step.zero_grad()
+        model.train()(x, cond)[0].backward()
+        step.step()
+    dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not dead, dead
+    drawn = model.eval().sample(cond, cfg=2.0)
+    assert drawn.shape == x.shape and drawn.min() >= 0 and drawn.max() < V and (drawn >= V // 2).any() and (drawn < V // 2).any()
+    known = torch.arange(12) < 6
+    drawn = model.sample(cond, known=x, known_mask=known.expand(8, -1))
+    assert torch.equal(drawn[:, known], x[:, known]) and not torch.equal(drawn, x)
+
+
+@pytest.mark.parametrize("kind, groups", [("ar", 3), ("split", 2)])
+def test_digits_cached_or_not_and_their_beam(kind, groups):
+    model, cond, drawn = grouped(kind, groups).eval(), torch.arange(5), []
+    opinions(model.head)
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        drawn.append(model.sample(cond, cfg=2.0, top_k=2, use_cache=use_cache))
+    assert torch.equal(*drawn) and drawn[0].unique().numel() > 3
+    with torch.no_grad():
+        h, x = model.hidden(drawn[0], cond), drawn[0].clone()
+        x[:, 5] = (x[:, 5] + 1) % model.vocab_size
+        changed = (model.hidden(x, cond) - h).abs().amax((0, 2)) > 1e-6
+        assert not changed[:6].any() and changed[6], "the lowest digit is read, and not before its turn"
+        tokens, log_p = model.beam_search(cond)
+        assert torch.allclose(log_p, -model.head.loss(model.hidden(tokens, cond), tokens).sum(1), atol=1e-3)
+    with pytest.raises(ValueError, match="in one softmax"):
+        ar_transformer.to_llama(model)
+
+
+def test_maskgit_of_digits_counts_all_of_them():
+    """The smoothed loss over all V ids, and an accuracy that wants every digit, written out over the whole vocabulary."""
+    model, cond = grouped("maskgit"), torch.zeros(3, dtype=torch.long)
+    opinions(model.head)
+    x = torch.randint(16, (3, 12))
+    torch.manual_seed(5)
+    loss, logs = model(x, cond)
+    torch.manual_seed(5)
+    mask = model.training_mask(3, "cpu")
+    log_p = model.logits(x, cond, mask).log_softmax(-1)                                     # (3, 12, 16)
+    nll = -log_p.gather(-1, x[..., None])[..., 0]
+    each = (1 - model.smoothing) * nll - model.smoothing * log_p.mean(-1)
+    assert torch.allclose(loss, torch.stack([each[b][mask[b]].mean() for b in range(3)]).mean(), atol=1e-5)
+    assert torch.allclose(logs["nll"], nll[mask].mean(), atol=1e-5)
+    assert torch.allclose(logs["accuracy"], (log_p.argmax(-1) == x)[mask].float().mean())
+    other = torch.where(mask, 15 - x, x)
+    assert torch.equal(model.hidden(x, cond, mask), model.hidden(other, cond, mask)), "a hidden id leaks"
+
+
+def open_magvit2():
+    g = golden("tokenizers/open_magvit2_gpt_tiny")
+    sd = {k[3:]: v for k, v in g.items() if k.startswith("sd.")}
+    return ar_transformer.ARTransformer.from_official(sd, n_head=4, grid=(4, 4)), g, sd
+
+
+def test_open_magvit2_has_the_authors_logits_and_loss():
+    model, g, _ = open_magvit2()
+    assert (model.vocab_size, model.num_classes, model.head.split, model.training) == (256, 10, (3, 5), False)
+    assert torch.equal(model.rope, g["freqs_cis"])
+    ids, cond = g["idx_pre"] + (g["idx_post"] << 3), g["cls"][:, 0]                         # pre: the low bits
+    rows = model.head.rows(model.hidden(ids, cond), [g["idx_pre"]])
+    close(model.head.heads[0].logits(rows[..., 0, :]), g["logits_pre"], 1e-6)
+    close(model.head.heads[1].logits(rows[..., 1, :]), g["logits_post"], 1e-6)
+    theirs = [F.cross_entropy(g[f"logits_{n}"].flatten(0, 1), g[f"idx_{n}"].flatten()) for n in ("pre", "post")]
+    close(model(ids, cond)[0].detach(), sum(theirs), 1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_open_magvit2_writes_the_authors_tokens(way):
+    model, g, _ = open_magvit2()
+    tokens = model.sample(g["cfg_cls"][:2, 0], cfg=g["cfg_scale"].item(), top_k=1, **WAYS[way])
+    assert torch.equal(tokens % 8, g["greedy_pre"]) and torch.equal(tokens // 8, g["greedy_post"])
+
+
+def test_open_magvit2_from_official_reads_files_and_names_keys(tmp_path):
+    model, _, sd = open_magvit2()
+    cls, options = ar_transformer.ARTransformer, dict(n_head=4, grid=(4, 4))
+    whole = {f"transformer.{k}": v for k, v in sd.items()} | {"first_stage_model.encoder.conv_in.weight": torch.zeros(3)}
+    torch.save({"state_dict": whole, "epoch": 3}, tmp_path / "AR_256_B.ckpt")               # theirs, with the tokenizer in it
+    other = cls.from_official(tmp_path / "AR_256_B.ckpt", **options).state_dict()
+    assert all(torch.equal(v, other[k]) for k, v in model.state_dict().items())
+    for lost in ("pre_emb.weight", "head.1.weight", "spatial_blocks.1.feed_forward.w2.weight", "factorized_blocks.0.ffn_norm.weight"):
+        with pytest.raises(ValueError, match=f"missing.*{lost}"):
+            cls.from_official({k: v for k, v in sd.items() if k != lost}, **options)
+    with pytest.raises(ValueError, match="unknown.*head.2.weight"):
+        cls.from_official(sd | {"head.2.weight": torch.zeros(1)}, **options)
+    with pytest.raises(ValueError, match="n_head="):
+        cls.from_official(sd)
+
+
+@pytest.mark.parametrize("name, n_layer, millions", [("gpt-l", 2, 343.6), ("gpt-xl", 3, 804.4), ("gpt-xxl", 4, 1486.7)])
+def test_open_magvit2_of_the_paper_has_its_parameter_count(name, n_layer, millions):
+    size = ar_transformer.SIZES[name]
+    with torch.device("meta"):
+        head = ar_transformer.SubTokenHead(size["n_embd"], 1 << 18, (6, 12), n_layer, size["n_head"], multiple_of=256)
+        model = ar_transformer.ARTransformer(head, 256, 1000, vocab_size=1 << 18, **size)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize("words, shape", [(["--groups", "2"], (16, 128)), (["--split", "2", "4"], (4, 128)),
+                                          (["--groups", "3", "--generator", "maskgit"], (12, 128))])
+def test_digits_are_trained_and_drawn_by_the_programs(words, shape, tiny_run, capsys):
+    name = "digits" + "".join(words).replace("--", "-")
+    train.main([*TINY, "--runs", str(tiny_run), *IDS, "--tokenizer", "lfq", "--vocab_size", "64", "--name", name, *words])
+    run = train.load_run(tiny_run / name)
+    head = getattr(run.generator.head, "heads", [run.generator.head])[0]
+    assert head.proj.weight.shape == shape
+    images = sample.draw_samples(run, torch.arange(4))
+    assert images.shape == (4, 3, 16, 16) and torch.isfinite(images).all()
+    assert 0 < log_of(tiny_run, name)[24] < 1.1 * math.log(64)
+    sample.main([str(tiny_run / name), "--n", "3", "--top_k", "2", "--out", str(tiny_run / "x.png")])
+    with pytest.raises(SystemExit, match="does not fit"):
+        train.main([*TINY, "--runs", str(tiny_run), *IDS, "--tokenizer", "lfq", "--name", name, "--groups", "6"])
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--tokenizer", "vae", "--groups", "2"], "go with --head categorical"), (["--tokenizer", "lfq", "--groups", "0"], "at least 1"),
+    (["--tokenizer", "lfq", "--groups", "2", "--split", "5", "5"], "give one of them"),
+    (["--tokenizer", "lfq", "--split", "5", "5", "--generator", "mar"], "use --groups 2"),
+    (["--tokenizer", "vq", "--vocab_size", "1000", "--groups", "2"], "whole number to the power of 2, such as 1024"),
+    (["--tokenizer", "lfq", "--groups", "3"], "--vocab_size 1024 must be"), (["--tokenizer", "lfq", "--split", "5", "6"], "add up"),
+    (["--tokenizer", "titok", "--split", "9"], "two or more")])
+def test_digits_that_do_not_fit_are_refused_before_anything_is_trained(words, sentence, tmp_path):
+    with pytest.raises(SystemExit, match=sentence):
+        train.main([*words, "--runs", str(tmp_path), "--device", "cpu"])
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------------------------------------------
 # maskgit.py
 
@@ -2501,6 +2706,24 @@ def test_maskgit_loads_titoks_generator_and_gets_the_authors_logits(tmp_path):
     for key in ("model.lm_head.bias", "model.encoder.layer.1.attention.self.key.bias", "model.lm_head.weight"):
         with pytest.raises(ValueError, match=key.removeprefix("model.")):
             maskgit.MaskGIT.from_official({k: v for k, v in sd.items() if k != key}, n_head=4)
+
+
+@pytest.mark.parametrize("name, options", [("const", dict(cfg=3.0, temperature=4.5, cfg_schedule="constant", anneal=False)),
+                                           ("linear", dict(cfg=4.5, temperature=9.5, cfg_schedule="linear")),
+                                           ("power", dict(cfg=6.9, temperature=2.8, cfg_schedule="power-cosine"))])
+def test_maskgit_replays_titoks_sampler(name, options, monkeypatch):
+    """From the uniforms that their code drew: the ids, and in the constant run what is hidden after each pass."""
+    g = golden("tokenizers/imagebert_tiny")
+    model = maskgit.MaskGIT.from_official({k.removeprefix("sd."): v for k, v in g.items() if k.startswith("sd.")}, n_head=4)
+    noise = iter([g[f"gen_{name}_u_{kind}{i}"] for i in range(4) for kind in ("sample", "conf")])
+    monkeypatch.setattr(torch, "rand", lambda *a, **k: next(noise))
+    passes = []
+    tokens = model.sample_titok(g["condition"], steps=4, on_step=lambda i, x, m: passes.append((x, m)), **options)
+    assert torch.equal(tokens, g[f"gen_{name}_tokens"])
+    if name == "const":
+        for i, (x, mask) in enumerate(passes[:3]):
+            assert torch.equal(torch.where(mask, 64, x), g[f"step{i + 1}_ids_in"]), f"after pass {i} other tokens are known"
+            assert mask.sum(1).tolist() == [int(g[f"step{i}_mask_len"])] * 3
 
 
 def test_maskgit_of_titok_has_its_parameter_count():
@@ -3543,6 +3766,52 @@ def test_sample_draws_from_llamagens_files(tmp_path, monkeypatch, capsys):
             sample.main([change.get(i, w) for i, w in enumerate(words)])
 
 
+def test_sample_draws_from_titoks_files(tmp_path, monkeypatch, capsys):
+    """--official and --titok: the tiny golden generator, 16 ids of 64, and a tokenizer of as many made fit for it."""
+    g, (_, sd, _, _) = golden("tokenizers/imagebert_tiny"), titok_golden("vq_pixels")
+    generator = {k.removeprefix("sd."): v for k, v in g.items() if k.startswith("sd.")}
+    T, V = 16, 64
+    for key in ("latent_tokens", "encoder.latent_token_positional_embedding", "decoder.latent_token_positional_embedding"):
+        sd[key] = sd[key].repeat(-(-T // len(sd[key])), 1)[:T]
+    table = sd["quantize.embedding.weight"]
+    sd["quantize.embedding.weight"] = table.repeat(-(-V // len(table)), 1)[:V]
+    torch.save(generator, tmp_path / "generator.bin")
+    torch.save(sd, tmp_path / "tokenizer.bin")
+    for cls in (maskgit.MaskGIT, titok.TiTok):              # 4 heads; the shapes do not tell
+        monkeypatch.setattr(cls, "from_official", functools.partial(cls.from_official, n_head=4))
+    words = ["--official", str(tmp_path / "generator.bin"), "--titok", str(tmp_path / "tokenizer.bin"), "--label", "3", "--n", "2",
+             "--steps", "4", "--out", str(tmp_path / "x.png"), "--npz", str(tmp_path / "x.npz")]
+    sample.main(words)
+    with np.load(tmp_path / "x.npz") as f:
+        drawn = f["arr_0"]
+    model = maskgit.MaskGIT.from_official(generator)
+    torch.manual_seed(0)
+    tokens = model.sample_titok(torch.tensor([3, 3]), steps=4, cfg=4.5, temperature=9.5)
+    truth = titok.TiTok.from_official(sd).decode(tokens)
+    assert np.array_equal(drawn, data.to_uint8(truth).permute(0, 2, 3, 1).numpy())
+    for extra, sentence in [(["--vq", "x"], "name its tokenizer"), (["--top_k", "3"], "--top_k: not for"),
+                            (["--cfg_schedule", "power-cosine"], None)]:
+        with pytest.raises(SystemExit, match=sentence) if sentence else contextlib.nullcontext():
+            sample.main([*words, *extra])
+
+
+def test_sample_draws_from_open_magvit2s_files(tmp_path, monkeypatch, capsys):
+    """--official and --lfq: the tiny golden GPT (16 ids of 8 bits) and a tokenizer of random weights under the authors' keys."""
+    _, g, sd = open_magvit2()
+    torch.manual_seed(0)
+    tokenizer = {f"{part}.{name}": 0.1 * torch.randn(shape) for part, name, shape in magvit_shapes(32, (1, 1, 2), 1, 8, False)}
+    torch.save({"state_dict": {f"transformer.{k}": v for k, v in sd.items()}}, tmp_path / "gpt.ckpt")
+    torch.save({"state_dict": tokenizer}, tmp_path / "tokenizer.ckpt")
+    monkeypatch.setitem(ar_transformer.SIZES, "tiny golden", dict(n_embd=32, n_head=4))
+    sample.main(["--official", str(tmp_path / "gpt.ckpt"), "--lfq", str(tmp_path / "tokenizer.ckpt"), "--image_size", "16", "--n", "1",
+                 "--label", str(int(g["cfg_cls"][0])), "--cfg", str(g["cfg_scale"].item()), "--top_k", "1", "--npz",
+                 str(tmp_path / "x.npz"), "--out", str(tmp_path / "x.png")])
+    with np.load(tmp_path / "x.npz") as f:
+        drawn = f["arr_0"]
+    truth = lfq.LFQ.from_official(tokenizer, 16).decode((g["greedy_pre"] + 8 * g["greedy_post"])[:1].long())
+    assert truth.std() > 0.05 and np.array_equal(drawn, data.to_uint8(truth).permute(0, 2, 3, 1).numpy())
+
+
 def test_the_rule_that_judges_captions_reads_real_pictures():
     index = torch.arange(data.VAL_INDEX, data.VAL_INDEX + 60)
     images, s = data.draw(index, 32)[0], data.scene(index)
@@ -4091,7 +4360,8 @@ def test_homework_ar_transformer_cached_attention():
 @exercise("ar_transformer.ARTransformer.hidden", points=3)
 def test_homework_ar_transformer_teacher_forcing():
     for options in (dict(vocab_size=9), dict(token_dim=2, prefix=(3, 5))):
-        model = ar_transformer.ARTransformer(nn.Identity(), 4, 7, n_layer=1, n_head=2, n_embd=8, **options).eval()
+        head = ar_transformer.CategoricalHead(8, 9)
+        model = ar_transformer.ARTransformer(head, 4, 7, n_layer=1, n_head=2, n_embd=8, **options).eval()
         model.run = lambda x, start=0, caches=None, keep=None: x        # a transformer that does nothing
         tokens = torch.randint(9, (3, 4)) if model.vocab_size else torch.randn(3, 4, 2)
         cond = torch.randn(3, 3, 5) if model.n_prefix == 3 else torch.tensor([1, 2, 3])
@@ -4154,22 +4424,21 @@ def test_homework_maskgit_masked_mean():
           "Every hidden token counts alike.")
 
 
-@exercise("maskgit.MaskGIT.embed", points=2)
-def test_homework_maskgit_embed():
-    mask = torch.tensor([[True, False, False, True], [False, True, False, False]])
-    ids = maskgit.MaskGIT(nn.Identity(), 4, 3, vocab_size=9, n_layer=1, n_head=2, n_embd=8)
-    reals = maskgit.MaskGIT(nn.Identity(), 4, 3, token_dim=2, n_layer=1, n_head=2, n_embd=8)
-    nn.init.normal_(reals.hid_value)
-    tokens, x = torch.randint(9, (2, 4)), torch.randn(2, 4, 2)
-    a, b = ids.embed(tokens, mask), reals.embed(x, mask)
-    for i in range(2):
-        for t in range(4):
-            row = 9 if mask[i, t] else tokens[i, t]
-            check(f"a {'hidden' if mask[i, t] else 'seen'} id", a[i, t], ids.tok_embed.weight[row], "Row V means hidden.")
-            value = reals.hid_value if mask[i, t] else reals.tok_embed(x[i, t])
-            check(f"a {'hidden' if mask[i, t] else 'seen'} vector", b[i, t],
-                  torch.cat([reals.hid_embed.weight[int(mask[i, t])], value]),
-                  "hid_embed says in the first half whether it is hidden; the second is its value, hid_value if hidden.")
+@exercise("maskgit.MaskGIT.training_mask", points=2)
+def test_homework_maskgit_training_mask():
+    model = maskgit.MaskGIT(nn.Identity(), 6, 3, token_dim=2, n_layer=1, n_head=2, n_embd=8, u_max=0.7, train_schedule="arccos")
+    n, asked = torch.arange(6000)[:, None] % 6 + 1, []
+    with patch.object(maskgit, "n_hidden", lambda u, T, schedule="cosine": asked.append((u, T, schedule)) or n):
+        mask = model.training_mask(6000, torch.device("cpu"))
+    u, T, schedule = asked[0]
+    assert u.shape == (6000, 1), f"u has shape {tuple(u.shape)}: each row draws its own, (B, 1)"
+    assert 0 <= u.min() and 0.69 < u.max() < 0.7, f"u is in {u.min():.2f} .. {u.max():.2f} and not uniform in 0 .. u_max = 0.7"
+    assert (T, schedule) == (6, "arccos"), "n_hidden is asked for T tokens and the model's own train_schedule"
+    assert mask.shape == (6000, 6) and mask.dtype == torch.bool, f"mask {tuple(mask.shape)} {mask.dtype} is not (B, T) bool"
+    right = (mask.sum(1, keepdim=True) == n).float().mean()
+    assert right == 1, f"{100 * right:.0f}% of the rows hide n tokens: exactly n, drawn without replacement, not n on average"
+    check("how often each place is hidden", mask.float().mean(0), torch.full((6,), 3.5 / 6), "All places alike.", 0.03)
+    assert len(mask[n[:, 0] == 1].unique(dim=0)) == 6, "every row must draw its places anew"
 
 
 # mar.py
@@ -5094,10 +5363,12 @@ MISTAKES = [
     ("maskgit.masked_mean", "weight.sum(1)).mean()", "weight.shape[1]).mean()"),
     ("maskgit.masked_mean", "(loss * weight).sum() / weight.sum()", "(loss * weight).mean()"),
     ("maskgit.masked_mean", "if per_image:", "if not per_image:"),
-    ("maskgit.MaskGIT.embed", "torch.where(mask, self.vocab_size, tokens)", "torch.where(mask, tokens, self.vocab_size)"),
-    ("maskgit.MaskGIT.embed", "value = torch.where(mask[..., None], self.hid_value.type_as(value), value)", "pass"),
-    ("maskgit.MaskGIT.embed", "self.hid_embed(mask.long())", "self.hid_embed((~mask).long())"),
-    ("maskgit.MaskGIT.embed", "torch.where(mask, self.vocab_size, tokens)", "torch.where(mask, 0, tokens)"),
+    ("maskgit.MaskGIT.training_mask", "torch.rand(B, 1, device=device)", "torch.rand(1, 1, device=device)"),
+    ("maskgit.MaskGIT.training_mask", " * self.u_max", ""),
+    ("maskgit.MaskGIT.training_mask", ".argsort(1).argsort(1) < n", " < n / self.seq_len"),
+    ("maskgit.MaskGIT.training_mask", ".argsort(1) < n", ".argsort(1) <= n"),
+    ("maskgit.MaskGIT.training_mask", "torch.rand(B, self.seq_len, device=device)",
+     "torch.rand(1, self.seq_len, device=device).expand(B, -1)"),
     ("mar.mask_rate", "start + u * (rate.cdf(1.0) - start)", "u"),
     ("mar.mask_rate", "(rate.cdf(1.0) - start)", "(1 - start)"),
     ("mar.mask_rate", "rate.inv_cdf(start + u * (rate.cdf(1.0) - start))", "low + u * (1 - low)"),

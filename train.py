@@ -4,6 +4,7 @@ Train any tokenizer, and any generator with any head on top of it.
     python train.py --tokenizer vae --head gmm                 # GIVT on the drawn shapes, CPU or CUDA
     python train.py --tokenizer vae --head gmm --data PATH     # ... on your images: class folders, .tar[.gz], .zip, .npz
     python train.py --tokenizer vq --head categorical          # LlamaGen: whole numbers as tokens, a softmax over them
+    python train.py --tokenizer lfq --vocab_size 262144 --groups 2         # ... of 2^18, as two digits of 2^9 (MAGVIT-v2)
     python train.py --tokenizer vae --generator maskgit        # ... tokens in parallel: GIVT-MaskGIT
     python train.py --tokenizer vae --generator mar --head diffusion       # MAR: random order, a diffusion loss per token
     python train.py --tokenizer vq --condition text            # ... from captions, not classes
@@ -51,10 +52,10 @@ from data import BadInput
 
 STAGE1 = ("data", "image_size", "flip", "n_shapes", "seed", "task", "tokenizer", "tok_size", "tok_steps", "tok_batch_size",
           "tok_lr", "token_dim", "channels", "likelihood", "beta", "corrupt", "vocab_size", "codebook", "tokens",
-          "perceptual", "lpips", "gan", "gan_loss", "gan_start", "adaptive")
+          "stage", "proxy", "proxy_flags", "perceptual", "lpips", "gan", "gan_loss", "gan_start", "adaptive")
 STAGE2 = STAGE1 + ("adapter", "generator", "head", "mix", "n_mix", "objective", "head_width", "head_depth", "batch_mul",
-                   "order", "attention", "n_buffer", "mask_min", "joint", "size", "steps", "batch_size", "lr", "optimizer",
-                   "label_drop", "dropout", "condition", "text_encoder", "text_len")
+                   "groups", "split", "order", "attention", "n_buffer", "mask_min", "joint", "size", "steps", "batch_size",
+                   "lr", "optimizer", "label_drop", "dropout", "condition", "text_encoder", "text_len")
 BOTH = ("weight_decay", "warmup", "grad_clip", "ema")
 
 TOKENIZERS = {"vae": (vae.VAE, vae.SIZES), "vq": (vq.VQ, vq.SIZES), "lfq": (lfq.LFQ, lfq.SIZES),
@@ -70,18 +71,22 @@ CODEBOOKS = {                                               # --codebook: unit l
 DEFAULTS = {                                                # what a flag is when nobody says it
     "any": dict(data="shapes", image_size=32, flip=False, n_shapes=20_000, seed=0, task="class", condition="class",
                 text_encoder="bytes", text_len=None, channels=3, likelihood="mse",
-                corrupt=0.0, vocab_size=None, codebook=None, tokens=None,
+                corrupt=0.0, vocab_size=None, codebook=None, tokens=None, stage="pixels", proxy=None, proxy_flags=None,
                 perceptual=0.0, lpips=None, gan=0.0, gan_loss="hinge", gan_start=None, adaptive=False, adapter="none",
                 mix="vector", n_mix=8, objective="diffusion",
-                batch_mul=4, order="random",
+                batch_mul=4, groups=1, split=None, order="random",
                 attention="bidirectional", joint=False, label_drop=0.1, weight_decay=0.02, warmup=50, grad_clip=1.0,
                 optimizer="muon"),
     "cpu": dict(tok_size="small", tok_steps=1000, tok_batch_size=32, tok_lr=4e-3, beta=0.02,
                 size="small", steps=1600, batch_size=64, lr=4e-3),
     "cuda": dict(tok_size="medium", tok_steps=4000, tok_batch_size=128, tok_lr=1e-3, beta=0.02,
                  size="medium", steps=8000, batch_size=256, lr=1e-3),
-    "any-lfq": dict(beta=0.05), "any-titok": dict(beta=0.25, codebook="l2-ema"), "any-titok-vae": dict(beta=0.01),
+    "any-lfq": dict(beta=0.05), "cpu-lfq": dict(tok_size="coarse"),
+    "any-titok": dict(beta=0.25, codebook="l2-ema"), "any-titok-vae": dict(beta=0.01),
+    "cpu-titok": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),
+    "cpu-titok-vae": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),
     "any-vq": dict(beta=0.25, codebook="l2-ema"),           # beta: of the commitment. LlamaGen's own l2 leaves half unused here
+    "cpu-maskgit-categorical": dict(size="tiny", steps=8000),
     "cpu-maskgit": dict(steps=3000),                        # a pass teaches the hidden tokens only, so it needs more of them
     "cuda-maskgit": dict(steps=16_000),
     "cpu-segment": dict(steps=2000),
@@ -116,6 +121,10 @@ def parse_args(argv=None):
     g.add_argument("--token_dim", type=int, help="numbers in one token, or in one code of vq (default: that of the size)")
     g.add_argument("--vocab_size", type=int, help="vq, lfq, titok: how many codes, for lfq a power of 2 (default: that of the size)")
     g.add_argument("--tokens", type=int, help="titok: tokens per image, such as 8, 16, 32 (default: that of the size)")
+    g.add_argument("--stage", choices=["pixels", "proxy", "finetune"],
+                   help="titok: learn pixels, or as published: first name the ids of --proxy, then go on from there to pixels "
+                        "with encoder and ids frozen (finetune; does the first part too where its folder is missing)")
+    g.add_argument("--proxy", help="titok: run folder of a trained vq tokenizer with one id per patch (--tok_size fine)")
     g.add_argument("--codebook", choices=list(CODEBOOKS), help="vq, titok: codes of unit length (l2), as they are (plain), or as moving "
                                                                "averages with restarts (l2-ema, ema)")
     g.add_argument("--task", choices=["class", "segment", "depth"],
@@ -148,6 +157,9 @@ def parse_args(argv=None):
     g.add_argument("--head_width", type=int, help="diffusion head: width of its MLP (default: that of the size)")
     g.add_argument("--head_depth", type=int, help="diffusion head: blocks of its MLP (default: that of the size)")
     g.add_argument("--batch_mul", type=int, help="diffusion head: noise levels per token and step")
+    g.add_argument("--groups", type=int, help="categorical head: cut an id into so many digits, drawn side by side (MAGVIT-v2: 2)")
+    g.add_argument("--split", type=int, nargs="+", metavar="BITS", help="categorical head of ar: cut an id into digits of so many "
+                                                                        "bits, drawn in turn (Open-MAGVIT2: 6 12)")
     g.add_argument("--order", choices=["random", "raster"], help="mar: the order in which tokens are written")
     g.add_argument("--attention", choices=["bidirectional", "causal"], help="mar: an encoder-decoder, or a GPT told where to write")
     g.add_argument("--n_buffer", type=int, help="mar: copies of the class, room to think in (default: that of the size)")
@@ -180,6 +192,7 @@ def parse_args(argv=None):
     g.add_argument("--save_every", type=int, default=100, help="steps between checkpoints")
     args = p.parse_args(argv)
     args.head = args.head or ("gmm" if args.tokenizer in CONTINUOUS else "categorical")
+    args.proxy_flags = None                                 # of the run --proxy, so that a checkpoint is complete in itself
     return args
 
 
@@ -188,7 +201,7 @@ def resolve(given, names, saved, device, folder):
     Refuses a given flag that contradicts the checkpoint."""
     machine = "cuda" if device.type == "cuda" else "cpu"
     defaults = DEFAULTS["any"] | DEFAULTS[machine]
-    for choice in (given.tokenizer, given.generator, given.task):
+    for choice in (given.tokenizer, given.generator, f"{given.generator}-{given.head}", given.task):
         defaults |= DEFAULTS.get(f"any-{choice}", {}) | DEFAULTS.get(f"{machine}-{choice}", {})
     if given.mix == "full":
         defaults |= dict(n_mix=1)
@@ -226,6 +239,10 @@ def check(args):
                         ("channels", ("vae", "vq", "lfq"))):
         if args.tokenizer not in where and getattr(args, name) not in (None, 3):
             raise BadInput(f"--{name}: is for --tokenizer {' or '.join(where)}")
+    if args.stage not in (None, "pixels") and (not args.tokenizer.startswith("titok") or not args.proxy):
+        raise BadInput(f"--stage {args.stage}: is for --tokenizer titok, and needs the run folder of a trained vq tokenizer, --proxy RUN")
+    if args.proxy and args.stage in (None, "pixels"):
+        raise BadInput("--proxy: goes with --stage proxy or finetune")
     if args.tokenizer == "lfq" and args.vocab_size and args.vocab_size & (args.vocab_size - 1):
         raise BadInput(f"--vocab_size {args.vocab_size}: lfq has one bit per dimension, so a power of 2, such as 1024")
     if args.tokenizer == "lfq" and args.token_dim:
@@ -233,7 +250,8 @@ def check(args):
     if args.tok_size is not None and args.tok_size not in TOKENIZERS[args.tokenizer][1]:
         raise BadInput(f"--tok_size {args.tok_size}: --tokenizer {args.tokenizer} has {', '.join(TOKENIZERS[args.tokenizer][1])}")
     for name in ("image_size", "n_shapes", "tok_steps", "tok_batch_size", "steps", "batch_size", "n_mix", "token_dim",
-                 "vocab_size", "tokens", "text_len", "head_width", "head_depth", "batch_mul", "n_buffer", "log_every", "eval_every", "save_every"):
+                 "vocab_size", "tokens", "text_len", "head_width", "head_depth", "batch_mul", "groups", "n_buffer",
+                 "log_every", "eval_every", "save_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: must be at least 1")
     for name in ("tok_lr", "lr", "grad_clip"):
@@ -253,6 +271,12 @@ def check(args):
             raise BadInput(f"--{name} {getattr(args, name)}: must be below 1")
     if args.size is not None and args.generator in GENERATORS and args.size not in GENERATORS[args.generator][1]:
         raise BadInput(f"--size {args.size}: --generator {args.generator} has {', '.join(GENERATORS[args.generator][1])}")
+    if (args.split or args.groups not in (None, 1)) and args.head != "categorical":
+        raise BadInput("--groups, --split: cut ids into digits, so they go with --head categorical")
+    if args.split and args.groups not in (None, 1):
+        raise BadInput("--groups, --split: two ways to cut an id into digits; give one of them")
+    if args.split and args.generator not in ("ar", "none"):
+        raise BadInput("--split: only --generator ar predicts digits one after the other; use --groups 2")
     if args.head == "diffusion" and args.generator == "maskgit":
         raise BadInput("--head diffusion gives no density, and --generator maskgit keeps the tokens of highest density: use "
                        "--generator mar, or --head gmm")
@@ -272,6 +296,17 @@ def check(args):
         raise BadInput(f"--mix full is one Gaussian: give --n_mix 1, not {args.n_mix}")
     if args.resume and args.overwrite:
         raise BadInput("--resume goes on and --overwrite starts anew: give one of them")
+
+
+def check_digits(args, V):
+    """Refuse --groups and --split that do not cut V ids into whole digits: before the tokenizer is trained."""
+    groups = args.groups or 1
+    if groups > 1 and (base := round(V ** (1 / groups))) ** groups != V:
+        raise BadInput(f"--groups {groups}: --vocab_size {V} must be a whole number to the power of {groups}, such as "
+                       f"{base ** groups}")
+    if args.split and (len(args.split) < 2 or min(args.split) < 1 or 1 << sum(args.split) != V):
+        raise BadInput(f"--split {' '.join(map(str, args.split))}: two or more numbers of bits, which add up to those of "
+                       f"--vocab_size {V}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -323,6 +358,8 @@ def build_tokenizer(args):
     else:
         size |= CODEBOOKS[args.codebook] | given(vocab_size=args.vocab_size, code_dim=args.token_dim)
         size |= given(n_tokens=args.tokens) if args.tokenizer == "titok" else {}
+    if args.stage != "pixels":
+        size |= dict(stage=args.stage, proxy=build_tokenizer(argparse.Namespace(**DEFAULTS["any"] | args.proxy_flags)))
     try:
         return model_class(**size)
     except ValueError as e:
@@ -352,6 +389,7 @@ def with_losses(args, tokenizer, images, held_out, folder, device):
 def build_generator(args, tokenizer, num_classes, source=None):
     """The generator that the flags name, behind the flow where --adapter flow asks for it. source: the tokenizer of
     the images on which maps are conditioned (--task)."""
+    check_digits(args, tokenizer.vocab_size)
     model_class, sizes = GENERATORS[args.generator]
     size = sizes[args.size] | (dict(dropout=args.dropout) if args.dropout is not None else {})
     if args.condition == "text":
@@ -368,8 +406,11 @@ def build_generator(args, tokenizer, num_classes, source=None):
         net = mar.HEAD_SIZES.get(args.size, mar.HEAD_SIZES["mar-b"])
         head = diffusion_head.DiffusionHead(size["n_embd"], tokenizer.token_dim, args.head_width or net["width"],
                                             args.head_depth or net["depth"], args.objective, args.batch_mul)
+    elif args.split:                                        # as deep as Open-MAGVIT2's: a layer for every twelve
+        head = ar_transformer.SubTokenHead(size["n_embd"], tokenizer.vocab_size, args.split, max(1, size["n_layer"] // 12),
+                                           size["n_head"], size.get("multiple_of", 64))
     elif args.head == "categorical":
-        head = ar_transformer.CategoricalHead(size["n_embd"], tokenizer.vocab_size)         # the same code in all three files
+        head = ar_transformer.CategoricalHead(size["n_embd"], tokenizer.vocab_size, args.groups)    # one code in three files
     else:
         head = gmm_head.HEADS[args.mix](size["n_embd"], tokenizer.token_dim, args.n_mix)
     model = model_class(head, tokenizer.seq_len, num_classes, tokenizer.token_dim, tokenizer.vocab_size, tokenizer.grid,
@@ -620,8 +661,8 @@ def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finis
         if p.ndim == 4:                                     # channels last: twice as fast for 2-D convolutions on a CPU
             p.data = p.data.contiguous(memory_format=torch.channels_last)
     ema = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(1 - 20 / max(steps, 40) if args.ema is None else args.ema))
-    optimizers = make_optimizers(raw, args, lr, matrices=stage == 2 and args.optimizer == "muon")
-    small_net = stage == 1 or args.joint                    # convolutions of 16 channels gain nothing from bf16 on a CPU
+    transformer = args.tokenizer.startswith("titok") if stage == 1 else not args.joint      # small convolutions gain no speed
+    optimizers = make_optimizers(raw, args, lr, matrices=transformer if stage == 1 else args.optimizer == "muon")
     first = 0
     if checkpoint is not None:
         raw.load_state_dict(checkpoint["model"])
@@ -635,7 +676,7 @@ def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finis
         model = torch.compile(model)
     if world.size > 1:
         model = DistributedDataParallel(model)
-    use_bf16 = world.dtype == "bf16" if world.dtype else world.native_bf16 and (world.device.type == "cuda" or not small_net)
+    use_bf16 = world.dtype == "bf16" if world.dtype else world.native_bf16 and (world.device.type == "cuda" or transformer)
     params = sum(p.numel() for p in raw.parameters())
     say(world, f"stage {stage}: {folder}, {params / 1e6:.2f}M parameters, {len(source)} images, steps {first} to {steps} of "
                f"{batch_size} images, {world.device.type} x {world.size}, {'bf16' if use_bf16 else 'fp32'}")
@@ -794,18 +835,26 @@ def start(given, names, folder, world):
 
 UNITS = {"vae": "squared error per pixel value + beta KL", "titok-vae": "squared error per pixel value + beta KL",
          **{name: "squared error per pixel value + losses of the codes" for name in ("vq", "lfq", "titok")},
-         "logistic": "bits per dimension", "gmm": "nats per token", "categorical": "nats per token",
+         "proxy": "nats per id of the proxy + losses of the codes", "logistic": "bits per dimension", "gmm": "nats per token", "categorical": "nats per token",
          "diffusion": "squared error of the noise + vb (bits)", "flow": "squared error of the velocity"}
 
 
-def train_tokenizer(given, folder, world):
-    """Stage 1 -> the tokenizer, in eval mode, and its flags."""
+def train_tokenizer(given, folder, world, begin=None):
+    """Stage 1 -> the tokenizer, in eval mode, and its flags. begin: the trained run of --stage proxy, for finetune."""
+    if given.stage not in (None, "pixels"):
+        proxy = load_run(given.proxy, world.device)
+        given.proxy_flags = {name: getattr(proxy.args, name) for name in STAGE1}
     args, checkpoint, done = start(given, STAGE1, folder, world)
     check(argparse.Namespace(**vars(given) | vars(args)))
     if not done:
         divisible(args.tok_batch_size, "--tok_batch_size", world)
         torch.manual_seed(args.seed)
         tokenizer = build_tokenizer(args)
+        check_digits(given, tokenizer.vocab_size)
+        if args.stage == "proxy":
+            tokenizer.proxy.load_state_dict(proxy.tokenizer.state_dict())
+        if args.stage == "finetune":
+            tokenizer.load_state_dict(begin.state_dict())
         args_io = argparse.Namespace(**vars(args), skip_bad=given.skip_bad)
         images, held_out = open_data(args_io, "train", world.device), open_data(args_io, "val", world.device)
         folder.mkdir(parents=True, exist_ok=True)
@@ -828,8 +877,9 @@ def train_tokenizer(given, folder, world):
                 data.save_rows(folder / "reconstructions.png", rows, folder.name)
 
         loop_args = argparse.Namespace(**vars(args), **loop_flags(given))
+        unit = "logistic" if args.likelihood == "logistic" else "proxy" if args.stage == "proxy" else args.tokenizer
         fit(1, model, images, validate(held_out, 100, args, world), loop_args, folder, world, checkpoint,
-            dict(classes=images.classes), finish, UNITS["logistic" if args.likelihood == "logistic" else args.tokenizer])
+            dict(classes=images.classes), finish, UNITS[unit])
         barrier(world)                                      # until process 0 has written the checkpoint
     run = load_run(folder, world.device)
     return run.tokenizer, run.args
@@ -951,17 +1001,17 @@ def main(argv=None):
     data_name = Path(given.data or "shapes").name.split(".")[0] or "data"
     tok_folder = Path(given.runs) / (given.tok_name or f"{data_name}-{given.tokenizer}")
     task = given.task if given.task not in (None, "class") else None
-    parts = [data_name, given.tokenizer, task, "text" if given.condition == "text" else None, "joint" if given.joint else None,
+    parts = [data_name, given.tokenizer, task, given.stage if given.stage in ("proxy", "finetune") else None, "text" if given.condition == "text" else None, "joint" if given.joint else None,
              given.adapter if given.adapter == "flow" else None, given.generator, given.head]
     folder = Path(given.runs) / (given.name or "-".join(p for p in parts if p))
     if given.resume and not any((f / "ckpt.pt").exists() for f in (folder, tok_folder)):
         raise BadInput(f"--resume: there is no run in {folder} or {tok_folder}; leave --resume out to start one")
 
-    def stage1(folder, **changed):
+    def stage1(folder, begin=None, **changed):
         keep = argparse.Namespace(**vars(given) | changed)
         if (folder / "ckpt.pt").exists() and given.overwrite and given.generator != "none":
             keep.overwrite = contradicts(keep, folder)      # --overwrite of stage 2 keeps a tokenizer that still fits
-        return *train_tokenizer(keep, folder, world), folder
+        return *train_tokenizer(keep, folder, world, begin), folder
 
     try:
         shown = folder
@@ -969,7 +1019,10 @@ def main(argv=None):
             train_joint(given, folder, world)
         else:
             source = stage1(tok_folder, task="class") if task else None
-            tokenizer = stage1(tok_folder.with_name(f"{tok_folder.name}-{task}") if task else tok_folder)
+            stage = given.stage if given.stage in ("proxy", "finetune") else None
+            named = lambda part: tok_folder.with_name(f"{tok_folder.name}-{part}")
+            begin = stage1(named("proxy"), stage="proxy")[0] if stage == "finetune" else None
+            tokenizer = stage1(named(task or stage) if task or stage else tok_folder, begin)
             if given.generator != "none":
                 train_generator(given, folder, *tokenizer, world, source)
             else:

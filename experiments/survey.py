@@ -1,0 +1,184 @@
+"""
+One token after the other, many at once, or fewer tokens: what does an image cost, and how good is it?
+
+    python experiments/survey.py              # trains three systems, measures, draws; about 40 minutes on 2 CPU cores
+    python experiments/survey.py --paper      # seconds only, random weights at the papers' sizes; minutes, a GPU's work
+
+Three systems of equal width, depth and data, the first two on the very same tokens:
+
+  AR            64 ids of vq.py (8 x 8), ar_transformer.py with its KV cache: 64 passes of one token
+  MaskGIT       the same ids, maskgit.py: 4, 8 or 16 passes over all 64
+  TiTok         16 ids of titok.py that have no place in the image, maskgit.py: 4 or 8 passes over 16
+
+Quality is measured as in evaluate.py, at the guidance of sample.py's defaults. Seconds per image count everything from
+the class to the pixels, with guidance, at batch 1 and 16; the systems take turns in one process, medians. On a CPU that
+is processor time of one thread, for the machine may be shared. Writes experiments/results/survey[-paper][-cuda].json
+and survey.png. Runs that are already in --runs are not trained again.
+"""
+import argparse
+import json
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import ar_transformer
+import evaluate
+import maskgit
+import titok
+import train
+import vq
+from benchmark import machine_name
+from sampling import measure
+
+SYSTEMS = {                                                 # name: run folder, flags of train.py, numbers of passes
+    "AR": ("ar", "--tokenizer vq --tok_size fine --tok_name vq-fine --generator ar --steps 3000", (64,)),
+    "MaskGIT": ("maskgit", "--tokenizer vq --tok_size fine --tok_name vq-fine --generator maskgit --steps 6000", (4, 8, 16)),
+    "TiTok": ("titok", "--tokenizer titok --tokens 16 --tok_name titok-16 --generator maskgit --steps 6000", (4, 8)),
+}
+
+
+def systems_trained(runs, device):
+    """-> {name: run}, trained first where their folders are missing. One width and depth for all."""
+    found = {}
+    for name, (folder, flags, _) in SYSTEMS.items():
+        if not (runs / folder / "ckpt.pt").exists():
+            train.main([*flags.split(), "--size", "tiny", "--runs", str(runs), "--name", folder, "--device", str(device)])
+        found[name] = train.load_run(runs / folder, device)
+    return found
+
+
+def systems_of_paper_size(device):
+    """-> {name: run} with random weights: 24 layers of width 768, ImageNet's 1000 classes at 256 pixels."""
+    def run(generator, tokenizer):
+        for model in (generator, tokenizer):
+            model.to(device).eval()
+        torch.nn.init.normal_(generator.head.proj.weight, std=0.02)                         # it starts at zero
+        return SimpleNamespace(generator=generator, tokenizer=tokenizer, device=device)
+    wide, V = maskgit.SIZES["maskgit"], vq.SIZES["ds16"]["vocab_size"]
+    head = lambda V: ar_transformer.CategoricalHead(wide["n_embd"], V)
+    grid, one_d = vq.VQ(**vq.SIZES["ds16"]), titok.TiTok(**titok.SIZES["titok-l-32"] | dict(legacy=False))
+    same = dict(n_layer=wide["n_layer"], n_head=wide["n_head"], n_embd=wide["n_embd"])
+    return {"AR": run(ar_transformer.ARTransformer(head(V), 256, 1000, vocab_size=V, **same), grid),
+            "MaskGIT": run(maskgit.MaskGIT(head(V), 256, 1000, vocab_size=V, **wide), grid),
+            "TiTok": run(maskgit.MaskGIT(head(4096), 32, 1000, vocab_size=4096, **wide), one_d)}
+
+
+@torch.no_grad()
+def seconds(run, passes, B):
+    """One batch from classes to pixels -> seconds per image, of processor time on a CPU."""
+    clock = time.process_time if run.device.type == "cpu" else time.perf_counter
+    sync = torch.cuda.synchronize if run.device.type == "cuda" else lambda: None
+    labels = torch.arange(B, device=run.device) % 10
+    sync()
+    start = clock()
+    options = {} if isinstance(run.generator, ar_transformer.ARTransformer) else dict(steps=passes)
+    run.tokenizer.decode(run.generator.sample(labels, cfg=2.0, **options))
+    sync()
+    return (clock() - start) / B
+
+
+def measure_speed(systems, passes, batches, rounds):
+    """All take turns -> [{system, passes, batch, seconds_per_image}]"""
+    arms = [(name, n) for name in systems for n in passes[name]]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                                # processor time of one thread; a GPU does not mind
+    rows = []
+    for B in batches:
+        times = {arm: [] for arm in arms}
+        for turn in range(rounds + 1):                      # the first is a warm-up
+            for name, n in arms:
+                spent = seconds(systems[name], n, B)
+                times[name, n] += [spent] if turn else []
+        for (name, n), t in times.items():
+            rows.append(dict(system=name, tokens=systems[name].tokenizer.seq_len, passes=n, batch=B, seconds_per_image=median(t)))
+    torch.set_num_threads(threads)
+    return rows
+
+
+def measure_quality(systems, n):
+    """-> {(system, passes): metrics of n samples}, and of each tokenizer alone."""
+    found, ceiling = {}, {}
+    for name, run in systems.items():
+        val_set = train.open_data(run.args, "val", run.device)
+        net, _ = evaluate.classifier_for(run, run.device)
+        index = torch.arange(len(val_set))
+        real, _ = evaluate.look_at_real(net, val_set, index)
+        rows, f = evaluate.measure_reconstruction(run.tokenizer, net, val_set, index, 250)
+        ceiling[name] = {key: value for key, _, value, _, _ in rows} | dict(frechet=evaluate.frechet_distance(f, real))
+        for passes in SYSTEMS[name][2]:
+            options = {} if name == "AR" else dict(steps=passes)
+            found[name, passes] = measure(run, n, net, real, **options)
+            print(name, passes, {k: round(v, 2) for k, v in found[name, passes].items()}, flush=True)
+    return found, ceiling
+
+
+def table(rows, batches):
+    """Markdown: a line per system and number of passes."""
+    quality = "sample_accuracy" in rows[0]
+    lines = ["| system | tokens | passes | " + ("class accuracy | Frechet distance | " if quality else "")
+             + " | ".join(f"ms per image, batch {B}" for B in batches) + " |"]
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    for r in (r for r in rows if r["batch"] == batches[0]):
+        of = {s["batch"]: s for s in rows if (s["system"], s["passes"]) == (r["system"], r["passes"])}
+        cells = [r["system"], str(r["tokens"]), str(r["passes"])]
+        cells += [f"{r['sample_accuracy']:.1f}%", f"{r['sample_frechet_small_cnn']:.1f}"] if quality else []
+        lines.append("| " + " | ".join(cells + [f"{1000 * of[B]['seconds_per_image']:.1f}" for B in batches]) + " |")
+    return "\n".join(lines)
+
+
+def save_figure(path, rows, batches):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.9), sharey=True)
+    for ax, B in zip(axes, batches):
+        for k, name in enumerate(SYSTEMS):
+            mine = [r for r in rows if (r["system"], r["batch"]) == (name, B)]
+            x, y = [1000 * r["seconds_per_image"] for r in mine], [r["sample_accuracy"] for r in mine]
+            ax.plot(x, y, "o-", color=f"C{k}", label=f"{name}, {mine[0]['tokens']} tokens")
+            for r, a, b in zip(mine, x, y):
+                ax.annotate(f"{r['passes']} passes", (a, b), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+        ax.set(xscale="log", xlabel="milliseconds per image, log scale", title=f"batch {B}")
+        ax.margins(0.2, 0.25)
+        ax.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("class accuracy of samples, %")
+    axes[1].legend(fontsize=9)
+    fig.suptitle("equal width and data: passes cost time, tokens cost passes")
+    fig.tight_layout()
+    fig.savefig(path, dpi=80)
+
+
+def main():
+    p = argparse.ArgumentParser(description="AR, MaskGIT and TiTok: quality and time of an image.")
+    p.add_argument("--paper", action="store_true", help="seconds at the papers' sizes, random weights, batch 1 and 64")
+    p.add_argument("--runs", default=ROOT / "runs" / "survey", type=Path, help="where the runs lie")
+    p.add_argument("--n", type=int, default=1000, help="samples per measurement")
+    p.add_argument("--rounds", type=int, default=7, help="turns of every system")
+    p.add_argument("--batches", type=int, nargs="+", help="images at once (default: 1 16, with --paper 1 64)")
+    args = p.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches = args.batches or ((1, 64) if args.paper else (1, 16))
+    systems = systems_of_paper_size(device) if args.paper else systems_trained(args.runs, device)
+    passes = {"AR": (256,), "MaskGIT": (8, 12), "TiTok": (8,)} if args.paper else {name: s[2] for name, s in SYSTEMS.items()}
+    rows = measure_speed(systems, passes, batches, args.rounds)
+    facts = dict(machine=machine_name(device), torch=torch.__version__, date=str(date.today()), rounds=args.rounds)
+    out = Path(__file__).parent / "results" / f"survey{'-paper' * args.paper}{'-cuda' * (device.type == 'cuda')}"
+    if not args.paper:
+        quality, ceiling = measure_quality(systems, args.n)
+        rows = [r | {k: v for k, v in quality[r["system"], r["passes"]].items() if k.startswith("sample_")} for r in rows]
+        facts |= dict(n=args.n, reconstructions=ceiling, flags={name: s[1] for name, s in SYSTEMS.items()})
+        save_figure(out.with_suffix(".png"), rows, batches)
+    out.with_suffix(".json").write_text(json.dumps(facts | dict(rows=rows), indent=1) + "\n")
+    print(table(rows, batches))
+    print(f"wrote {out}.json")
+
+
+if __name__ == "__main__":
+    main()
