@@ -5172,7 +5172,7 @@ def grade_one(name, path, clean, args):
     except OSError as e:
         remark = f"{file} cannot be read ({e.strerror})"
     except SyntaxError as e:
-        remark = f"{name}.py is no Python: {e.msg} (line {e.lineno})"
+        remark = f"{name}.py is no Python: {e.msg}" + (f" (line {e.lineno})" if e.lineno else "")
     except (ValueError, RecursionError, MemoryError, OverflowError) as e:
         remark = f"{name}.py is no Python: {e}"
     queue = [] if remark else [t.__name__ for t in tests]
