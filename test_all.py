@@ -5125,7 +5125,9 @@ def run_process(folder, name, tests, args, seconds):
     """Run `tests` in the student's copy of the project -> {test: what is wrong, or ""} for those that came to an end, the
     tests that began, and what ended the process, in a sentence."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}
-    start = "import test_all; test_all.main()"              # sooner there than a script: its compiled file lies beside it
+    # Imported and not run as a script, for its compiled file lies beside it; and without torch's compiler, which mar.py's
+    # one use of torch.compiler.disable would load: together they halve the 3 s until the first test.
+    start = "import torch; torch.compiler.disable = lambda f: f; import test_all; test_all.main()"
     words = [sys.executable, "-c", start, "_run", name, str(args.test_seconds), *tests]
     results, output = folder / "results.jsonl", folder / "output.txt"
     with open(output, "wb") as f:
@@ -5165,7 +5167,8 @@ def grade_one(name, path, clean, args):
     student = file.resolve().parent.name if file.name == f"{name}.py" else file.stem
     try:
         text = file.read_bytes()
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             compile(text, f"{name}.py", "exec", dont_inherit=True)
     except FileNotFoundError:
         remark = f"there is no {file}"
@@ -5576,7 +5579,7 @@ def test_homework_is_handed_out_without_answers_and_with_all_else(name):
     texts, answers = without_answers(name), {target: answer(name, target) for target in exercises(name)}
     for other in MODELS:
         text = texts[f"{other}.py"]
-        compile(text, f"{other}.py", "exec")
+        assert parsed(text) and (other != name or compile(text, f"{name}.py", "exec"))
         assert not (given := [target for target in answers if answers[target] in text]), f"{other}.py gives away {given}"
         holes = re.findall(r'^ *raise NotImplementedError\("homework: \w+\.([\w.]+)"\)$', text, re.M)
         assert other != name or holes == [target for target in functions(SOURCES[name]) if target in answers]
@@ -5585,8 +5588,7 @@ def test_homework_is_handed_out_without_answers_and_with_all_else(name):
                           lambda _: answer(other, target), text, flags=re.M)
         assert text == SOURCES[other]
     tests = texts["test_all.py"]
-    compile(tests, "test_all.py", "exec")
-    assert "MISTAKES" not in tests and all((f"def {t.__name__}(" in tests) != t.hidden for t in graded(name))
+    assert parsed(tests) and "MISTAKES" not in tests and all((f"def {t.__name__}(" in tests) != t.hidden for t in graded(name))
     everything = without_answers(name, hidden=True)["test_all.py"]
     assert all(f"def {t.__name__}(" in everything for t in graded(name)) and "MISTAKES" not in everything
 
