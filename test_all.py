@@ -4431,6 +4431,7 @@ def test_homework_maskgit_training_mask():
     n, asked = torch.arange(6000)[:, None] % 6 + 1, []
     with patch.object(maskgit, "n_hidden", lambda u, T, schedule="cosine": asked.append((u, T, schedule)) or n):
         mask = model.training_mask(6000, torch.device("cpu"))
+    assert asked, "n_hidden() says how many to hide"
     u, T, schedule = asked[0]
     assert u.shape == (6000, 1), f"u has shape {tuple(u.shape)}: each row draws its own, (B, 1)"
     assert 0 <= u.min() and 0.69 < u.max() < 0.7, f"u is in {u.min():.2f} .. {u.max():.2f} and not uniform in 0 .. u_max = 0.7"
@@ -5044,10 +5045,11 @@ def without_answers(name, hidden=False):
     texts = {f"{p}.py": (ROOT / f"{p}.py").read_text() for p in (*MODELS, *PROGRAMS, "data", "test_all")}
     code = lambda node: "".join(map(ast.dump, body(node)))
     nodes = functions(texts[f"{name}.py"])
-    answers = {(target.split(".")[-1], code(nodes[target])) for target in exercises(name)}
+    targets = [target for target in exercises(name) if target in nodes]                     # in a handout one may be gone
+    answers = {(target.split(".")[-1], code(nodes[target])) for target in targets}
     for other in MODELS:
         same = [t for t, node in functions(texts[f"{other}.py"]).items() if (t.split(".")[-1], code(node)) in answers]
-        texts[f"{other}.py"] = blanked(texts[f"{other}.py"], other, exercises(name) if other == name else same)
+        texts[f"{other}.py"] = blanked(texts[f"{other}.py"], other, targets if other == name else same)
     cut = [] if hidden else [t.__name__ for t in graded(name) if t.hidden]
     texts["test_all.py"] = without(texts["test_all.py"], cut)
     return texts
@@ -5258,9 +5260,11 @@ def handout(args):
                 shutil.copy(ROOT / name, folder / name)
     except OSError as e:
         raise data.BadInput(f"could not write ({e})") from None
+    hidden = sum(t.points for t in graded(args.file) if t.hidden)
     print(f"wrote {folder}: {args.file}.py with {len(exercises(args.file))} functions to write: the docstrings say what.\n"
           f"There, python -m pytest test_all.py -k homework_{args.file} says how far one has come, and "
-          f"python test_all.py grade {args.file} . counts the points.")
+          f"python test_all.py grade {args.file} . counts the points"
+          + (f"; hidden tests give {hidden} more." if hidden else "."))
 
 
 def list_exercises(args):
@@ -5269,7 +5273,7 @@ def list_exercises(args):
         tests = graded(name)
         print(f"{name}.py: {sum(t.points for t in tests)} points")
         for t in tests:
-            print(f"    {t.points}  {t.exercise:48s} {t.__name__}{'   hidden' if t.hidden else ''}")
+            print(f"    {t.points}  {t.exercise:52s} {t.__name__}{'   hidden' if t.hidden else ''}")
 
 
 def main():
