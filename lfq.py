@@ -37,6 +37,8 @@ SIZES = {
     "video": dict(image_size=128, frames=17, bits=18, ch=128, ch_mult=(1, 2, 2, 4), n_res=4, groups=32),
     "coarse": dict(image_size=32, bits=10, ch=16, ch_mult=(1, 2, 4, 4), n_res=1, groups=8),             # for a CPU, 4 x 4 tokens
     "small": dict(image_size=32, bits=10, ch=16, ch_mult=(1, 2, 4), n_res=2, groups=8),                 # 8 x 8
+    "clips": dict(image_size=16, frames=17, bits=10, ch=16, ch_mult=(1, 2, 4), n_res=1, groups=8),      # for a CPU, 5 x 4 x 4
+    "clips-medium": dict(image_size=64, frames=17, bits=12, ch=64, ch_mult=(1, 2, 4, 4), n_res=2, groups=16),      # 5 x 8 x 8
     "medium": dict(image_size=32, bits=12, ch=64, ch_mult=(1, 2, 4), n_res=2, groups=16),
 }
 

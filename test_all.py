@@ -24,6 +24,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -47,6 +48,7 @@ from PIL import Image
 from torch import distributions as D
 
 import ar_transformer
+import compression
 import data
 import diffusion_head
 import evaluate
@@ -65,7 +67,7 @@ import vq
 ROOT = Path(__file__).resolve().parent
 MODELS = [p for p in ("vae vq lfq titok perceptual_gan flow_adapter gmm_head diffusion_head ar_transformer maskgit "
                       "mar").split() if (ROOT / f"{p}.py").exists()]
-PROGRAMS = ["train", "sample", "evaluate"]
+PROGRAMS = ["train", "sample", "evaluate", "compression"]
 
 
 def golden(name):
@@ -3529,6 +3531,45 @@ def test_psnr_ssim_precision_and_recall():
     assert precision > 0.99 and recall < 0.05
 
 
+def test_ms_ssim_equals_its_definition_in_slow_loops():
+    def means(a, b):                                        # SSIM and contrast-structure, window by window, in float64
+        g = np.exp(-(np.arange(11) - 5.0) ** 2 / (2 * 1.5**2))
+        window, ssim, cs = np.outer(g, g) / g.sum() ** 2, [], []
+        for y in range(a.shape[0] - 10):
+            for x in range(a.shape[1] - 10):
+                p, q = a[y:y + 11, x:x + 11], b[y:y + 11, x:x + 11]
+                mu_p, mu_q = (window * p).sum(), (window * q).sum()
+                var_p, var_q = (window * (p - mu_p) ** 2).sum(), (window * (q - mu_q) ** 2).sum()
+                cov = (window * (p - mu_p) * (q - mu_q)).sum()
+                cs.append((2 * cov + 0.06**2) / (var_p + var_q + 0.06**2))
+                ssim.append(cs[-1] * (2 * mu_p * mu_q + 0.02**2) / (mu_p**2 + mu_q**2 + 0.02**2))
+        return np.mean(ssim), np.mean(cs)
+
+    def slow(a, b, weights):                                # grey images (H, W) in [0, 2]
+        product = 1.0
+        for j, w in enumerate(weights):
+            ssim, cs = means(a, b)
+            product *= (ssim if j + 1 == len(weights) else cs) ** (w / sum(weights))
+            a, b = (v[:len(v) // 2 * 2, :v.shape[1] // 2 * 2].reshape(len(v) // 2, 2, -1, 2).mean((1, 3)) for v in (a, b))
+        return product
+    weights = [0.0448, 0.2856, 0.3001, 0.2363, 0.1333]
+    for side, scales in ((44, 3), (43, 2), (22, 2), (21, 1)):
+        a = data.draw(torch.arange(1), side)[0]
+        b = (a + 0.3 * torch.randn(a.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+        grey = [((x[0].double() + 1) * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0).numpy() for x in (a, b)]
+        assert abs(evaluate.ms_ssim(a, b).item() - slow(*grey, weights[:scales])) < 1e-4, side
+    assert torch.equal(evaluate.ms_ssim(a, b), evaluate.ssim(a, b))                         # 21 pixels: one scale
+    real = evaluate.similarity                              # five from 176 pixels on, four below
+    for side, scales in ((176, 5), (175, 4)):
+        calls, x = [], torch.rand(1, 3, side, 200) * 2 - 1
+        evaluate.similarity = lambda a, b: calls.append(a.shape) or real(a, b)
+        try:
+            assert abs(evaluate.ms_ssim(x, x) - 1) < 1e-5 and evaluate.ms_ssim(x, -x) == 0
+        finally:
+            evaluate.similarity = real
+        assert len(calls) == 2 * scales
+
+
 def test_probe_is_perfect_on_separable_features_and_at_chance_on_noise():
     y = torch.arange(1200) % 4
     x = torch.randn(1200, 6) + 12 * F.one_hot(y, 6)
@@ -3589,6 +3630,130 @@ def test_probe_runs_alone_and_adds_to_the_metrics(tiny_run, monkeypatch, capsys)
     (folder / "probe.png").unlink(), (folder / "metrics.json").unlink()
     if before:
         (folder / "metrics.json").write_text(before)
+
+
+# ---------------------------------------------------------------------------------------------------
+# compression.py: files of tokens
+
+def tiny_codec(clips=True, side=8):
+    """A video (or image) LFQ of 64 words and a transformer on its grid, random weights -> tokenizer, transformer."""
+    torch.manual_seed(0)
+    tokenizer = lfq.LFQ(side, 5 if clips else 1, bits=6, ch=8, ch_mult=(1, 2), n_res=1, groups=4)           # 3 x 4 x 4 ids
+    head = ar_transformer.CategoricalHead(16, 64)
+    nn.init.normal_(head.proj.weight, std=0.3)
+    model = ar_transformer.ARTransformer(head, tokenizer.seq_len, 3, vocab_size=64, grid=tokenizer.grid, n_layer=1, n_head=2, n_embd=16)
+    return tokenizer.eval(), model.eval()
+
+
+def test_arithmetic_coder_reaches_the_entropy_and_inverts():
+    rng = np.random.default_rng(0)
+    for total, n in ((2, 5000), (1000, 5000), ((1 << 31) - 1, 2000), (1 << 31, 2000)):
+        encoder, symbols, bits = compression.ArithmeticEncoder(), [], 0.0
+        for _ in range(n):                                  # any share, from almost nothing to almost all
+            start = int(rng.integers(total)) if rng.random() < 0.5 else 0
+            end = int(rng.integers(start, total)) + 1 if rng.random() < 0.5 else total
+            symbols.append((start, end))
+            bits -= math.log2((end - start) / total)
+            encoder.encode(start, end, total)
+        payload = encoder.finish()
+        assert 8 * len(payload) - bits < 8 + 1e-3 * bits and bits < 8 * len(payload) + 1e-3 * bits
+        decoder = compression.ArithmeticDecoder(payload)
+        for start, end in symbols:
+            assert start <= decoder.target(total) < end
+            decoder.advance(start, end, total)
+    assert compression.ArithmeticEncoder().finish() == b"\0"
+    for start in range(1000):                               # the first number of a share is in it, the one before is not
+        decoder.range, decoder.code = (1 << 31) + 12345, ((1 << 31) + 12345) * start // 1000
+        assert decoder.target(1000) == start
+        decoder.code -= 1
+        assert decoder.target(1000) == start - 1
+    carries = compression.ArithmeticEncoder()               # 0.0111 1111 ... and then something more: the carry runs far back
+    carries.encode((1 << 31) - 1, (1 << 31) + 1, 1 << 32)
+    for _ in range(40):
+        carries.encode(0, 2, 3), carries.encode(2, 3, 3)
+    assert all(bit in (0, 1) for bit in carries.bits)
+
+
+def test_a_tile_holds_each_place_once_in_the_order_of_the_transformer():
+    order = compression.tiles([3, 2], 3, 5, (3, 2, 4))
+    assert order.shape == (2 * 2 * 2, 24) and sorted(order[order >= 0].tolist()) == list(range(5 * 3 * 5))
+    assert order[0].view(3, 2, 4)[:, 0].tolist() == [[0, 1, 2, 3], [15, 16, 17, 18], [30, 31, 32, 33]]
+    assert order[-1].view(3, 2, 4)[1].tolist() == [[5 * 15 - 1, -1, -1, -1], [-1] * 4] and (order[-1].view(3, 2, 4)[2] < 0).all()
+
+
+def test_ids_survive_the_file_on_a_hundred_random_clips():
+    g = torch.Generator().manual_seed(0)
+    tokenizer, model = tiny_codec(side=4)
+    for _ in range(100):
+        frames, height, width = (int(torch.randint(lo, hi, (1,), generator=g)) for lo, hi in ((1, 12), (3, 14), (3, 14)))
+        lay = compression.Layout(tokenizer, frames, height, width)
+        ids = torch.randint(64, (lay.f, lay.h, lay.w), generator=g)
+        for coder in (None, model):
+            blob = compression.write(ids, lay, tokenizer, coder, ms=40)
+            back, again, ms = compression.read(blob, tokenizer, coder)
+            assert torch.equal(back, ids) and (vars(again), ms) == (vars(lay), 40)
+        assert len(compression.write(ids, lay, tokenizer)) == 40 + math.ceil(ids.numel() * 6 / 8)
+
+
+def test_an_arithmetic_coded_file_is_as_long_as_its_model_says():
+    tokenizer, model = tiny_codec()
+    lay = compression.Layout(tokenizer, 12, 41, 20)         # 3, 3, 2 x 21 x 10 ids: two batches of tiles, some hang over
+    torch.manual_seed(1)
+    places, ids = compression.tiles(lay.lengths, lay.h, lay.w, model.grid), torch.zeros(lay.f * lay.h * lay.w, dtype=torch.long)
+    drawn = model.sample(torch.full((len(places),), model.num_classes))
+    ids[places[places >= 0]] = drawn[places >= 0]           # as the model expects them, so that there is something to save
+    padded = torch.where(places >= 0, ids[places], 0)
+    with torch.no_grad():                                   # in one pass: the same probabilities, but for rounding
+        nats = model.head.loss(model.hidden(padded, torch.full((len(places),), 3)), padded)[places >= 0].sum().item()
+    size = len(compression.encode_ids(ids.view(lay.f, lay.h, lay.w), lay.lengths, model))
+    bits = nats / math.log(2)
+    assert bits / 8 < size < 1.002 * bits / 8 + 4, (bits / 8, size)         # 0.0014 bits per token are given away knowingly
+    assert size < 0.95 * len(compression.pack(ids, 6))
+    table = compression.cumulative(torch.tensor([[0.0, 300.0, -300.0]]))                    # none is impossible
+    assert (np.diff(table) >= 1).all() and table[0, 0] == 0 and np.diff(table)[0, 1] / table[0, -1] > 0.999
+
+
+def test_a_clip_of_any_size_goes_through_every_tokenizer():
+    for tokenizer in (tiny_codec()[0], tiny_codec(False)[0], vq.VQ(8, 50, ch=8, ch_mult=(1, 2), z_channels=8, groups=4).eval(),
+                      titok.TiTok(8, 3, 50, enc=(16, 1, 2), dec=(16, 1, 2)).eval()):
+        clip = torch.randint(256, (7, 3, 11, 18), dtype=torch.uint8)
+        grid = tokenizer.grid
+        ids, lay = compression.to_ids(tokenizer, clip)
+        back = compression.from_ids(tokenizer, ids, lay)
+        assert back.shape == clip.shape and back.dtype == torch.uint8 and tokenizer.grid == grid
+        again, _, _ = compression.read(compression.write(ids, lay, tokenizer), tokenizer)
+        assert torch.equal(compression.from_ids(tokenizer, again, lay), back)
+    tokenizer, _ = tiny_codec()                             # at its own size: what the tokenizer itself says
+    clip = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)
+    x = clip.float().transpose(0, 1)[None] / 127.5 - 1
+    ids, lay = compression.to_ids(tokenizer, clip)
+    assert torch.equal(ids.flatten(), tokenizer.encode(x)[0])
+    assert torch.equal(compression.from_ids(tokenizer, ids, lay), data.to_uint8(tokenizer.decode(tokenizer.encode(x)))[0].transpose(0, 1))
+
+
+def test_truncated_altered_and_foreign_files_are_refused():
+    tokenizer, model = tiny_codec()
+    lay = compression.Layout(tokenizer, 5, 8, 8)
+    ids = torch.randint(64, (lay.f, lay.h, lay.w), generator=torch.Generator().manual_seed(0))
+    for coder in (None, model):
+        blob = compression.write(ids, lay, tokenizer, coder)
+        wrong = [blob[:n] for n in range(len(blob))] + [blob + b"\0"]
+        wrong += [blob[:n] + bytes([blob[n] ^ 1 << n % 8]) + blob[n + 1:] for n in range(len(blob))]
+        for bad in wrong:
+            with pytest.raises(data.BadInput, match="x.lfq: .*"):
+                compression.read(bad, tokenizer, coder, "x.lfq")
+    with pytest.raises(data.BadInput, match="another tokenizer"):
+        compression.read(blob, tiny_codec(False)[0], model)
+    with pytest.raises(data.BadInput, match="arithmetic-coded; name the run"):
+        compression.read(blob, tokenizer)
+    with torch.no_grad():
+        model.blocks[0].mlp.w1.weight[0, 0] += 1e-3
+    with pytest.raises(data.BadInput, match="another transformer"):
+        compression.read(blob, tokenizer, model)
+    good = compression.write(ids, lay, tokenizer)
+    head = good[:32] + bytes(4)                             # whole, but not the ids that were meant: other probabilities
+    with pytest.raises(data.BadInput, match="on another machine"):
+        compression.read(head + struct.pack("<I", zlib.crc32(good[40:], zlib.crc32(head))) + good[40:], tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -3880,6 +4045,41 @@ def test_editing_keeps_what_lies_outside_the_mask(words, tiny_run, tmp_path, cap
             sample.main([str(tiny_run / "edit"), *map(str, words)])
 
 
+def test_compress_and_decompress_from_the_command_line(tiny_run, tmp_path, capsys, monkeypatch):
+    words = ["--tokenizer", "lfq", "--head", "categorical", "--vocab_size", "64"]
+    train.main([*TINY, *words, "--runs", str(tiny_run)])
+    tok, ar = str(tiny_run / "shapes-lfq"), str(tiny_run / "shapes-lfq-ar-categorical")
+    clip = data.to_uint8(data.draw_clips(torch.arange(1), 30, 3)[0][0].transpose(0, 1))
+    a, b, c = (str(tmp_path / name) for name in ("a.webp", "b.lfq", "c.webp"))
+    compression.write_clip(a, clip, 50)
+    assert torch.equal(compression.read_clip(a)[0], clip)
+    sizes = []
+    for coder in ([], ["--entropy_coder", ar]):
+        sample.main(["compress", a, b, "--run", tok, *coder])
+        assert "3 x 30 x 30 pixels" in capsys.readouterr().out
+        sizes.append(Path(b).stat().st_size)
+        words = ["decompress", b, c, "--run", ar]           # a run of stage 2 has the tokenizer in it
+        call("sample.py", *words) if coder else sample.main(words)                          # once in a process of its own
+        back, ms = compression.read_clip(c)
+        tokenizer = train.load_run(tok).tokenizer
+        assert ms == 50 and torch.equal(back, compression.from_ids(tokenizer, *compression.to_ids(tokenizer, clip)))
+    assert sizes[0] == 40 + 3 * 4 * 4 * 6 / 8 > sizes[1]    # the default LFQ has a stride of 8
+    Path(tmp_path / "cut.lfq").write_bytes(Path(b).read_bytes()[:-1])
+    monkeypatch.setitem(sys.modules, "av", None)
+    for words, sentence in ((["decompress", tmp_path / "cut.lfq", c, "--run", tok], "cut.lfq: .*copy it again"),
+                            (["decompress", b, c, "--run", tok], "name the run that coded it with --entropy_coder"),
+                            (["decompress", b, tmp_path / "c.png", "--run", ar], "3 frames do not fit into a PNG"),
+                            (["decompress", b, tmp_path / "c.mp4", "--run", ar], "pip install av"),
+                            (["decompress", b, tmp_path / "c.xyz", "--run", ar], "ending must be"),
+                            (["decompress", b, tmp_path / "no" / "c.gif", "--run", ar], "could not write"),
+                            (["compress", a, b, "--run", tiny_run / "shapes-vae"], "--run .*ids"),
+                            (["compress", a, b, "--run", tok, "--entropy_coder", tok], "--entropy_coder .*must be a run of --generator ar"),
+                            (["compress", tok, b, "--run", tok], "no such file"),
+                            (["compress", Path(tok) / "log.csv", b, "--run", tok], "not a readable image")):
+        with pytest.raises(data.BadInput, match=sentence):
+            sample.main([str(w) for w in words])
+
+
 def test_samples_are_a_function_of_the_seed(tiny_run):
     run = train.load_run(tiny_run / "shapes-vae-ar-gmm")
     labels = torch.arange(10)
@@ -4069,6 +4269,255 @@ def test_learning_rate_rises_then_falls_to_zero():
     rates = [train.learning_rate(s, 100, 10, 2.0) for s in range(100)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(max(rates), rel=0.05) and rates[-1] < 1e-2
     assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+# Clips: --frames, through all programs
+
+CLIPS = [*TINY, "--tokenizer", "lfq", "--head", "categorical", "--generator", "maskgit", "--frames", "5", "--image_size", "8", "--vocab_size",
+         "16", "--n_shapes", "60", "--tok_steps", "12", "--tok_batch_size", "4", "--steps", "8", "--batch_size", "4"]
+
+
+def grey_clip(path, n, first=0):
+    """A clip whose frame t is grey of level 10 (first + t), so that a pixel tells which frame it was: .gif, .webp or a folder."""
+    pictures = [Image.new("RGB", (20, 12), (10 * (first + t),) * 3) for t in range(n)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix:
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=50, lossless=True)
+        return
+    path.mkdir()
+    for t, picture in enumerate(pictures):
+        picture.save(path / f"frame{t}.png")                # frame10 comes before frame2 in the alphabet
+
+
+def frame_numbers(image_set):
+    """What grey_clip() wrote, read back -> list of lists, a row per clip."""
+    assert (image_set.images == image_set.images[:, :1, :, :1, :1]).all()
+    return (image_set.images[:, 0, :, 0, 0] / 10).round().int().tolist()
+
+
+def test_clips_are_read_from_animations_folders_and_films(tmp_path, monkeypatch, capsys):
+    tree = tmp_path / "d"
+    grey_clip(tree / "train" / "left" / "a.gif", 5), grey_clip(tree / "train" / "left" / "b.webp", 9)
+    grey_clip(tree / "train" / "right" / "c", 12), grey_clip(tree / "val" / "left" / "v", 5), grey_clip(tree / "val" / "right" / "w.gif", 6)
+    (tree / "train" / "left" / "notes.txt").write_text("no clip")
+    s = data.load(str(tree), 8, frames=5)
+    assert s.images.shape == (3, 3, 5, 8, 8) and s.images.dtype == torch.uint8 and s.frames == 5
+    assert s.classes == ["left", "right"] and s.labels.tolist() == [0, 0, 1]
+    assert frame_numbers(s) == [[0, 1, 2, 3, 4], [0, 2, 4, 6, 8], [0, 3, 6, 8, 11]]         # spread over the whole file
+    x, labels = s.batch(torch.tensor([2, 0]))
+    assert x.shape == (2, 3, 5, 8, 8) and labels.tolist() == [1, 0] and (data.to_uint8(x) == s.images[[2, 0]]).all()
+    assert frame_numbers(data.load(str(tree), 8, "val", frames=5)) == [[0, 1, 2, 3, 4], [0, 1, 2, 4, 5]]
+    windows = data.load(str(tree), 8, frames=2, frame_step=2)
+    assert frame_numbers(windows) == [[0, 2], [0, 2], [4, 6], [0, 2], [4, 6], [8, 10]] and windows.labels.tolist() == [0] * 3 + [1] * 3
+    with zipfile.ZipFile(tmp_path / "d.zip", "w") as z:
+        for f in tree.rglob("*.*"):
+            z.write(f, f.relative_to(tree))
+    assert torch.equal(data.load(str(tmp_path / "d.zip"), 8, frames=5).images, s.images)
+
+    def refused(words, **options):
+        with pytest.raises(data.BadInput, match=words) as caught:
+            data.load(str(tree), 8, **dict(frames=5) | options)
+        assert "\n" not in str(caught.value)
+    refused("left/a.gif: has 5 frames, fewer than --frames 9", frames=9)
+    refused("left/a.gif: has 3 frames with --frame_step 2", frame_step=2)
+    assert len(data.load(str(tree), 8, frames=9, skip_bad=True)) == 2 and "left out 1 clips" in capsys.readouterr().out
+    refused("a class is empty", frames=10, skip_bad=True)
+    refused("more clips .* than fit into memory", max_bytes=2000)
+    broken = tree / "train" / "left" / "z.gif"
+    broken.write_bytes((tree / "train" / "left" / "a.gif").read_bytes()[:20])
+    refused("left/z.gif: not a readable clip")
+    assert len(data.load(str(tree), 8, frames=5, skip_bad=True)) == 3
+    broken.unlink(), Image.new("RGB", (8, 8)).save(tree / "train" / "right" / "x.png")
+    refused("train/right lies in no class folder.* is a folder in there")
+    (tree / "train" / "right" / "x.png").unlink(), (tree / "train" / "right" / "y.mp4").write_bytes(b"film")
+    monkeypatch.setitem(sys.modules, "av", None)
+    refused("y.mp4: .* pip install av", skip_bad=True)
+
+    class Film:                                             # what the programs ask of av
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def decode(self, video):
+            picture = argparse.Namespace(to_image=lambda: Image.new("RGB", (9, 9), (30, 30, 30)))
+            return iter([picture] * 7)
+    monkeypatch.setitem(sys.modules, "av", argparse.Namespace(open=lambda content: Film() if content.read() == b"film" else None))
+    assert frame_numbers(data.load(str(tree), 8, frames=5))[-1] == [3] * 5
+    np.savez(tmp_path / "x.npz", images=np.zeros((20, 8, 8, 3), np.uint8), labels=np.zeros(20))
+    with pytest.raises(data.BadInput, match="not from an .npz"):
+        data.load(str(tmp_path / "x.npz"), 8, frames=5)
+
+
+def test_drawn_clips_are_those_of_draw_clips_and_val_is_another_set():
+    s, val = (data.load("shapes", 8, split, seed=3, n_shapes=500, frames=9) for split in ("train", "val"))
+    index = torch.tensor([0, 221, 222, 499])                # from several of the parts they are drawn in
+    x, actions, _ = data.draw_clips(index, 8, 9, seed=3)
+    assert s.images.shape == (500, 3, 9, 8, 8) and torch.equal(s.images[index], data.to_uint8(x))
+    assert torch.equal(s.labels[index], actions) and s.classes == list(data.ACTIONS)
+    assert torch.equal(val.images[:2], data.to_uint8(data.draw_clips(data.VAL_INDEX + torch.arange(2), 8, 9, seed=3)[0]))
+
+
+def test_stills_are_frames_of_the_clips_in_half_of_the_batches():
+    clips = data.load("shapes", 8, n_shapes=40, frames=9)
+    source, index, kinds = train.Stills(clips), torch.tensor([7, 3]), []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        x, labels = source.batch(index)
+        kinds.append(x.ndim)
+        if x.ndim == 5:
+            assert torch.equal(x, clips.batch(index)[0])
+            continue
+        assert x.shape == (8, 3, 8, 8) and torch.equal(labels, clips.labels[index].repeat_interleave(4))
+        for i, still in enumerate(x):
+            assert (still[:, None] == clips.batch(index)[0][i // 4]).all(0).all((1, 2)).any(), "no frame of its clip"
+    assert len(source) == 40 and 75 < kinds.count(4) < 125
+    a, b = (torch.manual_seed(kinds.index(4)) and source.batch(index)[0] for _ in range(2))
+    assert torch.equal(a, b)                                # a function of the seed of the step: --resume goes on as it was
+
+
+@pytest.fixture(scope="session")
+def clip_run(tmp_path_factory):
+    """A tiny run on clips -> its runs folder."""
+    runs = tmp_path_factory.mktemp("clips")
+    train.main([*CLIPS, "--runs", str(runs)])
+    return runs
+
+
+def test_clips_are_trained_drawn_and_continued(clip_run, tmp_path, capsys):
+    folder = clip_run / "shapes-lfq-5f-maskgit-categorical"
+    for name in ("shapes-lfq-5f/reconstructions.png", f"{folder.name}/samples.png", f"{folder.name}/curve.png"):
+        assert (clip_run / name).stat().st_size > 0
+    run = train.load_run(folder)
+    assert run.tokenizer.grid == (2, 2, 2) and run.args.frames == 5 and run.classes == list(data.ACTIONS)
+    words = ["--out", str(tmp_path / "x.png"), "--gif", "--npz", str(tmp_path / "x.npz")]
+    sample.main([str(folder), "--n", "20", *words])
+    with np.load(tmp_path / "x.npz") as f:
+        drawn, labels = f["arr_0"], f["labels"]
+    assert drawn.shape == (20, 5, 8, 8, 3) and drawn.dtype == np.uint8 and (np.bincount(labels) == 2).all()
+    assert np.array_equal(drawn, data.to_uint8(sample.draw_samples(run, torch.from_numpy(labels))).permute(0, 2, 3, 4, 1).numpy())
+    assert Image.open(tmp_path / "x.gif").n_frames == 5 and Image.open(tmp_path / "x.png").height > 400
+    sample.main([str(folder), "--known_frames", "1", "--class", "blinks", "--n", "3", *words])
+    with np.load(tmp_path / "x.npz") as f:
+        assert f["arr_0"].shape == (3, 5, 8, 8, 3) and (f["labels"] == data.ACTIONS.index("blinks")).all()
+    grey_clip(tmp_path / "own.gif", 7)
+    sample.main([str(folder), "--known_frames", "1", "--image", str(tmp_path / "own.gif"), *words])
+    assert "1 clips in" in capsys.readouterr().out and Image.open(tmp_path / "x.gif").n_frames == 5
+    for more, sentence in [(["--known_frames", "3"], "--known_frames 3: .* to draw: 1"), (["--known_frames", "5"], "to draw: 1"),
+                           (["--image", "x.gif", "--mask", "left"], "continued, not repainted"),
+                           (["--image", str(tmp_path / "no.gif"), "--known_frames", "1"], "no such file")]:
+        with pytest.raises(SystemExit, match=sentence):
+            sample.main([str(folder), *more])
+
+
+@pytest.mark.parametrize("generator", ["maskgit", "ar"])
+def test_given_frames_stay_and_nothing_later_is_looked_at(generator, clip_run, capsys):
+    """9 frames of 4 + 4 + 4 tokens, the model of any weights: the tokens of the first 5 are given."""
+    train.main([*CLIPS, "--runs", str(clip_run), "--frames", "9", "--generator", generator])
+    run = train.load_run(clip_run / f"shapes-lfq-9f-{generator}-categorical")
+    clips = data.draw_clips(torch.arange(6), 8, 9)[0]
+    assert [sample.known_tokens(run, n) for n in (1, 5)] == [4, 8]
+    drawn, whole = sample.predict(run, clips, 5, seed=1), run.tokenizer.decode(run.tokenizer.encode(clips))
+    assert drawn.shape == clips.shape and torch.allclose(drawn[:, :, :5], whole[:, :, :5], atol=1e-5)
+    assert (drawn[:, :, 5:] - whole[:, :, 5:]).abs().max() > 0.01, "nothing was drawn"
+    other = torch.cat([clips[:, :, :5], -clips[:, :, 5:]], 2)
+    assert torch.equal(sample.predict(run, other, 5, seed=1), drawn), "it looked at the frames it is to predict"
+    assert not torch.equal(sample.predict(run, clips, 5, seed=2), drawn)
+
+
+def test_clips_are_measured(clip_run, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate.train_classifier, "__defaults__", (0, 12, 32, 4e-3))
+    folder = clip_run / "shapes-lfq-5f-maskgit-categorical"
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(folder), "--n", "20", "--device", "cpu"])
+    evaluate.main()
+    out, metrics = capsys.readouterr().out, evaluate.json.loads((folder / "metrics.json").read_text())
+    for key in ("recon_psnr_db", "recon_image_psnr_db", "recon_accuracy", "codebook_usage", "sample_accuracy", "sample_frechet_small_cnn",
+                "sample_frechet_frames", "floor_frechet_frames", "prediction_accuracy", "prediction_psnr_still_db", "val_loss"):
+        assert math.isfinite(metrics[key]), key
+    assert "Frechet distance over clips (small CNN)" in out and "FVD" not in out and "action accuracy, samples" in out
+    assert metrics["floor_frechet_frames"] < metrics["sample_frechet_frames"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(folder), "--probe", "--device", "cpu"])
+    evaluate.main()
+    metrics = evaluate.json.loads((folder / "metrics.json").read_text())
+    assert {"probe_pixels", "probe_token_bits", "probe_layer_4", "sample_accuracy"} <= metrics.keys()
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(folder), "--fid", "--device", "cpu"])
+    with pytest.raises(SystemExit, match="--fid: is of images"):
+        evaluate.main()
+
+
+def test_numbers_of_clips_are_those_of_their_frames(monkeypatch):
+    clips, actions, shapes = data.draw_clips(torch.arange(12), 8, 9)
+    net = evaluate.SmallCNN(10).eval()
+    one_by_one = torch.stack([net.features(clip[:, t][None])[0] for clip in clips for t in range(9)])
+    close(evaluate.features_of_frames(net, clips, 30), one_by_one)
+    run = argparse.Namespace(args=argparse.Namespace(data="shapes", seed=0))
+    stills = evaluate.single_frames(run, data.load("shapes", 8, n_shapes=12, frames=9), "train")
+    assert torch.equal(stills.labels, shapes.repeat_interleave(4)) and stills.frames == 1
+    assert torch.equal(stills.images.view(12, 4, 3, 8, 8)[5, 3], data.to_uint8(clips[5, :, -1]))
+    # A prediction that is right: its PSNR is the largest there is. One that stands still: the last frame that was given.
+    monkeypatch.setattr(sample, "predict", lambda run, clips, n, **options: clips)
+    run.tokenizer = argparse.Namespace(time_stride=4)
+    ruler = evaluate.ClipCNN(10).eval()
+    rows = {row[0]: row[2] for row in evaluate.measure_prediction(run, ruler, clips, actions)}
+    assert rows["prediction_accuracy"] == pytest.approx(100 * (evaluate.look(ruler, clips)[1] == actions).float().mean().item())
+    error = [[(clip[:, t] - clip[:, 4]).square().mean().clamp(min=1e-10) for t in range(5, 9)] for clip in clips]
+    assert rows["prediction_psnr_still_db"] == pytest.approx((10 * torch.log10(4 / torch.tensor(error))).mean().item(), abs=1e-3)
+    assert rows["prediction_psnr_db"] == pytest.approx(10 * math.log10(4e10), abs=1e-3)
+
+
+def test_a_video_tokenizer_begins_as_the_image_tokenizer(tmp_path, capsys):
+    words = [w for w in CLIPS if w not in ("--frames", "5")] + ["--generator", "none", "--runs", str(tmp_path), "--tok_size", "clips"]
+    train.main([*words, "--n_shapes", "40"])
+    train.main([*words, "--n_shapes", "40", "--frames", "5", "--inflate", str(tmp_path / "shapes-lfq"), "--tok_steps", "1", "--tok_lr", "1e-9"])
+    image, video = (train.load_run(tmp_path / name).tokenizer for name in ("shapes-lfq", "shapes-lfq-5f"))
+    x = data.draw(torch.arange(8), 8)[0]
+    assert (image.encode(x) == video.encode(x)).float().mean() > 0.99 and (video.decode(video.encode(x)) - image.decode(image.encode(x))).abs().max() < 0.1
+    assert train.read_checkpoint(tmp_path / "shapes-lfq-5f")["flags"]["inflate"] == str(tmp_path / "shapes-lfq")
+    for more, sentence in [(["--vocab_size", "32"], "its sizes are others; .*--vocab_size .16."), (["--inflate", str(tmp_path / "x")], "no ckpt.pt")]:
+        with pytest.raises(SystemExit, match=sentence):
+            train.main([*words, "--frames", "9", "--inflate", str(tmp_path / "shapes-lfq"), *more])
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--tokenizer", "vae"], "--frames 17: only --tokenizer lfq reads clips"), (["--frames", "18"], "--frames 18 .*so 17 or 21"),
+    (["--condition", "text", "--generator", "ar"], "asked for by their action"), (["--flip"], "moves left moves right"),
+    (["--perceptual", "1"], "give --lpips"), (["--frame_step", "2"], "is for your own clips"),
+    (["--frames", "1", "--frame_step", "2", "--data", "x"], "--frame_step: is for clips"), (["--frames", "1", "--inflate", "x"], "--inflate: is for clips"),
+    (["--n_shapes", "2000000000"], "do not fit into memory"), (["--data", "nowhere"], "no such file or folder")])
+def test_what_clips_do_not_go_with_is_refused(words, sentence, tmp_path):
+    with pytest.raises(SystemExit, match=sentence):
+        train.main(["--tokenizer", "lfq", "--generator", "maskgit", "--frames", "17", "--runs", str(tmp_path), "--device", "cpu", *words])
+    assert not list(tmp_path.rglob("ckpt.pt"))
+
+
+def test_strips_and_moving_pictures_show_the_frames_they_should(tmp_path):
+    clip = torch.linspace(-1, 1, 17)[None, :, None, None].expand(3, 17, 8, 8)               # ever brighter
+    strip = data.film(clip)
+    assert strip.shape == (9, 3, 8, 8) and torch.allclose(strip[:, 0, 0, 0], clip[0, ::2, 0, 0])
+    edge = data.film(clip, given=5)[:, :, 0, 0]
+    assert edge.shape == (9, 3) and (edge[:3, 0] < 0).all() and (edge[:3, 1] > 0).all() and (edge[3:] == 1).all()     # frames 0, 2, 4
+    assert torch.allclose(data.film(clip, given=5)[:, 0, 20, 20], strip[:, 0, 0, 0])
+    data.save_clips(tmp_path / "x.gif", clip[None].repeat(4, 1, 1, 1, 1), 2, ("a", "b"))
+    with Image.open(tmp_path / "x.gif") as animation:
+        assert animation.n_frames == 17
+        for t in (0, 8, 16):
+            animation.seek(t)
+            picture = np.array(animation.convert("RGB"))
+            assert abs(int(picture[10, -10, 0]) - int(data.to_uint8(clip[0, t, 0, 0]))) <= 4
+
+
+def test_places_in_time_and_space_are_told_apart():
+    """A clip's grid has three axes: RoPE turns with the difference in each of them, and Halton's order visits all tokens."""
+    grid, q, k = (3, 4, 2), torch.randn(1, 1, 1, 32), torch.randn(1, 1, 1, 32)
+    table = ar_transformer.rope_table(grid, 32, 1)[1:].view(*grid, 16, 2)
+    score = lambda a, b: (ar_transformer.rotate(q, table[a][None]) * ar_transformer.rotate(k, table[b][None])).sum()
+    assert torch.allclose(score((0, 1, 0), (1, 3, 1)), score((1, 0, 0), (2, 2, 1)), atol=1e-4)
+    base = score((0, 0, 0), (0, 0, 0))
+    assert all((score((0, 0, 0), place) - base).abs() > 1e-3 for place in [(1, 0, 0), (0, 1, 0), (0, 0, 1)])
+    rank = maskgit.halton_rank(grid)
+    assert sorted(rank.tolist()) == list(range(24))
+    assert len({int(t) // 8 for t in rank.argsort()[:3]}) > 1, "the first tokens all lie in one frame"
 
 
 # ---------------------------------------------------------------------------------------------------
