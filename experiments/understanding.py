@@ -70,7 +70,7 @@ def places(clips):
 class Reader(nn.Module):
     """A transformer over the T places of a clip: (B, T, ...) --embed--> (B, T, C), to actions or to what is hidden."""
 
-    def __init__(self, embed, T, width=64, n=3):
+    def __init__(self, embed, T, width=64, n=2):
         super().__init__()
         self.embed, self.place = embed, nn.Parameter(torch.randn(T, width) * 0.02)
         self.hidden_value = nn.Parameter(torch.randn(width) * 0.02)
@@ -258,8 +258,8 @@ def main(argv=None):
     p = argparse.ArgumentParser(description="Action recognition: tokens as the input, and as the target of pre-training.")
     p.add_argument("--n", type=int, default=3000, help="training clips; a third as many are held out")
     p.add_argument("--tok_steps", type=int, default=400, help="training steps of both tokenizers")
-    p.add_argument("--steps", type=int, default=400, help="training steps of the classifiers; half as many with few labels")
-    p.add_argument("--pre_steps", type=int, default=400, help="training steps of each pre-training")
+    p.add_argument("--steps", type=int, default=300, help="training steps of the classifiers; half as many with few labels")
+    p.add_argument("--pre_steps", type=int, default=300, help="training steps of each pre-training")
     p.add_argument("--labels", type=int, nargs="+", default=[200, 1000], help="how many labels the pre-trained ones get")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of the classifiers")
     p.add_argument("--runs", default=ROOT / "runs" / "understanding", type=Path, help="where intermediate results lie")
