@@ -18,7 +18,7 @@ Shapes:  B batch, N images in a set, F frames, H W pixels
     python data.py             # draws data.png: the ten classes, captions, masks, clips; about 10 s on 2 CPU cores
     python data.py --data PATH # the same for your images: one folder per class, or .tar[.gz], .zip, .npz
 
-Your clips, for train.py --frames: in each class folder GIFs, animated WebPs, folders of pictures, or films (see read_clip).
+With --frames 17 the files are clips: GIFs, animated WebPs, folders of pictures, or films (see read_clip).
 
 Try it yourself:
   1. Add a class: a heart is the union of a rotated square and two discs. Add it to SHAPES and distance().
@@ -741,17 +741,20 @@ def main():
     parser = argparse.ArgumentParser(description="Draw the shapes world, or look at your own images.")
     parser.add_argument("--data", default="shapes", help="`shapes`, or a folder / archive / npz of class folders")
     parser.add_argument("--image_size", type=int, default=32, help="side of the square pictures, in pixels")
+    parser.add_argument("--frames", type=int, default=1, help="with --data PATH: more than 1 reads clips of so many frames")
     args = parser.parse_args()
     if args.data == "shapes":
         demo_shapes(args.image_size)
     else:
         start = time.perf_counter()
-        train, val = (load(args.data, args.image_size, split) for split in ("train", "val"))
-        print(f"{len(train)} training and {len(val)} validation images, {len(train.classes)} classes: "
+        train, val = (load(args.data, args.image_size, split, frames=args.frames) for split in ("train", "val"))
+        what = "images" if args.frames == 1 else f"clips of {args.frames} frames"
+        print(f"{len(train)} training and {len(val)} validation {what}, {len(train.classes)} classes: "
               f"{', '.join(train.classes)}; read in {time.perf_counter() - start:.1f} s")
-        n = min(len(train), 4000)
+        n = min(len(train), 4000 // args.frames)
         images, labels = train.batch(order(len(train), n, 0))
         rows = [(c, images[labels == k][:12]) for k, c in enumerate(train.classes[:20])]
+        rows = rows if args.frames == 1 else [(c, film(x[0])) for c, x in rows if len(x)]
         save_rows("data.png", [r for r in rows if len(r[1])], f"{args.data} at {args.image_size} x {args.image_size}")
     print("wrote data.png")
 

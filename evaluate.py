@@ -66,20 +66,48 @@ def ssim(a, b):
     Their settings: 11 x 11 Gaussian window of sigma 1.5 (smaller where the image is), K1 = 0.01, K2 = 0.03, mean
     over the windows that lie inside the image. Their dynamic range L is 2 here.
     """
+    return similarity(luminance(a), luminance(b))[0]
+
+
+def ms_ssim(a, b):
+    """SSIM over several scales (Wang, Simoncelli, Bovik 2003): images (B, 3, H, W) in [-1, 1] -> (B,), 0 to 1.
+
+    prod_j (contrast and structure at scale j)^w_j, with the brightness too at the last; from scale to scale the image is
+    halved by averaging 2 x 2 pixels. The five scales ask for 176 pixels, since the window has 11 at each; a smaller image
+    has fewer, the w_j of which are scaled to the sum 1: 88 pixels four, 44 three, 22 two, less one, which is SSIM. Compare
+    only values of as many scales. A negative mean, whose power would not be real, counts as 0.
+    """
+    weights = [0.0448, 0.2856, 0.3001, 0.2363, 0.1333]
+    weights = weights[:max(1, min(5, (min(a.shape[-2:]) // 11).bit_length()))]
+    a, b, product = luminance(a), luminance(b), 1.0
+    for j, w in enumerate(weights):
+        s, cs = similarity(a, b)
+        product = product * (s if j == len(weights) - 1 else cs).clamp(min=0) ** (w / sum(weights))
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return product
+
+
+def luminance(images):
+    """images (B, 3, H, W) in [-1, 1] -> (B, 1, H, W) in [0, 2], as SSIM needs it: ITU-R BT.601."""
+    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)[:, None, None]
+    return ((images.float() + 1) * weights).sum(1, keepdim=True)
+
+
+def similarity(a, b):
+    """SSIM, and its part of contrast and structure alone, of a, b (B, 1, H, W) in [0, 2] -> (B,), (B,)."""
     side = min(11, *a.shape[-2:])
     size = side - (side + 1) % 2                                                   # odd, to have a middle
     g = torch.exp(-(torch.arange(size, device=a.device) - size // 2).float().square() / (2 * 1.5**2))
     g = g / g.sum()
-    luma = torch.tensor([0.299, 0.587, 0.114], device=a.device)[:, None, None]     # ITU-R BT.601
 
     def blur(x):                                                                   # the window is separable
         return F.conv2d(F.conv2d(x, g.view(1, 1, -1, 1)), g.view(1, 1, 1, -1))
-    a, b = (((x.float() + 1) * luma).sum(1, keepdim=True) for x in (a, b))         # (B, 1, H, W) in [0, 2], as SSIM needs
     mu_a, mu_b = blur(a), blur(b)
     var_a, var_b, cov = blur(a * a) - mu_a**2, blur(b * b) - mu_b**2, blur(a * b) - mu_a * mu_b
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    s = (2 * mu_a * mu_b + c1) * (2 * cov + c2) / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))
-    return s.mean((1, 2, 3))
+    cs = (2 * cov + c2) / (var_a + var_b + c2)
+    s = cs * (2 * mu_a * mu_b + c1) / (mu_a**2 + mu_b**2 + c1)
+    return s.mean((1, 2, 3)), cs.mean((1, 2, 3))
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ Draw from a trained run: a labelled grid, an .npz batch for evaluators, an anima
     python sample.py RUN --prompt "a large green star on a red background"     # a run with --condition text
     python sample.py RUN --diffusion_steps 50:5                     # fewer denoising steps for later tokens (MAR)
     python sample.py --official mar_base.pth --vae kl16.ckpt --label 207        # MAR's weights: a golden retriever
-    python sample.py --official c2i_B_256.pt --vq vq_ds16_c2i.pt --label 207    # LlamaGen's
+    python sample.py --official c2i_B_256.pt --vq vq_ds16_c2i.pt --label 207    # LlamaGen's; TiTok's: --titok FILE
     python sample.py RUN --top_p 0.9 --clip 2 --guidance closed     # GIVT's sampling tricks; --beam 4: a likely image
+    python sample.py compress x.gif x.lfq --run runs/shapes-lfq     # a file of tokens (compression.py); decompress: back again
     python sample.py CLIPS --gif                                    # a run with --frames: film strips, and them moving
     python sample.py CLIPS --known_frames 5                         # ... how validation clips go on after 5 frames
 
@@ -20,6 +21,7 @@ Without --cfg and --temperature the defaults below are used; evaluate.py and tra
 import argparse
 import inspect
 import math
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,17 +33,19 @@ from PIL import Image
 
 import ar_transformer
 import data
+import lfq
 import mar
+import maskgit
+import titok
 import vae
 import vq
 from data import BadInput
-from maskgit import SCHEDULES
 
 DEFAULTS = {"ar-gmm": dict(cfg=1.5, temperature=0.9), "maskgit-gmm": dict(cfg=3.0, temperature=0.9),
             "mar-gmm": dict(cfg=1.5, temperature=0.9), "mar-diffusion": dict(cfg=4.0, temperature=1.0, cfg_schedule="constant"),
             "ar-diffusion": dict(cfg=2.5, temperature=1.0), "ar-categorical": dict(cfg=2.0, temperature=0.9),
             "maskgit-categorical": dict(cfg=3.0, temperature=1.0), "mar-categorical": dict(cfg=2.0, temperature=1.0),
-            "text": dict(cfg=3.0, temperature=1.0),
+            "text": dict(cfg=3.0, temperature=1.0), "titok": dict(cfg=4.5, temperature=9.5),               # L-32's, as published
             "segment": dict(cfg=1.0, temperature=0.9), "depth": dict(cfg=1.0, temperature=0.9)}
 TRICKS = ("steps", "schedule", "order", "choice_temperature", "guidance", "top_k", "top_p", "clip", "beam", "fan", "cfg_schedule", "cfg_interval",
           "diffusion_steps", "sampler", "spacing")
@@ -56,11 +60,18 @@ def draw_tokens(run, cond, cfg=None, temperature=None, on_step=None, beam=1, fan
     temperature = default["temperature"] if temperature is None else temperature
     if beam > 1:
         return run.generator.beam_search(cond.to(run.device), beam, fan, temperature, **tricks)[0]
-    return run.generator.sample(cond.to(run.device), cfg=default["cfg"] if cfg is None else cfg, temperature=temperature,
-                                on_step=on_step, **tricks)
+    return sampler_of(run)(cond.to(run.device), cfg=default["cfg"] if cfg is None else cfg, temperature=temperature,
+                           on_step=on_step, **tricks)
+
+
+def sampler_of(run):
+    """The method that draws: TiTok's own for its authors' weights."""
+    return run.generator.sample_titok if getattr(run.args, "titok", None) else run.generator.sample
 
 
 def default_of(run):
+    if getattr(run.args, "titok", None):
+        return DEFAULTS["titok"]
     if run.args.condition == "text" and run.args.head == "categorical":
         return DEFAULTS["text"]
     return DEFAULTS[run.args.task if run.source is not None else f"{run.args.generator}-{run.args.head}"]
@@ -83,9 +94,11 @@ def draw_samples(run, cond, cfg=None, temperature=None, batch_size=250, seed=0, 
 
 
 def official_run(args, device):
-    """--official with --vae or --vq -> the authors' weights as a run, like train.load_run; ImageNet's classes are numbers.
+    """--official with the file of its tokenizer -> the authors' weights as a run, like train.load_run; ImageNet's classes
+    are numbers.
 
-    MAR-B/L/H with their KL-16 VAE; LlamaGen's class- or text-conditional GPT with its vq_ds16 or vq_ds8.
+    MAR-B/L/H with their KL-16 VAE; LlamaGen's class- or text-conditional GPT with its vq_ds16 or vq_ds8; TiTok's generator
+    of ids with its tokenizer; Open-MAGVIT2's GPT with its.
     """
     def load(flag, path, read):
         if not Path(path).is_file():
@@ -95,22 +108,25 @@ def official_run(args, device):
                 return read(path)
         except Exception as e:                              # a damaged file, or one that from_official refuses by name
             raise BadInput(f"{flag} {path}: {str(e).splitlines()[0]}") from None
-    if (args.vae is None) == (args.vq is None):
-        raise BadInput("--official: name its tokenizer too, --vae kl16.ckpt for MAR or --vq vq_ds16_c2i.pt for LlamaGen")
-    if args.vae:
-        tokenizer = load("--vae", args.vae, vae.VAE.from_official)
-        generator = load("--official", args.official, mar.MAR.from_official)
-        flags = dict(generator="mar", head="diffusion", condition="class")
-    else:
-        tokenizer = load("--vq", args.vq, lambda path: vq.VQ.from_official(path, args.image_size))
-        generator = load("--official", args.official, lambda path: ar_transformer.ARTransformer.from_official(path, grid=tokenizer.grid))
-        texts = generator.caption is not None
-        flags = dict(generator="ar", head="categorical", condition="text" if texts else "class", text_len=generator.n_prefix)
-        if texts and (not args.prompt or not args.text_encoder):
-            raise BadInput(f"--official {args.official}: reads captions; give --prompt and --text_encoder google/flan-t5-xl")
+    kinds = {"vae": (vae.VAE, mar.MAR, "mar"), "vq": (vq.VQ, ar_transformer.ARTransformer, "ar"),
+             "lfq": (lfq.LFQ, ar_transformer.ARTransformer, "ar"), "titok": (titok.TiTok, maskgit.MaskGIT, "maskgit")}
+    named = [name for name in kinds if getattr(args, name)]
+    if len(named) != 1:
+        raise BadInput("--official: name its tokenizer too: --vae kl16.ckpt for MAR, --vq vq_ds16_c2i.pt for LlamaGen, "
+                       "--titok for TiTok, --lfq for Open-MAGVIT2")
+    (tokenizer_class, generator_class, name), file = kinds[named[0]], getattr(args, named[0])
+    sized = dict(image_size=args.image_size) if named[0] in ("vq", "lfq") else {}           # convolutions take any size
+    tokenizer = load(f"--{named[0]}", file, lambda path: tokenizer_class.from_official(path, **sized))
+    places = dict(grid=tokenizer.grid) if name == "ar" else {}
+    generator = load("--official", args.official, lambda path: generator_class.from_official(path, **places))
+    texts = getattr(generator, "caption", None) is not None
+    flags = dict(generator=name, head="diffusion" if name == "mar" else "categorical", condition="text" if texts else "class",
+                 text_len=getattr(generator, "n_prefix", None), titok=args.titok)
+    if texts and (not args.prompt or not args.text_encoder):
+        raise BadInput(f"--official {args.official}: reads captions; give --prompt and --text_encoder google/flan-t5-xl")
     ours, theirs = ((m.seq_len, m.token_dim or m.vocab_size) for m in (tokenizer, generator))
     if ours != theirs:
-        raise BadInput(f"--official {args.official}: writes {theirs[0]} tokens of {theirs[1]} numbers or ids, {args.vae or args.vq} "
+        raise BadInput(f"--official {args.official}: writes {theirs[0]} tokens of {theirs[1]} numbers or ids, {file} "
                        f"has {ours[0]} of {ours[1]}; is --image_size {args.image_size} right?")
     flags = argparse.Namespace(image_size=args.image_size, frames=1, mix="vector", text_encoder=args.text_encoder, data="",
                                **flags)
@@ -311,8 +327,7 @@ def main_clips(args, run, out, tricks):
             some = torch.cat([(labels == k).nonzero()[:few, 0] for k in labels.unique()])
             data.save_clips(gif, images[some], few, names)
     seconds = time.perf_counter() - start
-    print(f"{len(images)} clips in {seconds:.2f} s: {seconds / len(images):.4f} s per clip at batch "
-          f"{min(args.batch_size, len(images))}, fp32, {run.device.type}")
+    print(f"{len(images)} clips in {seconds:.2f} s, pictures included, fp32, {run.device.type}")
     if args.npz:
         np.savez(args.npz, arr_0=data.to_uint8(images).permute(0, 2, 3, 4, 1).numpy(), labels=labels.numpy())
     print("wrote " + ", ".join(str(path) for path in (args.npz, out, gif) if path))
@@ -351,7 +366,10 @@ def parse_args(argv=None):
     p.add_argument("--official", help="instead of a run: the authors' weights, such as mar_base.pth (README has the names)")
     p.add_argument("--vae", help="with --official, for MAR: the file of its tokenizer, kl16.ckpt")
     p.add_argument("--vq", help="with --official, for LlamaGen: the file of its tokenizer, such as vq_ds16_c2i.pt")
-    p.add_argument("--image_size", type=int, default=256, help="with --official, for LlamaGen: 256 (default), 384 or 512 pixels")
+    p.add_argument("--titok", help="with --official, for TiTok: the file of its tokenizer, such as tokenizer_titok_l32.bin")
+    p.add_argument("--lfq", help="with --official, for Open-MAGVIT2: the file of its tokenizer")
+    p.add_argument("--image_size", type=int, default=256,
+                   help="with --official, for LlamaGen and Open-MAGVIT2: 256 (default), 384 or 512 pixels")
     p.add_argument("--text_encoder", help="with --official, for LlamaGen's text-conditional files: google/flan-t5-xl, or its folder")
     p.add_argument("--n", type=int, help="number of samples (default: 8 per class, or 16 of one --class)")
     p.add_argument("--class", "--label", dest="cls", help="only this class, by name or number")
@@ -359,14 +377,14 @@ def parse_args(argv=None):
     p.add_argument("--temperature", type=float, help="below 1: closer to the mode; gmm: scales every sigma")
     p.add_argument("--batch_size", type=int, default=250, help="samples drawn at once")
     p.add_argument("--steps", type=int, help="maskgit, mar: passes in which all tokens are drawn (default: 12; mar: 64 or T)")
-    p.add_argument("--cfg_schedule", choices=["linear", "constant"],
-                   help="mar: guidance grows up to --cfg, or is the same throughout")
+    p.add_argument("--cfg_schedule", choices=["linear", "constant", "power-cosine"],
+                   help="mar, --titok: guidance grows up to --cfg, or is the same throughout; power-cosine: --titok only")
     p.add_argument("--diffusion_steps", help="diffusion head: denoising steps per token; 50:5 anneals them from first to last token")
     p.add_argument("--sampler", choices=["ancestral", "ddim", "heun", "euler"],
                    help="diffusion head: how noise is removed; heun and euler for --objective flow")
     p.add_argument("--spacing", choices=["strided", "official"],
                    help="diffusion head: which noise levels; official begins at t = 999")
-    p.add_argument("--schedule", choices=list(SCHEDULES), help="maskgit: how many tokens are revealed when (default: cosine)")
+    p.add_argument("--schedule", choices=list(maskgit.SCHEDULES), help="maskgit: how many tokens are revealed when (default: cosine)")
     p.add_argument("--order", choices=["confidence", "halton"],
                    help="maskgit: which tokens are revealed first: the most confident, or those far apart, whatever they say")
     p.add_argument("--choice_temperature", type=float, help="maskgit: noise in the choice of the tokens that stay")
@@ -393,8 +411,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if (args.run is None) == (args.official is None):
         raise BadInput("name a run folder, or weights with --official: one of them")
-    if (args.vae or args.vq or args.text_encoder) and not args.official:
-        raise BadInput("--vae, --vq, --text_encoder: go with --official; a run has them in it")
+    if (args.vae or args.vq or args.titok or args.lfq or args.text_encoder) and not args.official:
+        raise BadInput("--vae, --vq, --titok, --lfq, --text_encoder: go with --official; a run has them in it")
     return args
 
 
@@ -448,6 +466,7 @@ def check(args, run):
         raise BadInput(f"--fan {tricks.get('fan', 8)}: must be at least --beam {args.beam}")
     inner = getattr(run.generator, "generator", run.generator)                              # behind a flow adapter
     known = set(inspect.signature(inner.head.sample).parameters) | set(inspect.signature(inner.sample).parameters)
+    known = set(inspect.signature(sampler_of(run)).parameters) if getattr(run.args, "titok", None) else known
     known |= {"beam", "fan"} if hasattr(inner, "beam_search") and run.args.head != "diffusion" else set()
     for name in tricks:
         if name not in known:
@@ -460,6 +479,10 @@ def check(args, run):
 
 
 def main(argv=None):
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] in (["compress"], ["decompress"]):         # a program of its own, with its own flags
+        import compression
+        return compression.main(words)
     from train import load_run, pick_device
     args = parse_args(argv)
     device = pick_device(args.device)

@@ -4,6 +4,7 @@ Train any tokenizer, and any generator with any head on top of it.
     python train.py --tokenizer vae --head gmm                 # GIVT on the drawn shapes, CPU or CUDA
     python train.py --tokenizer vae --head gmm --data PATH     # ... on your images: class folders, .tar[.gz], .zip, .npz
     python train.py --tokenizer vq --head categorical          # LlamaGen: whole numbers as tokens, a softmax over them
+    python train.py --tokenizer lfq --vocab_size 262144 --groups 2         # ... of 2^18, as two digits of 2^9 (MAGVIT-v2)
     python train.py --tokenizer vae --generator maskgit        # ... tokens in parallel: GIVT-MaskGIT
     python train.py --tokenizer vae --generator mar --head diffusion       # MAR: random order, a diffusion loss per token
     python train.py --tokenizer vq --condition text            # ... from captions, not classes
@@ -54,8 +55,8 @@ STAGE1 = ("data", "image_size", "frames", "frame_step", "inflate", "flip", "n_sh
           "tok_steps", "tok_batch_size", "tok_lr", "token_dim", "channels", "likelihood", "beta", "corrupt", "vocab_size",
           "codebook", "tokens", "stage", "proxy", "proxy_flags", "perceptual", "lpips", "gan", "gan_loss", "gan_start", "adaptive")
 STAGE2 = STAGE1 + ("adapter", "generator", "head", "mix", "n_mix", "objective", "head_width", "head_depth", "batch_mul",
-                   "order", "attention", "n_buffer", "mask_min", "joint", "size", "steps", "batch_size", "lr", "optimizer",
-                   "label_drop", "dropout", "condition", "text_encoder", "text_len")
+                   "groups", "split", "order", "attention", "n_buffer", "mask_min", "joint", "size", "steps", "batch_size",
+                   "lr", "optimizer", "label_drop", "dropout", "condition", "text_encoder", "text_len")
 BOTH = ("weight_decay", "warmup", "grad_clip", "ema")
 
 TOKENIZERS = {"vae": (vae.VAE, vae.SIZES), "vq": (vq.VQ, vq.SIZES), "lfq": (lfq.LFQ, lfq.SIZES),
@@ -69,12 +70,13 @@ CODEBOOKS = {                                               # --codebook: unit l
     "plain": dict(l2_norm=False), "ema": dict(l2_norm=False, ema=0.99),                     # VQGAN's, and VQ-VAE's
 }
 DEFAULTS = {                                                # what a flag is when nobody says it
-    "any": dict(data="shapes", image_size=32, frames=1, flip=False, n_shapes=20_000, seed=0, task="class", condition="class",
+    "any": dict(data="shapes", image_size=32, frames=1, frame_step=None, inflate=None, flip=False, n_shapes=20_000, seed=0,
+                task="class", condition="class",
                 text_encoder="bytes", text_len=None, channels=3, likelihood="mse",
                 corrupt=0.0, vocab_size=None, codebook=None, tokens=None, stage="pixels", proxy=None, proxy_flags=None,
                 perceptual=0.0, lpips=None, gan=0.0, gan_loss="hinge", gan_start=None, adaptive=False, adapter="none",
                 mix="vector", n_mix=8, objective="diffusion",
-                batch_mul=4, order="random",
+                batch_mul=4, groups=1, split=None, order="random",
                 attention="bidirectional", joint=False, label_drop=0.1, weight_decay=0.02, warmup=50, grad_clip=1.0,
                 optimizer="muon"),
     "cpu": dict(tok_size="small", tok_steps=1000, tok_batch_size=32, tok_lr=4e-3, beta=0.02,
@@ -92,9 +94,9 @@ DEFAULTS = {                                                # what a flag is whe
     "cpu-segment": dict(steps=2000),
     "cpu-mar": dict(size="tiny", steps=7000, dropout=0.0, mask_min=0.0),                    # all counts: see mar.MAR
     "cuda-mar": dict(steps=16_000, dropout=0.0, mask_min=0.0),
-    "cpu-clips": dict(image_size=16, n_shapes=6000, tok_size="clips", tok_steps=1500, tok_batch_size=8,
-                      size="tiny", steps=3000),
-    "cuda-clips": dict(image_size=64, n_shapes=20_000, tok_size="medium", tok_batch_size=32, batch_size=128),
+    "cpu-clips": dict(image_size=16, n_shapes=6000, tok_size="clips", tok_steps=2600, tok_batch_size=8,
+                      size="tiny", steps=5000, batch_size=32),
+    "cuda-clips": dict(image_size=64, n_shapes=20_000, tok_size="clips-medium", tok_batch_size=32, batch_size=128),
 }
 
 
@@ -113,7 +115,7 @@ def parse_args(argv=None):
     g.add_argument("--data", help="`shapes` (drawn, no download), or a folder / .tar[.gz] / .zip of class folders, or an .npz")
     g.add_argument("--image_size", type=int, help="side of the square images, in pixels")
     g.add_argument("--frames", type=int, help="lfq: clips of so many frames, 1 + a multiple of 4 (drawn shapes move, and their "
-                                              "action is the class; of your files: see data.py)")
+                                              "action is the class; what files of yours are clips: see data.py)")
     g.add_argument("--frame_step", type=int, help="your clips: take every so manyth frame, and all windows of a file (default: "
                                                   "one, its frames spread evenly over the file)")
     g.add_argument("--n_shapes", type=int, help="how many drawn training images or clips")
@@ -165,6 +167,9 @@ def parse_args(argv=None):
     g.add_argument("--head_width", type=int, help="diffusion head: width of its MLP (default: that of the size)")
     g.add_argument("--head_depth", type=int, help="diffusion head: blocks of its MLP (default: that of the size)")
     g.add_argument("--batch_mul", type=int, help="diffusion head: noise levels per token and step")
+    g.add_argument("--groups", type=int, help="categorical head: cut an id into so many digits, drawn side by side (MAGVIT-v2: 2)")
+    g.add_argument("--split", type=int, nargs="+", metavar="BITS", help="categorical head of ar: cut an id into digits of so many "
+                                                                        "bits, drawn in turn (Open-MAGVIT2: 6 12)")
     g.add_argument("--order", choices=["random", "raster"], help="mar: the order in which tokens are written")
     g.add_argument("--attention", choices=["bidirectional", "causal"], help="mar: an encoder-decoder, or a GPT told where to write")
     g.add_argument("--n_buffer", type=int, help="mar: copies of the class, room to think in (default: that of the size)")
@@ -261,7 +266,8 @@ def check(args):
     if args.tok_size is not None and args.tok_size not in TOKENIZERS[args.tokenizer][1]:
         raise BadInput(f"--tok_size {args.tok_size}: --tokenizer {args.tokenizer} has {', '.join(TOKENIZERS[args.tokenizer][1])}")
     for name in ("frames", "frame_step", "image_size", "n_shapes", "tok_steps", "tok_batch_size", "steps", "batch_size", "n_mix",
-                 "token_dim", "vocab_size", "tokens", "text_len", "head_width", "head_depth", "batch_mul", "n_buffer", "log_every", "eval_every", "save_every"):
+                 "token_dim", "vocab_size", "tokens", "text_len", "head_width", "head_depth", "batch_mul", "groups", "n_buffer",
+                 "log_every", "eval_every", "save_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: must be at least 1")
     for name in ("tok_lr", "lr", "grad_clip"):
@@ -281,6 +287,12 @@ def check(args):
             raise BadInput(f"--{name} {getattr(args, name)}: must be below 1")
     if args.size is not None and args.generator in GENERATORS and args.size not in GENERATORS[args.generator][1]:
         raise BadInput(f"--size {args.size}: --generator {args.generator} has {', '.join(GENERATORS[args.generator][1])}")
+    if (args.split or args.groups not in (None, 1)) and args.head != "categorical":
+        raise BadInput("--groups, --split: cut ids into digits, so they go with --head categorical")
+    if args.split and args.groups not in (None, 1):
+        raise BadInput("--groups, --split: two ways to cut an id into digits; give one of them")
+    if args.split and args.generator not in ("ar", "none"):
+        raise BadInput("--split: only --generator ar predicts digits one after the other; use --groups 2")
     if args.head == "diffusion" and args.generator == "maskgit":
         raise BadInput("--head diffusion gives no density, and --generator maskgit keeps the tokens of highest density: use "
                        "--generator mar, or --head gmm")
@@ -314,6 +326,17 @@ def check_clips(args):
         raise BadInput("--perceptual: the classifier of clips looks at time too; give --lpips, which looks at frames")
     if args.frame_step and args.data in (None, "shapes"):
         raise BadInput("--frame_step: is for your own clips (--data); drawn ones have as many frames as asked for")
+
+
+def check_digits(args, V):
+    """Refuse --groups and --split that do not cut V ids into whole digits: before the tokenizer is trained."""
+    groups = args.groups or 1
+    if groups > 1 and (base := round(V ** (1 / groups))) ** groups != V:
+        raise BadInput(f"--groups {groups}: --vocab_size {V} must be a whole number to the power of {groups}, such as "
+                       f"{base ** groups}")
+    if args.split and (len(args.split) < 2 or min(args.split) < 1 or 1 << sum(args.split) != V):
+        raise BadInput(f"--split {' '.join(map(str, args.split))}: two or more numbers of bits, which add up to those of "
+                       f"--vocab_size {V}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -411,6 +434,7 @@ def with_losses(args, tokenizer, images, held_out, folder, device):
 def build_generator(args, tokenizer, num_classes, source=None):
     """The generator that the flags name, behind the flow where --adapter flow asks for it. source: the tokenizer of
     the images on which maps are conditioned (--task)."""
+    check_digits(args, tokenizer.vocab_size)
     model_class, sizes = GENERATORS[args.generator]
     size = sizes[args.size] | (dict(dropout=args.dropout) if args.dropout is not None else {})
     if args.condition == "text":
@@ -427,8 +451,11 @@ def build_generator(args, tokenizer, num_classes, source=None):
         net = mar.HEAD_SIZES.get(args.size, mar.HEAD_SIZES["mar-b"])
         head = diffusion_head.DiffusionHead(size["n_embd"], tokenizer.token_dim, args.head_width or net["width"],
                                             args.head_depth or net["depth"], args.objective, args.batch_mul)
+    elif args.split:                                        # as deep as Open-MAGVIT2's: a layer for every twelve
+        head = ar_transformer.SubTokenHead(size["n_embd"], tokenizer.vocab_size, args.split, max(1, size["n_layer"] // 12),
+                                           size["n_head"], size.get("multiple_of", 64))
     elif args.head == "categorical":
-        head = ar_transformer.CategoricalHead(size["n_embd"], tokenizer.vocab_size)         # the same code in all three files
+        head = ar_transformer.CategoricalHead(size["n_embd"], tokenizer.vocab_size, args.groups)    # one code in three files
     else:
         head = gmm_head.HEADS[args.mix](size["n_embd"], tokenizer.token_dim, args.n_mix)
     model = model_class(head, tokenizer.seq_len, num_classes, tokenizer.token_dim, tokenizer.vocab_size, tokenizer.grid,
@@ -591,8 +618,9 @@ class Pairs:
 
 
 class Stills:
-    """A set of clips in which one batch out of four is of single frames, each of them as an image: four of every clip, at
-    random. So one tokenizer learns both, with the same weights and codes; a batch is of one kind, so shapes stay static."""
+    """A set of clips in which every other batch, by chance, is of single frames, each of them as an image: four of every clip,
+    at random. So one tokenizer learns both, with the same weights and codes. A batch is of one kind, so shapes stay static; one
+    of stills costs a tenth of the other, for an image needs no time axis, and how things look is learnt from it as well."""
 
     def __init__(self, clips):
         self.clips = clips
@@ -602,7 +630,7 @@ class Stills:
 
     def batch(self, index):                                 # (B,) -> (B, 3, F, H, W) or (4B, 3, H, W), labels
         x, labels = self.clips.batch(index)
-        if torch.rand(()) >= 0.25:                          # on the CPU, from the seed of the step: alike in all processes
+        if torch.rand(()) >= 0.5:                           # on the CPU, from the seed of the step: alike in all processes
             return x, labels
         B, _, n, H, W = x.shape
         some = torch.rand(B, n, device=x.device).argsort(1)[:, :4]                          # (B, 4), none of them twice
@@ -889,6 +917,7 @@ def train_tokenizer(given, folder, world, begin=None):
         divisible(args.tok_batch_size, "--tok_batch_size", world)
         torch.manual_seed(args.seed)
         tokenizer = build_tokenizer(args)
+        check_digits(given, tokenizer.vocab_size)
         if args.stage == "proxy":
             tokenizer.proxy.load_state_dict(proxy.tokenizer.state_dict())
         if args.stage == "finetune":
