@@ -11,8 +11,9 @@ Each is an lfq.LFQ with another encoder and decoder: 9 frames of 16 x 16 pixels 
 quantiser, losses and clips, parameters equal within 4%, the same steps, batches and learning rate (tuned for none). All
 are causal: a token knows no frame after its own (tested). Measured on held-out clips by evaluate.py's rulers.
 
-    python experiments/video_designs.py                    # 5 designs x 2 budgets, about 10 minutes on one core
-    python experiments/video_designs.py --seeds 0 --steps 20 --n 200 --ruler_steps 20 --out /tmp/x         # does it run?
+    python experiments/video_designs.py                    # 5 designs, 3 minutes of processor time on one core
+    python experiments/video_designs.py --steps 400 1200   # a second budget beside it, 7 minutes more
+    python experiments/video_designs.py --steps 1 --n 72 --ruler_steps 2 --runs /tmp/x --out /tmp/x        # does it run?
 
 Writes results/video-designs.json and .png. What is already in --runs is not trained again.
 """
@@ -326,8 +327,9 @@ def save_figure(path, rows, floor, clip, strips):
                 ax.set_title(f"frame {t}", fontsize=9)
             if t == 0:
                 ax.set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
-    fig.suptitle(f"tokenizers of clips, equal parameters and tokens, after {' and '.join(map(str, budgets))} steps "
-                 "(darker: more; dots: seeds)\ndotted line: the distance between two sets of real clips", fontsize=11)
+    fig.suptitle(f"tokenizers of clips, equal parameters and tokens, after {' and '.join(map(str, budgets))} steps"
+                 + " (darker: more)" * (len(budgets) > 1) + "\n"
+                 "dots: seeds; dotted line: the distance between two sets of real clips", fontsize=11)
     fig.savefig(path, dpi=80)
     plt.close(fig)
 
@@ -335,7 +337,7 @@ def save_figure(path, rows, floor, clip, strips):
 def main(argv=None):
     p = argparse.ArgumentParser(description="C-ViViT, hybrid and causal 3-D CNN tokenizers at equal parameters and steps.")
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the first weights and of the batches")
-    p.add_argument("--steps", type=int, nargs="+", default=[400, 1200], help="training steps of every design: the budgets")
+    p.add_argument("--steps", type=int, nargs="+", default=[400], help="training steps of every design, one or more budgets")
     p.add_argument("--batch_size", type=int, default=8, help="clips per step")
     p.add_argument("--n", type=int, default=3000, help="training clips; a sixth as many are held out")
     p.add_argument("--ruler_steps", type=int, default=200, help="training steps of the two classifiers that measure")
