@@ -4,7 +4,7 @@ How should a tokenizer of clips look back in time? MAGVIT-v2's Table 5 at toy sc
     C-ViViT              patches; transformer within each frame, then a causal one along time (Phenaki's tokenizer)
     hybrid               an ordinary 3-D CNN on each block of four frames, then C-ViViT's causal transformer over the blocks
     causal 3-D CNN       lfq.py as it is
-      average pooling    ... whose three strided convolutions become a mean over the cell and a convolution
+      average pooling    ... whose two strided convolutions become a mean over the cell and a convolution
       no adaptive norm   ... whose decoder has plain norms
 
 Each is an lfq.LFQ with another encoder and decoder: 9 frames of 16 x 16 pixels to 3 x 4 x 4 ids of 10 bits, the same
@@ -12,7 +12,7 @@ quantiser, losses and clips, parameters equal within 4%, the same steps, batches
 are causal: a token knows no frame after its own (tested). Measured on held-out clips by evaluate.py's rulers.
 
     python experiments/video_designs.py                    # 5 designs, 3 minutes of processor time on one core
-    python experiments/video_designs.py --steps 400 1200   # a second budget beside it, 7 minutes more
+    python experiments/video_designs.py --steps 400 1200   # a second budget beside it, three times as long
     python experiments/video_designs.py --steps 1 --n 72 --ruler_steps 2 --runs /tmp/x --out /tmp/x        # does it run?
 
 Writes results/video-designs.json and .png. What is already in --runs is not trained again.
@@ -260,7 +260,7 @@ def measure(model, clips, actions, nets, real):
 
 def arm(design, seed, steps, clips, held_out, actions, nets, real, args):
     """Train and measure one design, unless that is done -> its row, its network."""
-    path = args.runs / f"{design.replace(' ', '-')}-{seed}-{steps}.pt"
+    path = args.runs / f"{design.replace(' ', '-')}-{seed}-{steps}x{args.batch_size}-of-{args.n}.pt"
     torch.manual_seed(seed)
     model = tokenizer(design)
     if not path.exists():
