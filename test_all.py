@@ -4056,6 +4056,44 @@ def test_learning_rate_rises_then_falls_to_zero():
     assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
 
 
+# experiments/claims.py: the list, the rule, the table
+
+def test_claims_are_listed_once_and_judged_by_the_rule(tmp_path):
+    sys.path.insert(0, str(ROOT / "experiments"))
+    try:
+        import claims
+    finally:
+        sys.path.remove(str(ROOT / "experiments"))
+    listed = call("experiments/claims.py", "--out", tmp_path).split("\n")
+    numbers = [int(line[:2]) for line in listed if line.strip()]
+    assert numbers == list(range(1, 24)) and all("not run" in line for line in listed if line.strip())
+    with pytest.raises(data.BadInput, match="not a claim"):
+        claims.main(["no-such-claim"])
+    # mean 1, standard error 0.289 (std 0.5 / sqrt 3): beyond two of them; 0.9 is the mean of a wider spread, 0.586
+    assert claims.decide([0.5, 1.0, 1.5]) == "holds" and claims.decide([-0.5, -1.0, -1.5]) == "does not hold"
+    assert claims.decide([0.0, 0.7, 2.0]) == "undecided here" and claims.decide([9.0]) == "undecided here"
+    arms = {"new": [dict(error=e) for e in (1.0, 1.1, 1.2)], "old": [dict(error=e) for e in (1.05, 1.15, 1.26)]}
+    verdict = lambda *words, **options: claims.judge_test(claims.test("error", *words, **options), arms)["verdict"]
+    assert verdict("new", "old") == "holds" and verdict("old", "new") == "does not hold"       # paired: 0.05 at each seed
+    assert verdict("old", "new", times=1.1) == "holds" and verdict("old", "new", give=0.1) == "holds"
+    assert verdict("new", "old", "higher") == "does not hold" and verdict("new", "old", "higher", give=0.1) == "holds"
+    claim = lambda *verdicts: claims.judge_claim([dict(verdict=v) for v in verdicts])
+    assert claim("holds", "holds") == "holds" and claim("holds", "undecided here") == "undecided here"
+    assert claim("holds", "undecided here", "does not hold") == "does not hold"
+    tests = [claims.judge_test(claims.test("error", "new", "old"), arms)]
+    (tmp_path / "few-steps.json").write_text(json.dumps(dict(tests=tests, verdict="holds")))
+    text = claims.table(tmp_path)
+    assert "error: new 1.10 +- 0.10, lower than old 1.15 +- 0.11: holds" in text
+    assert "**holds** (1 of 1 tests hold)" in text and "Not run: 1 (`gmm-components`)" in text and "`few-steps`" not in text
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- claims -->\nold\n<!-- /claims -->\nafter\n")
+    claims.fill_readme(readme, text)
+    assert readme.read_text() == f"before\n<!-- claims -->\n{text}\n<!-- /claims -->\nafter\n"
+    readme.write_text("no markers")
+    with pytest.raises(data.BadInput, match="markers"):
+        claims.fill_readme(readme, text)
+
+
 # ---------------------------------------------------------------------------------------------------
 # The house rules
 
