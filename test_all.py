@@ -11,6 +11,7 @@ import copy
 import csv
 import functools
 import io
+import json
 import math
 import os
 import re
@@ -4058,15 +4059,12 @@ def test_learning_rate_rises_then_falls_to_zero():
 
 # experiments/claims.py: the list, the rule, the table
 
-def test_claims_are_listed_once_and_judged_by_the_rule(tmp_path):
-    sys.path.insert(0, str(ROOT / "experiments"))
-    try:
-        import claims
-    finally:
-        sys.path.remove(str(ROOT / "experiments"))
-    listed = call("experiments/claims.py", "--out", tmp_path).split("\n")
-    numbers = [int(line[:2]) for line in listed if line.strip()]
-    assert numbers == list(range(1, 24)) and all("not run" in line for line in listed if line.strip())
+def test_claims_are_listed_once_and_judged_by_the_rule(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import claims
+    claims.main(["--out", str(tmp_path)])
+    listed = capsys.readouterr().out.strip("\n").split("\n")
+    assert [int(line[:2]) for line in listed] == list(range(1, 24)) and all("not run" in line for line in listed)
     with pytest.raises(data.BadInput, match="not a claim"):
         claims.main(["no-such-claim"])
     # mean 1, standard error 0.289 (std 0.5 / sqrt 3): beyond two of them; 0.9 is the mean of a wider spread, 0.586
