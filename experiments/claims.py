@@ -123,7 +123,8 @@ class Lab:
         if not path.exists():
             raise train.BadInput(f"{path} is missing: run `{command}` first, this claim reads what it measured")
         result = json.loads(path.read_text())
-        self.source = dict(scale=f"that of experiments/results/{name}.json", machine=result["machine"], date=result["date"])
+        self.source = dict(scale=f"that of experiments/results/{name}.json", machine=result["machine"], date=result["date"],
+                           seconds=result.get("seconds", result.get("wall_s")))
         return result
 
     def judge(self):
@@ -811,7 +812,7 @@ def run_claim(name, lab, out):
     save_figure(out / f"{name}.png", result)
     for t in tests:
         print(sentence(t))
-    print(f"{name}: {result['verdict']}   ({result['seconds']:.0f} s, shared runs included)", flush=True)
+    print(f"{name}: {result['verdict']}   ({sum(lab.spent.values()):.0f} s, shared runs included)", flush=True)
     return result
 
 
