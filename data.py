@@ -18,6 +18,8 @@ Shapes:  B batch, N images in a set, F frames, H W pixels
     python data.py             # draws data.png: the ten classes, captions, masks, clips; about 10 s on 2 CPU cores
     python data.py --data PATH # the same for your images: one folder per class, or .tar[.gz], .zip, .npz
 
+With --frames 17 the files are clips: GIFs, animated WebPs, folders of pictures, or films (see read_clip).
+
 Try it yourself:
   1. Add a class: a heart is the union of a rotated square and two discs. Add it to SHAPES and distance().
   2. Draw with image_size=8. Which classes can you still tell apart? Can the classifier of evaluate.py?
@@ -26,6 +28,7 @@ Try it yourself:
 import argparse
 import io
 import math
+import re
 import tarfile
 import threading
 import time
@@ -35,7 +38,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 SHAPES = ("disc", "triangle", "square", "pentagon", "star", "trefoil", "ring", "cross", "bar", "crescent")
 ACTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "shrinks",
@@ -51,6 +54,8 @@ PLACES = ("in the upper left", "at the top", "in the upper right", "at the left"
 SMALL, LARGE = 0.58, 0.86                                  # radius of a shape, in half image widths
 VAL_INDEX = 1 << 30                                        # validation pictures start here, training at 0
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
+ANIMATED = {".gif", ".webp"}                               # where clips are wanted, each of these is one
+FILMS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".y4m"}          # read by the optional package av
 
 
 class BadInput(SystemExit):
@@ -215,9 +220,10 @@ def captions(index, seed=0, video=False):
 # A set of images, and the ways to get one
 
 class ImageSet:
-    """N images with class labels, ready to be drawn in batches.
+    """N images or clips with class labels, ready to be drawn in batches.
 
     images: (N, 3, H, W) uint8 tensor, on the device where it fits, or a StreamedFiles; labels: (N,) int64 on `device`.
+    Clips: (N, 3, F, H, W), and so are the batches.
     With one_hot = n, images are maps (N, 1, H, W) of values 0 .. n - 1, and batch() gives n channels of -1 and 1.
     """
 
@@ -227,6 +233,11 @@ class ImageSet:
 
     def __len__(self):
         return len(self.labels)
+
+    @property
+    def frames(self):
+        """F of a set of clips, 1 of a set of images."""
+        return self.images.shape[2] if getattr(self.images, "ndim", 4) == 5 else 1
 
     def batch(self, index):
         """index (B,) int64 on the CPU -> images (B, 3, H, W) float32 in [-1, 1], labels (B,), both on the device."""
@@ -244,7 +255,7 @@ class ImageSet:
         else:
             images = images.float() / 127.5 - 1
         if self.flip:
-            turned = torch.rand(len(images), 1, 1, 1, device=self.device) < 0.5
+            turned = torch.rand(len(images), *[1] * (images.ndim - 1), device=self.device) < 0.5
             images = torch.where(turned, images.flip(-1), images)
         return images, labels
 
@@ -273,15 +284,20 @@ def order(n, batch_size, step, seed=0, _cache={}):
 
 
 def load(data="shapes", image_size=32, split="train", device="cpu", seed=0, flip=False, skip_bad=False,
-         n_shapes=None, max_bytes=None, task="class"):
+         n_shapes=None, max_bytes=None, task="class", frames=1, frame_step=None):
     """The training or validation set named by --data, as an ImageSet.
 
     data: "shapes", or a path to class folders / a .tar, .tar.gz or .zip of them / an .npz with `images` (N, H, W, 3)
     uint8 and `labels` (N,). max_bytes: a larger set is decoded while training (default: half of the free memory).
     task: "class" gives images; of the drawn world also their maps, in the same order: "segment", one channel for the
     ground and one for each class, or "depth", the signed distance to the outline in half image widths, cut off at -1 and 1.
+    frames: more than one gives clips of so many; the classes of drawn clips are the ACTIONS. frame_step: see read_clip.
     Raises BadInput, in one sentence, for a path that is absent, empty, has an empty class or an unreadable image.
     """
+    if frames > 1:
+        if data == "shapes":
+            return draw_clip_set(image_size, frames, split, device, seed, n_shapes)
+        return load_clips(data, image_size, frames, frame_step, split, device, flip, skip_bad, max_bytes)
     if data == "shapes":
         n = n_shapes or (20_000 if split == "train" else 2_000)
         start = 0 if split == "train" else VAL_INDEX
@@ -324,6 +340,49 @@ def load(data="shapes", image_size=32, split="train", device="cpu", seed=0, flip
         if len(set(labels)) < len(classes):
             raise BadInput(f"--data {data}: without its unreadable images a class is empty")
     return ImageSet(images.to(device), torch.tensor(labels), classes, device, flip, texts)
+
+
+def draw_clip_set(image_size, frames, split, device, seed=0, n=None):
+    """The drawn world in motion, 4000 clips to learn from and 1000 to validate -> an ImageSet whose classes are ACTIONS."""
+    n = n or (4000 if split == "train" else 1000)
+    if n * 3 * frames * image_size**2 > free_bytes(device) // 2:
+        raise BadInput(f"{n} clips of {frames} frames at {image_size} pixels do not fit into memory: give less of "
+                       "--n_shapes, --frames or --image_size")
+    clips = torch.empty(n, 3, frames, image_size, image_size, dtype=torch.uint8, device=device)
+    actions = torch.empty(n, dtype=torch.long, device=device)
+    for i in torch.arange(n, device=device).split(max(1, 2000 // frames)):              # drawn in float32: a few at a time
+        x, actions[i], _ = draw_clips(i + (0 if split == "train" else VAL_INDEX), image_size, frames, seed)
+        clips[i] = to_uint8(x)
+    return ImageSet(clips, actions, ACTIONS, device)
+
+
+def load_clips(data, image_size, frames, frame_step, split, device, flip, skip_bad, max_bytes=None):
+    """Your own clips, see read_clip, in class folders or an archive of them -> an ImageSet. Split like images, file by file,
+    so that no two windows of one film stand on both sides."""
+    path = Path(data)
+    if not path.exists():
+        raise BadInput(f"--data {data}: there is no such file or folder (use `shapes` for the drawn world)")
+    if path.suffix == ".npz":
+        raise BadInput(f"--data {data}: clips are read from class folders or an archive of them, not from an .npz")
+    files, labels, classes = list_split(path, split, clips=True)
+    fits = max_bytes if max_bytes is not None else free_bytes(device) // 4
+    clips, kept, bad = [], [], []
+    for (name, opener, *_), label in zip(files, labels):
+        try:
+            clips += read_clip(name, opener, image_size, frames, frame_step)
+            kept += [label] * (len(clips) - len(kept))
+        except BadInput as e:
+            if not skip_bad or "pip install" in str(e):
+                raise
+            bad.append(name)
+        if len(clips) * 3 * frames * image_size**2 > fits:
+            raise BadInput(f"--data {data}: more clips of {frames} frames at {image_size} pixels than fit into memory: give "
+                           "less of --frames or --image_size, or fewer files")
+    if bad:
+        print(f"--skip_bad: left out {len(bad)} clips that are unreadable or too short, the first is {bad[0]}")
+        if len(set(kept)) < len(classes):
+            raise BadInput(f"--data {data}: without its unreadable and short clips a class is empty")
+    return ImageSet(torch.stack(clips).to(device), torch.tensor(kept), classes, device, flip)
 
 
 def to_uint8(images):
@@ -376,10 +435,11 @@ def list_files(path):
     return sorted(files, key=lambda f: f[0]), sorted(folders - {""})
 
 
-def list_split(path, split):
+def list_split(path, split, clips=False):
     """-> files of one split [(name, opener)], labels [int], class names. Classes are the folders, sorted.
 
     Understands train/ beside val/, valid/ or test/; without them every tenth image of a class is for validation.
+    clips: the same with clips_of() in the place of images.
     """
     files, folders = list_files(path)
     tops = {name.split("/")[0] for name, _ in files} | {f.split("/")[0] for f in folders}
@@ -390,28 +450,32 @@ def list_split(path, split):
             files = [(n.removeprefix(top), o) for n, o in inside]
             folders = [f.removeprefix(top) for f in folders if f.startswith(top)]
             tops = {name.split("/")[0] for name, _ in files}
-    images = [(n, o) for n, o in files if Path(n).suffix.lower() in IMAGE_ENDINGS]
+    images = clips_of(files) if clips else [(n, o) for n, o in files if Path(n).suffix.lower() in IMAGE_ENDINGS]
+    kind, endings = ("clip", ANIMATED | FILMS) if clips else ("image", IMAGE_ENDINGS)
     texts = {n: o for n, o in files if n.endswith(".txt")}
     if not images:
-        raise BadInput(f"--data {path}: no images in it (endings: {' '.join(sorted(IMAGE_ENDINGS))})")
+        raise BadInput(f"--data {path}: no {kind}s in it (endings: {' '.join(sorted(endings))})")
     held_out = next((t for t in ("val", "valid", "validation", "test") if t in tops), None)
     levels = ("train", held_out) if "train" in tops and held_out else ("train",) if "train" in tops else ("",)
     inside = lambda level: [(n, o) for n, o in images if not level or n.startswith(level + "/")]
     depth = 1 if levels[0] else 0
     class_of = lambda name: name.split("/")[depth] if name.count("/") > depth else None
     loose = next((n for n, _ in inside(levels[0]) if class_of(n) is None), None)
+    if loose and clips:
+        raise BadInput(f"--data {path}: {loose} lies in no class folder: one subfolder per class holds its clips, and "
+                       "a clip of single pictures is a folder in there")
     if loose:
         raise BadInput(f"--data {path}: {loose} lies in no class folder: put the images into one subfolder per class")
     classes = sorted({class_of(n) for n, _ in inside(levels[0])})
     for folder in folders:
         part = folder.split("/")
         if len(part) == depth + 1 and (not depth or part[0] == "train") and part[-1] not in classes:
-            raise BadInput(f"--data {path}: the class folder {folder} holds no image: fill it or remove it")
+            raise BadInput(f"--data {path}: the class folder {folder} holds no {kind}: fill it or remove it")
     level = levels[0] if split == "train" else levels[-1]
     chosen = inside(level)
     unknown = next((n for n, _ in chosen if class_of(n) not in classes), None)
     if unknown:
-        raise BadInput(f"--data {path}: {unknown} belongs to a class that has no images in {levels[0]}/")
+        raise BadInput(f"--data {path}: {unknown} belongs to a class that has no {kind}s in {levels[0]}/")
     if len(levels) == 1:
         counts, kept = {}, []
         for n, o in chosen:
@@ -420,15 +484,31 @@ def list_split(path, split):
                 kept.append((n, o))
         chosen = kept
         if not chosen:
-            raise BadInput(f"--data {path}: too few images to hold out a tenth: each class needs at least ten")
+            raise BadInput(f"--data {path}: too few {kind}s to hold out a tenth: each class needs at least ten")
     if not chosen:
-        raise BadInput(f"--data {path}: no images in {level}/, which is for {'training' if split == 'train' else 'validation'}")
+        what = "training" if split == "train" else "validation"
+        raise BadInput(f"--data {path}: no {kind}s in {level}/, which is for {what}")
     files = [(f"{path}/{n}", o) for n, o in chosen]
     for i, (n, o) in enumerate(chosen):                     # a caption beside the image: name.txt beside name.jpg
         text = texts.get(str(Path(n).with_suffix(".txt")).replace("\\", "/"))
         if text:
             files[i] = (files[i][0], o, text)
     return files, [classes.index(class_of(n)) for n, _ in chosen], classes
+
+
+def clips_of(files):
+    """Files [(name, opener)] -> clips, the same: an animation or a film is one, a folder of pictures another. The opener of
+    such a folder gives the files in it, frame 10 after frame 9."""
+    clips, folders = [], {}
+    for name, opener in files:
+        ending = Path(name).suffix.lower()
+        if ending in ANIMATED | FILMS:
+            clips.append((name, opener))
+        elif ending in IMAGE_ENDINGS:
+            folders.setdefault(Path(name).parent.as_posix(), []).append((name, opener))
+    by_number = lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file[0])]
+    clips += [(name, lambda inside=sorted(inside, key=by_number): inside) for name, inside in folders.items()]
+    return sorted(clips, key=lambda clip: clip[0])
 
 
 def read_texts(files):
@@ -445,6 +525,47 @@ def read_image(name, opener, image_size):
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise BadInput(f"{name}: not a readable image ({e}); remove it, or leave such files out with --skip_bad") from None
     return torch.from_numpy(centre_crop(image, image_size)).permute(2, 0, 1)
+
+
+def read_clip(name, opener, image_size, frames, frame_step=None):
+    """One clip -> a list of windows (3, F, H, W) uint8, cropped like images. Which frames of it:
+
+    frame_step None: one window, its frames evenly spread from the first to the last, so that an action is seen whole.
+    frame_step n: every n-th frame, and of these as many windows, one behind the other, as there are.
+    """
+    try:
+        pictures = [centre_crop(picture, image_size) for picture in pictures_of(name, opener())]
+    except (OSError, SyntaxError, ValueError, IndexError, EOFError, Image.DecompressionBombError) as e:
+        raise BadInput(f"{name}: not a readable clip ({e}); remove it, or leave such files out with --skip_bad") from None
+    pictures = pictures[::frame_step]
+    if len(pictures) < frames:
+        every = f" with --frame_step {frame_step}" if frame_step else ""
+        raise BadInput(f"{name}: has {len(pictures)} frames{every}, fewer than --frames {frames}; remove it, or leave such "
+                       "files out with --skip_bad")
+    if frame_step is None:
+        pictures = [pictures[i] for i in np.linspace(0, len(pictures) - 1, frames).round().astype(int)]
+    clip = torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2)                         # (3, all of them, H, W)
+    return [window.contiguous() for window in clip.split(frames, 1) if window.shape[1] == frames]
+
+
+def pictures_of(name, content):
+    """The contents of a clip, bytes or a list of picture files -> PIL images, one after the other."""
+    if isinstance(content, list):
+        for _, opener in content:
+            yield Image.open(io.BytesIO(opener())).convert("RGB")
+    elif Path(name).suffix.lower() in FILMS:
+        try:
+            import av
+        except ImportError:
+            raise BadInput(f"{name}: to read films takes the optional package av: pip install av") from None
+        with av.open(io.BytesIO(content)) as film:
+            for frame in film.decode(video=0):
+                yield frame.to_image()
+    else:
+        with Image.open(io.BytesIO(content)) as animation:
+            for i in range(getattr(animation, "n_frames", 1)):
+                animation.seek(i)
+                yield animation.convert("RGB")
 
 
 def centre_crop(image, image_size):
@@ -534,6 +655,43 @@ def save_class_grid(path, images, labels, classes, title=""):
     save_rows(path, [r for r in rows if len(r[1])], title)
 
 
+def film(clip, n=9, given=0):
+    """A clip (3, F, H, W) as a strip: n of its frames, evenly chosen -> (n, 3, H', W'). The first `given` frames of the clip
+    get a green edge."""
+    index = torch.linspace(0, clip.shape[1] - 1, min(n, clip.shape[1])).round().long()
+    return edged(clip[:, index].transpose(0, 1), index < given) if given else clip[:, index].transpose(0, 1)
+
+
+def edged(images, which):
+    """images (N, 3, H, W) in [-1, 1] -> the same, enlarged to about 48 pixels, inside an edge: green where which (N,), else
+    white."""
+    scale = max(1, 48 // images.shape[-1])
+    images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    colour = torch.where(which[:, None].cpu(), torch.tensor([-0.6, 0.6, -0.6]), torch.ones(3))              # (N, 3)
+    sheet = colour[:, :, None, None].repeat(1, 1, images.shape[2] + 6, images.shape[3] + 6)
+    sheet[:, :, 3:-3, 3:-3] = images
+    return sheet
+
+
+def save_clips(path, clips, columns, names=(), ms=110, given=0):
+    """Moving pictures: clips (N, 3, F, H, W) in [-1, 1] in a grid -> a GIF. names: of the rows. given: see film()."""
+    clips = clips.detach().cpu()
+    F_, H = clips.shape[2], clips.shape[3]
+    scale = 1 if given else max(1, 64 // H)
+    wide = 6 * max(map(len, names)) + 6 if names else 0     # the letters of Pillow's own font are 6 pixels wide
+    pictures = []
+    for t in range(F_):
+        frames = edged(clips[:, :, t], torch.full((len(clips),), t < given)) if given else clips[:, :, t]
+        sheet = Image.fromarray(tile(frames, columns, gap=2, scale=scale))
+        picture = Image.new("RGB", (wide + sheet.width, sheet.height), "white")
+        picture.paste(sheet, (wide, 0))
+        for row, name in enumerate(names):
+            y = ((row + 0.5) * (frames.shape[2] + 2) - 1) * scale - 6
+            ImageDraw.Draw(picture).text((3, y), name, fill="black")
+        pictures.append(picture)
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=[ms] * (F_ - 1) + [6 * ms], loop=0)
+
+
 # ---------------------------------------------------------------------------------------------------
 # Demo
 
@@ -583,17 +741,20 @@ def main():
     parser = argparse.ArgumentParser(description="Draw the shapes world, or look at your own images.")
     parser.add_argument("--data", default="shapes", help="`shapes`, or a folder / archive / npz of class folders")
     parser.add_argument("--image_size", type=int, default=32, help="side of the square pictures, in pixels")
+    parser.add_argument("--frames", type=int, default=1, help="with --data PATH: more than 1 reads clips of so many frames")
     args = parser.parse_args()
     if args.data == "shapes":
         demo_shapes(args.image_size)
     else:
         start = time.perf_counter()
-        train, val = (load(args.data, args.image_size, split) for split in ("train", "val"))
-        print(f"{len(train)} training and {len(val)} validation images, {len(train.classes)} classes: "
+        train, val = (load(args.data, args.image_size, split, frames=args.frames) for split in ("train", "val"))
+        what = "images" if args.frames == 1 else f"clips of {args.frames} frames"
+        print(f"{len(train)} training and {len(val)} validation {what}, {len(train.classes)} classes: "
               f"{', '.join(train.classes)}; read in {time.perf_counter() - start:.1f} s")
-        n = min(len(train), 4000)
+        n = min(len(train), 4000 // args.frames)
         images, labels = train.batch(order(len(train), n, 0))
         rows = [(c, images[labels == k][:12]) for k, c in enumerate(train.classes[:20])]
+        rows = rows if args.frames == 1 else [(c, film(x[0])) for c, x in rows if len(x)]
         save_rows("data.png", [r for r in rows if len(r[1])], f"{args.data} at {args.image_size} x {args.image_size}")
     print("wrote data.png")
 

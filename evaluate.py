@@ -15,6 +15,8 @@ with the floor printed below it (real training images), but not with any paper.
     python evaluate.py runs/shapes-vae-ar-gmm --fid   # the real FID too; needs `pip install clean-fid`
     python evaluate.py runs/shapes-vae-ar-gmm --probe # what each layer knows about the class: probe.png, and nothing else
 
+A run on clips (train.py --frames) gets two rulers: ClipCNN, which tells what happens in a clip, and SmallCNN for its frames.
+
 The first run on a data set also trains the classifier: 40 s for the shapes on one core of an AMD EPYC.
 
 Try it yourself:
@@ -39,9 +41,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
+import lfq
 import sample
 import train
 import vae
+from perceptual_gan import as_frames
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -62,20 +66,48 @@ def ssim(a, b):
     Their settings: 11 x 11 Gaussian window of sigma 1.5 (smaller where the image is), K1 = 0.01, K2 = 0.03, mean
     over the windows that lie inside the image. Their dynamic range L is 2 here.
     """
+    return similarity(luminance(a), luminance(b))[0]
+
+
+def ms_ssim(a, b):
+    """SSIM over several scales (Wang, Simoncelli, Bovik 2003): images (B, 3, H, W) in [-1, 1] -> (B,), 0 to 1.
+
+    prod_j (contrast and structure at scale j)^w_j, with the brightness too at the last; from scale to scale the image is
+    halved by averaging 2 x 2 pixels. The five scales ask for 176 pixels, since the window has 11 at each; a smaller image
+    has fewer, the w_j of which are scaled to the sum 1: 88 pixels four, 44 three, 22 two, less one, which is SSIM. Compare
+    only values of as many scales. A negative mean, whose power would not be real, counts as 0.
+    """
+    weights = [0.0448, 0.2856, 0.3001, 0.2363, 0.1333]
+    weights = weights[:max(1, min(5, (min(a.shape[-2:]) // 11).bit_length()))]
+    a, b, product = luminance(a), luminance(b), 1.0
+    for j, w in enumerate(weights):
+        s, cs = similarity(a, b)
+        product = product * (s if j == len(weights) - 1 else cs).clamp(min=0) ** (w / sum(weights))
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return product
+
+
+def luminance(images):
+    """images (B, 3, H, W) in [-1, 1] -> (B, 1, H, W) in [0, 2], as SSIM needs it: ITU-R BT.601."""
+    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)[:, None, None]
+    return ((images.float() + 1) * weights).sum(1, keepdim=True)
+
+
+def similarity(a, b):
+    """SSIM, and its part of contrast and structure alone, of a, b (B, 1, H, W) in [0, 2] -> (B,), (B,)."""
     side = min(11, *a.shape[-2:])
     size = side - (side + 1) % 2                                                   # odd, to have a middle
     g = torch.exp(-(torch.arange(size, device=a.device) - size // 2).float().square() / (2 * 1.5**2))
     g = g / g.sum()
-    luma = torch.tensor([0.299, 0.587, 0.114], device=a.device)[:, None, None]     # ITU-R BT.601
 
     def blur(x):                                                                   # the window is separable
         return F.conv2d(F.conv2d(x, g.view(1, 1, -1, 1)), g.view(1, 1, 1, -1))
-    a, b = (((x.float() + 1) * luma).sum(1, keepdim=True) for x in (a, b))         # (B, 1, H, W) in [0, 2], as SSIM needs
     mu_a, mu_b = blur(a), blur(b)
     var_a, var_b, cov = blur(a * a) - mu_a**2, blur(b * b) - mu_b**2, blur(a * b) - mu_a * mu_b
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    s = (2 * mu_a * mu_b + c1) * (2 * cov + c2) / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))
-    return s.mean((1, 2, 3))
+    cs = (2 * cov + c2) / (var_a + var_b + c2)
+    s = cs * (2 * mu_a * mu_b + c1) / (mu_a**2 + mu_b**2 + c1)
+    return s.mean((1, 2, 3)), cs.mean((1, 2, 3))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -141,21 +173,56 @@ class SmallCNN(nn.Module):
         return self.classify(self.features(images).relu())
 
 
-def train_classifier(train_set, val_set, seed=0, steps=600, batch_size=128, lr=4e-3):
-    """Train a SmallCNN on data.ImageSets -> the network in eval mode, its validation accuracy in [0, 1].
+class ClipCNN(nn.Module):
+    """SmallCNN with a third dimension, time: (B, 3, F, H, W) -> num_classes logits. From 8 pixels and 1 frame."""
 
-    A fixed number of steps, so the result depends on the seed and the data only, not on how fast the machine is.
+    def __init__(self, num_classes, n_features=128):
+        super().__init__()
+        layers, width = [], 3
+        for n_out, stride in ((24, 1), (48, 2), (96, 2), (128, 2)):
+            layers += [nn.Conv3d(width, n_out, 3, stride, 1, bias=False), nn.BatchNorm3d(n_out), nn.ReLU()]
+            width = n_out
+        self.stages = nn.Sequential(*layers)
+        self.embed = nn.Linear(width, n_features)
+        self.norm = nn.BatchNorm1d(n_features, affine=False)
+        self.classify = nn.Linear(n_features, num_classes)
+
+    def features(self, clips):
+        """clips (B, 3, F, H, W) in [-1, 1] -> (B, 128) float32, mean 0 and variance 1 over the training clips."""
+        if clips.shape[-1] > 32:
+            clips = F.adaptive_avg_pool3d(clips, (clips.shape[2], 32, 32))
+        return self.norm(self.embed(self.stages(clips).mean((2, 3, 4))).float())
+
+    def forward(self, clips):
+        """clips (B, 3, F, H, W) -> logits (B, num_classes)"""
+        return self.classify(self.features(clips).relu())
+
+
+def new_ruler(image_set, device):
+    """An untrained classifier for the images, or the clips, of a data.ImageSet."""
+    if image_set.frames > 1:
+        return ClipCNN(len(image_set.classes)).to(device)
+    return SmallCNN(len(image_set.classes)).to(device, memory_format=torch.channels_last)
+
+
+def train_classifier(train_set, val_set, seed=0, steps=600, batch_size=128, lr=4e-3):
+    """Train a SmallCNN on data.ImageSets, or a ClipCNN -> the network in eval mode, its validation accuracy in [0, 1].
+
+    A fixed number of steps, so the result depends on the seed and the data only, not on how fast the machine is. A batch
+    holds a fourth as many clips: each is a lesson of many frames.
     """
     device, fast = train_set.device, train.native_bf16(train_set.device)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = SmallCNN(len(train_set.classes)).to(device, memory_format=torch.channels_last)
+        net = new_ruler(train_set, device)
+        batch_size = batch_size if train_set.frames == 1 else batch_size // 4
         opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
         for step in range(steps):
             images, labels = train_set.batch(data.order(len(train_set), batch_size, step, seed))
             (dy, dx), (H, W) = torch.randint(5, (2,)).tolist(), images.shape[-2:]  # move it by up to 2 pixels
-            images = F.pad(images, (2, 2, 2, 2), mode="replicate")[:, :, dy:dy + H, dx:dx + W]
+            edges = (2, 2, 2, 2) + (0, 0) * (images.ndim - 4)                      # of a clip, all frames together
+            images = F.pad(images, edges, mode="replicate")[..., dy:dy + H, dx:dx + W]
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast):
                 logits = net(images)
             loss = F.cross_entropy(logits.float(), labels)
@@ -168,20 +235,20 @@ def train_classifier(train_set, val_set, seed=0, steps=600, batch_size=128, lr=4
 
 
 def classifier_for(run, device, train_set=None, val_set=None, seed=0):
-    """The classifier of a run's data -> SmallCNN on `device` in eval mode, its validation accuracy in [0, 1].
+    """The classifier of a run's data -> SmallCNN or ClipCNN on `device` in eval mode, its validation accuracy in [0, 1].
 
     Trained once, then read from <parent of the run>/cache/classifier-<key>.pt. The key covers data, seed and source
     of the classifier, so an edited one is trained anew. The flag --seed stays out: a ruler must not change.
     """
     train_set = train.open_data(run.args, "train", device) if train_set is None else train_set
-    some = train_set.images[torch.linspace(0, len(train_set) - 1, 100).long()].cpu()   # (100, 3, H, W) uint8
+    some = train_set.images[torch.linspace(0, len(train_set) - 1, 100).long()].cpu()   # (100, 3, [F,] H, W) uint8
     what = [str(run.args.data), tuple(some.shape), len(train_set), train_set.classes, seed,
-            inspect.getsource(SmallCNN), inspect.getsource(train_classifier)]
+            inspect.getsource(SmallCNN if train_set.frames == 1 else ClipCNN), inspect.getsource(train_classifier)]
     key = hashlib.sha1(repr(what).encode() + some.numpy().tobytes()).hexdigest()[:12]
     path = Path(run.folder).resolve().parent / "cache" / f"classifier-{key}.pt"
     if path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
-        net = SmallCNN(len(train_set.classes)).to(device, memory_format=torch.channels_last).eval()
+        net = new_ruler(train_set, device).eval()
         net.load_state_dict(saved["model"])
         return net, saved["accuracy"]
     start = time.perf_counter()
@@ -189,7 +256,8 @@ def classifier_for(run, device, train_set=None, val_set=None, seed=0):
     net, accuracy = train_classifier(train_set, val_set, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     train.save_atomically(dict(model=net.state_dict(), accuracy=accuracy), path)      # no run ever reads half a file
-    print(f"trained a classifier of the real images in {time.perf_counter() - start:.0f} s, kept as {path}")
+    what = "images" if train_set.frames == 1 else "clips"
+    print(f"trained a classifier of the real {what} in {time.perf_counter() - start:.0f} s, kept as {path}")
     return net, accuracy
 
 
@@ -442,6 +510,102 @@ def real_fid(cleanfid, images, val_set, index, device):
 
 
 # ---------------------------------------------------------------------------------------------------
+# Clips: what happens in them, and what their frames look like
+
+def single_frames(run, clips, split):
+    """Four frames of each clip of an ImageSet -> an ImageSet of images, to train the ruler of frames on. Its classes are
+    those of the clips, but in the drawn world the shapes, for a single frame hardly tells what happens."""
+    labels, classes = clips.labels, clips.classes
+    if run.args.data == "shapes":
+        index = torch.arange(len(clips)) + (data.VAL_INDEX if split == "val" else 0)
+        labels, classes = data.scene(index, run.args.seed, video=True)["label"], data.SHAPES
+    some = torch.linspace(0, clips.frames - 1, 4).long()
+    return data.ImageSet(as_frames(clips.images[:, :, some]), labels.repeat_interleave(4), classes, clips.device)
+
+
+@torch.no_grad()
+def features_of_frames(net, clips, batch_size):
+    """Clips (N, 3, F, H, W) -> the features of all their frames (N F, 128) by a SmallCNN."""
+    device, few = net.classify.weight.device, max(1, batch_size // clips.shape[2])
+    return torch.cat([net.features(as_frames(part.to(device))) for part in clips.split(few)])
+
+
+@torch.no_grad()
+def measure_clip_reconstruction(tokenizer, net, clips, labels, batch_size):
+    """Encode and decode clips (N, 3, F, H, W), and their middle frames as images -> rows."""
+    used = torch.zeros(tokenizer.vocab_size, dtype=torch.bool, device=labels.device)
+    columns, middle = [], clips.shape[2] // 2
+    for x, y in zip(clips.split(batch_size), labels.split(batch_size)):
+        tokens = tokenizer.encode(x)
+        used[tokens] = True
+        recon, image = tokenizer.decode(tokens), x[:, :, middle].contiguous()
+        by_frame = [m(as_frames(x), as_frames(recon)).view(len(x), -1).mean(1) for m in (psnr, ssim)]      # (B,) each
+        db_image = psnr(image, tokenizer.decode(tokenizer.encode(image)))
+        columns.append((*by_frame, db_image, (look(net, recon)[1] == y).float()))
+    db, similar, db_image, right = (torch.cat(c).mean().item() for c in zip(*columns))
+    return [("recon_psnr_db", "reconstruction PSNR, per frame", db, "dB", "higher is better"),
+            ("recon_ssim", "reconstruction SSIM (luminance), per frame", similar, "", "higher is better, 1 is a copy"),
+            ("recon_image_psnr_db", "reconstruction PSNR, middle frames as images", db_image, "dB", "the same weights"),
+            ("recon_accuracy", "action accuracy, reconstructions", 100 * right, "%", "higher is better"),
+            ("codebook_usage", "codes that occur", 100 * used.float().mean().item(), "%",
+             f"of {len(used)}, in {len(clips)} validation clips")]
+
+
+@torch.no_grad()
+def measure_prediction(run, net, clips, labels, **options):
+    """Frame prediction: the first frames of clips (N, 3, F, H, W) given, the action not told -> rows.
+
+    Is the true action seen in what comes out? Chance has a rival that costs nothing: the last given frame stands still.
+    PSNR is over the predicted frames. A sample is one of many possible futures, so it need not come nearest.
+    """
+    n = 1 + run.tokenizer.time_stride
+    n = n if n < clips.shape[2] else 1
+    drawn = sample.predict(run, clips, n, **options).to(clips.device)
+    still = torch.cat([clips[:, :, :n], clips[:, :, n - 1:n].expand(-1, -1, clips.shape[2] - n, -1, -1)], 2)
+    seen = lambda x: torch.cat([look(net, part)[1] for part in x.split(100)])
+    right = lambda x: 100 * (seen(x) == labels).float().mean().item()
+    db = lambda x: psnr(as_frames(clips[:, :, n:]), as_frames(x[:, :, n:])).mean().item()
+    what = f"{n} of {clips.shape[2]} frames given"
+    return [("prediction_accuracy", f"action accuracy, {what}", right(drawn), "%", "higher is better; the action is not told"),
+            ("prediction_accuracy_still", "the same, if the rest stands still", right(still), "%", "what these frames show"),
+            ("prediction_psnr_db", "PSNR of the predicted frames", db(drawn), "dB", "higher is better"),
+            ("prediction_psnr_still_db", "the same, if the rest stands still", db(still), "dB", "no prediction at all")]
+
+
+def measure_clips(args, run, device):
+    """All that applies to a run on clips -> rows."""
+    sets = {split: train.open_data(run.args, split, device) for split in ("train", "val")}
+    check(args, run, sets["val"])
+    net, accuracy = classifier_for(run, device, *sets.values())
+    eye, _ = classifier_for(run, device, *(single_frames(run, s, split) for split, s in sets.items()))
+    g = torch.Generator().manual_seed(args.seed)
+    (floor, _), (clips, truth) = (s.batch(torch.randperm(len(s), generator=g)[:args.n]) for s in sets.values())
+    torch.manual_seed(args.seed)
+    few = max(1, args.batch_size // clips.shape[2])
+    features = lambda x: torch.cat([look(net, part.to(device))[0] for part in x.split(few)])
+    real, real_frames = features(clips), features_of_frames(eye, clips, args.batch_size)
+    rows = measure_clip_reconstruction(run.tokenizer, net, clips, truth, few)
+    rows.append(("classifier_accuracy", "action accuracy, real clips", 100 * accuracy, "%", "the classifier's limit"))
+    if run.generator is not None:
+        rows += measure_likelihood(run, sets["val"], torch.arange(len(sets["val"])), few, args.seed)
+        labels, start = torch.arange(args.n) % len(run.classes), time.perf_counter()
+        drawn = sample.draw_samples(run, labels, args.cfg, args.temperature, args.batch_size, args.seed)
+        rows.append(("seconds_per_clip", "seconds per clip drawn", (time.perf_counter() - start) / args.n, "s", "batched"))
+        names = {"sample_accuracy": "action accuracy, samples", "sample_precision": "precision, clips",
+                 "sample_recall": "recall, clips", "sample_frechet_small_cnn": "Frechet distance over clips (small CNN)"}
+        rows += [(row[0], names[row[0]], *row[2:]) for row in measure_samples(drawn, labels, net, real, few)]
+        rows.append(("sample_frechet_frames", "Frechet distance of frames (small CNN)",
+                     frechet_distance(features_of_frames(eye, drawn, args.batch_size), real_frames), "", "lower is better"))
+        rows += measure_prediction(run, net, clips, truth, temperature=args.temperature, batch_size=args.batch_size,
+                                   seed=args.seed)
+    by_clip = frechet_distance(features(floor), real)
+    by_frame = frechet_distance(features_of_frames(eye, floor, args.batch_size), real_frames)
+    return rows + [("floor_frechet_small_cnn", "Frechet distance over clips, training clips", by_clip, "",
+                    f"the floor for {len(floor)} samples"),
+                   ("floor_frechet_frames", "Frechet distance of frames, training clips", by_frame, "", "its floor")]
+
+
+# ---------------------------------------------------------------------------------------------------
 # The linear probe: how well can the class be read off the hidden states, when nobody tells it to the generator?
 
 @torch.no_grad()
@@ -479,12 +643,16 @@ def representations(run, image_set, index, batch_size):
     for i in index.split(batch_size):
         images, y = image_set.batch(i)
         small = F.adaptive_avg_pool2d(images, 32) if images.shape[-1] > 32 else images     # 3072 numbers are enough
+        if images.ndim == 5 and images.shape[-1] > 16:                                     # and of a clip 768 per frame
+            small = F.adaptive_avg_pool3d(images, (images.shape[2], 16, 16))
         parts = {"pixels": small.flatten(1)}
         if hasattr(run.tokenizer, "posterior"):                 # a VAE: take its mean, for a sample adds noise
             tokens = run.tokenizer.normalise(run.tokenizer.posterior(images)[0].float())   # (B, T, D)
             parts |= {"latents": tokens.flatten(1), "latents, averaged": tokens.mean(1)}
         else:
             tokens = run.tokenizer.encode(images)
+        if hasattr(run.tokenizer, "bits"):                      # lfq: the signs that the ids spell
+            parts["token bits"] = lfq.codes(tokens, run.tokenizer.bits).flatten(1)
         known = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)      # nothing is hidden
         mask = None if run.args.generator == "ar" else known
         states = layer_features(run.generator, tokens, torch.full_like(y, run.generator.num_classes), mask)
@@ -602,8 +770,8 @@ def check(args, run, val_set):
             raise data.BadInput(f"--{flag} {value}: must be 0 or more")
     if len(val_set) < 10:
         raise data.BadInput(f"{args.run}: its --data has {len(val_set)} validation images, at least 10 are needed")
-    if val_set.batch(torch.zeros(1, dtype=torch.long))[0].ndim != 4:
-        raise data.BadInput(f"{args.run}: a run on clips, and evaluate.py measures images only")
+    if args.fid and val_set.frames > 1:
+        raise data.BadInput("--fid: is of images; this run draws clips")
     if not args.fid:
         return None
     try:
@@ -619,6 +787,8 @@ def measure(args, run, device):
         return measure_maps(args, run, device)
     if run.args.condition == "text" and run.generator is not None:
         return measure_captions(args, run, device)
+    if run.args.frames > 1:
+        return measure_clips(args, run, device)
     train_set, val_set = (train.open_data(run.args, split, device) for split in ("train", "val"))
     cleanfid = check(args, run, val_set)
     net, accuracy = classifier_for(run, device, train_set, val_set)

@@ -53,9 +53,11 @@ class Coupling(nn.Module):
         return x
 
     def forward(self, x1, x2):
+        """x1, x2 (B, D/2, rows, cols) -> x2, x1 + F(x2), as at the top of this file."""
         return x2, x1 + self.shift(x2)
 
     def inverse(self, a, b):
+        """What forward gave -> x1, x2. F is only evaluated, never inverted."""
         return b - self.shift(a), a
 
 

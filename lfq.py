@@ -37,6 +37,8 @@ SIZES = {
     "video": dict(image_size=128, frames=17, bits=18, ch=128, ch_mult=(1, 2, 2, 4), n_res=4, groups=32),
     "coarse": dict(image_size=32, bits=10, ch=16, ch_mult=(1, 2, 4, 4), n_res=1, groups=8),             # for a CPU, 4 x 4 tokens
     "small": dict(image_size=32, bits=10, ch=16, ch_mult=(1, 2, 4), n_res=2, groups=8),                 # 8 x 8
+    "clips": dict(image_size=16, frames=17, bits=10, ch=16, ch_mult=(1, 2, 4), n_res=1, groups=8),      # for a CPU, 5 x 4 x 4
+    "clips-medium": dict(image_size=64, frames=17, bits=12, ch=64, ch_mult=(1, 2, 4, 4), n_res=2, groups=16),      # 5 x 8 x 8
     "medium": dict(image_size=32, bits=12, ch=64, ch_mult=(1, 2, 4), n_res=2, groups=16),
 }
 
@@ -149,7 +151,8 @@ class CausalConv(nn.Conv3d):
     def __init__(self, c_in, c_out, kernel=(3, 3, 3), stride=(1, 1, 1), bias=True):
         super().__init__(c_in, c_out, kernel, stride, (0, kernel[1] // 2, kernel[2] // 2), bias=bias)
 
-    def forward(self, x, c_out=None):                       # (B, c_in, f, h, w) -> (B, c_out, (f - 1) // stride + 1, h', w')
+    def forward(self, x, c_out=None):
+        """x (B, c_in, f, h, w) -> (B, c_out, (f - 1) // stride + 1, h', w'); c_out: only the first so many channels."""
         weight, bias = self.weight[:c_out], self.bias if self.bias is None else self.bias[:c_out]
         if x.shape[2] == 1:                                 # all taps but the last meet zeros: an image costs what 2-D does
             return F.conv2d(x.squeeze(2), weight[:, :, -1], bias, self.stride[1:], self.padding[1:]).unsqueeze(2)

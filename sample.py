@@ -12,11 +12,16 @@ Draw from a trained run: a labelled grid, an .npz batch for evaluators, an anima
     python sample.py --official mar_base.pth --vae kl16.ckpt --label 207        # MAR's weights: a golden retriever
     python sample.py --official c2i_B_256.pt --vq vq_ds16_c2i.pt --label 207    # LlamaGen's; TiTok's: --titok FILE
     python sample.py RUN --top_p 0.9 --clip 2 --guidance closed     # GIVT's sampling tricks; --beam 4: a likely image
+    python sample.py compress x.gif x.lfq --run runs/shapes-lfq     # a file of tokens (compression.py); decompress: back again
+    python sample.py CLIPS --gif                                    # a run with --frames: film strips, and them moving
+    python sample.py CLIPS --known_frames 5                         # ... how validation clips go on after 5 frames
 
 Without --cfg and --temperature the defaults below are used; evaluate.py and train.py use the same ones.
 """
 import argparse
 import inspect
+import math
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,7 +88,8 @@ def draw_samples(run, cond, cfg=None, temperature=None, batch_size=250, seed=0, 
             if known is not None:
                 tricks.update(known=known[i:i + batch_size], known_mask=known_mask[i:i + batch_size])
             tokens = draw_tokens(run, cond[i:i + batch_size], cfg, temperature, **tricks)
-            images.append(run.tokenizer.decode(tokens).float().cpu())
+            some = max(1, batch_size // run.args.frames)    # clips are decoded in smaller parts
+            images += [run.tokenizer.decode(part).float().cpu() for part in tokens.split(some)]
     return torch.cat(images)
 
 
@@ -122,7 +128,8 @@ def official_run(args, device):
     if ours != theirs:
         raise BadInput(f"--official {args.official}: writes {theirs[0]} tokens of {theirs[1]} numbers or ids, {file} "
                        f"has {ours[0]} of {ours[1]}; is --image_size {args.image_size} right?")
-    flags = argparse.Namespace(image_size=args.image_size, mix="vector", text_encoder=args.text_encoder, data="", **flags)
+    flags = argparse.Namespace(image_size=args.image_size, frames=1, mix="vector", text_encoder=args.text_encoder, data="",
+                               **flags)
     return SimpleNamespace(folder=Path(args.official).with_suffix(""), args=flags, tokenizer=tokenizer.to(device),
                            generator=generator.to(device), source=None, device=device,
                            classes=[str(k) for k in range(generator.num_classes)])
@@ -235,6 +242,97 @@ def edit(run, args, labels, tricks):
     return images, rows
 
 
+# ---------------------------------------------------------------------------------------------------
+# Clips (--frames of train.py): film strips, moving pictures, and frame prediction
+
+def known_tokens(run, n):
+    """How many tokens the first n frames of a clip are. They know nothing of later frames, for the tokenizer is causal."""
+    frames, stride = run.args.frames, run.tokenizer.time_stride
+    if n % stride != 1 % stride or not 1 <= n < frames:
+        fit = list(range(1, frames, stride))
+        raise BadInput(f"--known_frames {n}: tokens stand for 1 + a multiple of {stride} frames, and some must be left to draw: "
+                       + " or ".join(map(str, sorted(fit, key=lambda k: abs(k - n))[:2])))
+    return run.tokenizer.latent_frames(n) * math.prod(run.tokenizer.space)
+
+
+def predict(run, clips, n, labels=None, cfg=None, **options):
+    """Frame prediction: clips (N, 3, F, H, W), of which only the first n frames are looked at -> clips that go on from them.
+
+    labels (N,): the actions to go on with. None: nobody says, the frames alone have to tell, and there is nothing to guide.
+    """
+    k = known_tokens(run, n)
+    parts = clips[:, :, :n].split(max(1, 250 // n))
+    tokens = torch.cat([run.tokenizer.encode(part.to(run.device)) for part in parts])       # (N, k)
+    known = F.pad(tokens, (0, run.tokenizer.seq_len - k))                                   # (N, T)
+    mask = (torch.arange(run.tokenizer.seq_len, device=run.device) < k).expand(len(known), -1)
+    if labels is None:
+        labels, cfg = torch.full((len(known),), run.generator.num_classes), 1.0
+    return draw_samples(run, labels, cfg, known=known, known_mask=mask, **options)
+
+
+def save_prediction(path, run, clips, names, n, gif=None, **options):
+    """Film strips of frame prediction, each clip (N, 3, F, H, W) above what the run makes of its first n frames, those in
+    green -> the predicted clips. gif: a path, for the same in motion."""
+    drawn = predict(run, clips, n, **options)
+    rows = [row for name, pair in zip(names, zip(clips, drawn)) for row in
+            ((name, data.film(pair[0], given=n)), ("predicted", data.film(pair[1], given=n)))]
+    data.save_rows(path, rows, f"{run.folder.name}: the first {n} frames of {run.args.frames} (green) are given")
+    if gif:
+        data.save_clips(gif, torch.cat([clips.cpu(), drawn]), len(clips), ("true", "predicted"), given=n)
+    return drawn
+
+
+def given_clips(args, run):
+    """--image FILE: a clip of one's own, else validation clips, one of each action -> clips (N, 3, F, H, W), names."""
+    if args.image:
+        path = Path(args.image)
+        if not path.exists():
+            raise BadInput(f"--image {path}: there is no such file or folder")
+        found = data.clips_of([(p.as_posix(), p.read_bytes) for p in (path.iterdir() if path.is_dir() else [path])])
+        if not found:
+            raise BadInput(f"--image {path}: neither an animation, nor a film, nor a folder of pictures")
+        clip = data.read_clip(*found[0], run.args.image_size, run.args.frames)[0]
+        return clip[None].float() / 127.5 - 1, [path.stem]
+    from train import open_data
+    images = open_data(run.args, "val", run.device)
+    n = args.n or min(len(run.classes), 20)
+    seen, turns = {}, []
+    for i, k in enumerate(images.labels.tolist()):
+        turns.append((seen.setdefault(k, 0), k, i))         # the first clip of each class, then the second of each
+        seen[k] += 1
+    clips, labels = images.batch(torch.tensor([i for _, _, i in sorted(turns)[:n]]))
+    return clips, [str(run.classes[k]) for k in labels.tolist()]
+
+
+def main_clips(args, run, out, tricks):
+    """What main() does for a run on clips."""
+    gif = None if args.gif is None else Path(args.gif or out.with_suffix(".gif"))
+    options = dict(cfg=args.cfg, temperature=args.temperature, batch_size=args.batch_size, seed=args.seed) | tricks
+    start, title = time.perf_counter(), f"{run.folder.name}: samples"
+    if args.known_frames:
+        clips, names = given_clips(args, run)
+        labels = None if args.cls is None else class_labels(argparse.Namespace(n=len(clips), cls=args.cls), run.classes)
+        images = save_prediction(out, run, clips, names, args.known_frames, gif, labels=labels, **options)
+        labels = torch.tensor([-1] * len(images)) if labels is None else labels
+    else:
+        n = args.n or (4 * len(run.classes) if args.cls is None else 8)
+        labels = class_labels(argparse.Namespace(n=n, cls=args.cls), run.classes)
+        images = draw_samples(run, labels, **options)
+        each = 1 if args.cls is None else 8
+        some = torch.cat([(labels == k).nonzero()[:each, 0] for k in labels.unique()])
+        names = [str(run.classes[k]) for k in labels.unique().tolist()]
+        data.save_rows(out, [(str(run.classes[labels[i]]), data.film(images[i])) for i in some.tolist()], title)
+        if gif:
+            few = min(6, *labels.bincount()[labels.unique()].tolist())
+            some = torch.cat([(labels == k).nonzero()[:few, 0] for k in labels.unique()])
+            data.save_clips(gif, images[some], few, names)
+    seconds = time.perf_counter() - start
+    print(f"{len(images)} clips in {seconds:.2f} s, pictures included, fp32, {run.device.type}")
+    if args.npz:
+        np.savez(args.npz, arr_0=data.to_uint8(images).permute(0, 2, 3, 4, 1).numpy(), labels=labels.numpy())
+    print("wrote " + ", ".join(str(path) for path in (args.npz, out, gif) if path))
+
+
 def save_gif(path, run, labels, columns, cfg, temperature, seed, **tricks):
     """Decode the half-written token grids too: unknown tokens are 0, the mean of all tokens."""
     frames = []
@@ -300,13 +398,16 @@ def parse_args(argv=None):
     p.add_argument("--prompt", nargs="+", help="captions to draw, each in quotes, for a run with --condition text (default: of "
                                                "validation images)")
     p.add_argument("--cfg_interval", type=int, help="ar: guide only the first so many tokens + 2, as LlamaGen counts; -1: all")
+    p.add_argument("--known_frames", type=int, help="clips: the first so many frames of validation clips (or of --image, your "
+                                                    "own) are given, the rest is predicted; --class says how it goes on")
     p.add_argument("--image", help="an image to edit; --mask says where it is repainted")
     p.add_argument("--mask", help="left, right, top, bottom, centre, border, all, a box y0,x0,y1,x1 in fractions, or a .png")
     p.add_argument("--seed", type=int, default=0, help="the same seed gives the same samples")
     p.add_argument("--device", help="cpu, cuda, mps (default: CUDA if there is one)")
     p.add_argument("--out", help="the PNG to write (default: RUN/samples.png)")
-    p.add_argument("--npz", help="also write the samples as uint8 (N, H, W, 3) `arr_0`, with `labels`")
-    p.add_argument("--gif", nargs="?", const="", help="also write an animation of the tokens appearing (default: beside --out)")
+    p.add_argument("--npz", help="also write the samples as uint8 (N, [F,] H, W, 3) `arr_0`, with `labels`")
+    p.add_argument("--gif", nargs="?", const="", help="also write an animation (default: beside --out): tokens appearing, or "
+                                                      "clips moving")
     args = p.parse_args(argv)
     if (args.run is None) == (args.official is None):
         raise BadInput("name a run folder, or weights with --official: one of them")
@@ -340,7 +441,14 @@ def check(args, run):
             raise BadInput(f"--{name} {getattr(args, name)}: must be above 0")
     if run.generator is None:
         raise BadInput(f"{args.run}: a tokenizer alone cannot draw; name the run folder of a generator")
-    if (args.image is None) != (args.mask is None):
+    if run.args.frames > 1:
+        if args.mask or (args.image and not args.known_frames):
+            raise BadInput("--image, --mask: a clip is continued, not repainted; give --known_frames 5, say")
+        if args.known_frames is not None:
+            known_tokens(run, args.known_frames)
+    elif args.known_frames is not None:
+        raise BadInput(f"--known_frames: {args.run} draws images; train a run on clips with --frames 17")
+    elif (args.image is None) != (args.mask is None):
         raise BadInput("--image and --mask belong together: which image, and where to repaint it")
     if run.source is not None and (args.image or args.cls or args.gif is not None):
         raise BadInput("--image, --class, --gif: this run makes maps of images, it knows no classes")
@@ -371,6 +479,10 @@ def check(args, run):
 
 
 def main(argv=None):
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] in (["compress"], ["decompress"]):         # a program of its own, with its own flags
+        import compression
+        return compression.main(words)
     from train import load_run, pick_device
     args = parse_args(argv)
     device = pick_device(args.device)
@@ -395,6 +507,8 @@ def main(argv=None):
                 np.savez(args.npz, arr_0=data.to_uint8(images).permute(0, 2, 3, 1).numpy(), texts=np.repeat(texts, each))
             print(f"wrote {out}: {len(texts)} captions, {each} images of each, {time.perf_counter() - start:.1f} s")
             return
+        if run.args.frames > 1:
+            return main_clips(args, run, out, tricks)
         labels = class_labels(args, run.classes)
         if args.image:
             images, rows = edit(run, args, labels, tricks)

@@ -3,9 +3,16 @@ The tests: every formula against something independent (the authors' own arrays 
 torch.distributions, a slow loop, an inverse, the uncached path), and the programs as a user runs them.
 
     python -m pytest test_all.py          # about 3.5 minutes on 2 CPU cores; no network, no GPU
+
+Some of them are homework. They blank a function, and grade what students write in its place:
+
+    python test_all.py list                          # points, function, test
+    python test_all.py handout gmm_head -o hw1       # hw1/: the project with gmm_head.py's exercise bodies blanked
+    python test_all.py grade gmm_head alice bob ...  # folders holding gmm_head.py -> a table each, grades.csv; see --help
 """
 import argparse
 import ast
+import compileall
 import contextlib
 import copy
 import csv
@@ -15,14 +22,22 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
+import textwrap
 import time
+import traceback
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -33,6 +48,7 @@ from PIL import Image
 from torch import distributions as D
 
 import ar_transformer
+import compression
 import data
 import diffusion_head
 import evaluate
@@ -51,7 +67,7 @@ import vq
 ROOT = Path(__file__).resolve().parent
 MODELS = [p for p in ("vae vq lfq titok perceptual_gan flow_adapter gmm_head diffusion_head ar_transformer maskgit "
                       "mar").split() if (ROOT / f"{p}.py").exists()]
-PROGRAMS = ["train", "sample", "evaluate"]
+PROGRAMS = ["train", "sample", "evaluate", "compression"]
 
 
 def golden(name):
@@ -3515,6 +3531,45 @@ def test_psnr_ssim_precision_and_recall():
     assert precision > 0.99 and recall < 0.05
 
 
+def test_ms_ssim_equals_its_definition_in_slow_loops():
+    def means(a, b):                                        # SSIM and contrast-structure, window by window, in float64
+        g = np.exp(-(np.arange(11) - 5.0) ** 2 / (2 * 1.5**2))
+        window, ssim, cs = np.outer(g, g) / g.sum() ** 2, [], []
+        for y in range(a.shape[0] - 10):
+            for x in range(a.shape[1] - 10):
+                p, q = a[y:y + 11, x:x + 11], b[y:y + 11, x:x + 11]
+                mu_p, mu_q = (window * p).sum(), (window * q).sum()
+                var_p, var_q = (window * (p - mu_p) ** 2).sum(), (window * (q - mu_q) ** 2).sum()
+                cov = (window * (p - mu_p) * (q - mu_q)).sum()
+                cs.append((2 * cov + 0.06**2) / (var_p + var_q + 0.06**2))
+                ssim.append(cs[-1] * (2 * mu_p * mu_q + 0.02**2) / (mu_p**2 + mu_q**2 + 0.02**2))
+        return np.mean(ssim), np.mean(cs)
+
+    def slow(a, b, weights):                                # grey images (H, W) in [0, 2]
+        product = 1.0
+        for j, w in enumerate(weights):
+            ssim, cs = means(a, b)
+            product *= (ssim if j + 1 == len(weights) else cs) ** (w / sum(weights))
+            a, b = (v[:len(v) // 2 * 2, :v.shape[1] // 2 * 2].reshape(len(v) // 2, 2, -1, 2).mean((1, 3)) for v in (a, b))
+        return product
+    weights = [0.0448, 0.2856, 0.3001, 0.2363, 0.1333]
+    for side, scales in ((44, 3), (43, 2), (22, 2), (21, 1)):
+        a = data.draw(torch.arange(1), side)[0]
+        b = (a + 0.3 * torch.randn(a.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+        grey = [((x[0].double() + 1) * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0).numpy() for x in (a, b)]
+        assert abs(evaluate.ms_ssim(a, b).item() - slow(*grey, weights[:scales])) < 1e-4, side
+    assert torch.equal(evaluate.ms_ssim(a, b), evaluate.ssim(a, b))                         # 21 pixels: one scale
+    real = evaluate.similarity                              # five from 176 pixels on, four below
+    for side, scales in ((176, 5), (175, 4)):
+        calls, x = [], torch.rand(1, 3, side, 200) * 2 - 1
+        evaluate.similarity = lambda a, b: calls.append(a.shape) or real(a, b)
+        try:
+            assert abs(evaluate.ms_ssim(x, x) - 1) < 1e-5 and evaluate.ms_ssim(x, -x) == 0
+        finally:
+            evaluate.similarity = real
+        assert len(calls) == 2 * scales
+
+
 def test_probe_is_perfect_on_separable_features_and_at_chance_on_noise():
     y = torch.arange(1200) % 4
     x = torch.randn(1200, 6) + 12 * F.one_hot(y, 6)
@@ -3575,6 +3630,130 @@ def test_probe_runs_alone_and_adds_to_the_metrics(tiny_run, monkeypatch, capsys)
     (folder / "probe.png").unlink(), (folder / "metrics.json").unlink()
     if before:
         (folder / "metrics.json").write_text(before)
+
+
+# ---------------------------------------------------------------------------------------------------
+# compression.py: files of tokens
+
+def tiny_codec(clips=True, side=8):
+    """A video (or image) LFQ of 64 words and a transformer on its grid, random weights -> tokenizer, transformer."""
+    torch.manual_seed(0)
+    tokenizer = lfq.LFQ(side, 5 if clips else 1, bits=6, ch=8, ch_mult=(1, 2), n_res=1, groups=4)           # 3 x 4 x 4 ids
+    head = ar_transformer.CategoricalHead(16, 64)
+    nn.init.normal_(head.proj.weight, std=0.3)
+    model = ar_transformer.ARTransformer(head, tokenizer.seq_len, 3, vocab_size=64, grid=tokenizer.grid, n_layer=1, n_head=2, n_embd=16)
+    return tokenizer.eval(), model.eval()
+
+
+def test_arithmetic_coder_reaches_the_entropy_and_inverts():
+    rng = np.random.default_rng(0)
+    for total, n in ((2, 5000), (1000, 5000), ((1 << 31) - 1, 2000), (1 << 31, 2000)):
+        encoder, symbols, bits = compression.ArithmeticEncoder(), [], 0.0
+        for _ in range(n):                                  # any share, from almost nothing to almost all
+            start = int(rng.integers(total)) if rng.random() < 0.5 else 0
+            end = int(rng.integers(start, total)) + 1 if rng.random() < 0.5 else total
+            symbols.append((start, end))
+            bits -= math.log2((end - start) / total)
+            encoder.encode(start, end, total)
+        payload = encoder.finish()
+        assert 8 * len(payload) - bits < 8 + 1e-3 * bits and bits < 8 * len(payload) + 1e-3 * bits
+        decoder = compression.ArithmeticDecoder(payload)
+        for start, end in symbols:
+            assert start <= decoder.target(total) < end
+            decoder.advance(start, end, total)
+    assert compression.ArithmeticEncoder().finish() == b"\0"
+    for start in range(1000):                               # the first number of a share is in it, the one before is not
+        decoder.range, decoder.code = (1 << 31) + 12345, ((1 << 31) + 12345) * start // 1000
+        assert decoder.target(1000) == start
+        decoder.code -= 1
+        assert decoder.target(1000) == start - 1
+    carries = compression.ArithmeticEncoder()               # 0.0111 1111 ... and then something more: the carry runs far back
+    carries.encode((1 << 31) - 1, (1 << 31) + 1, 1 << 32)
+    for _ in range(40):
+        carries.encode(0, 2, 3), carries.encode(2, 3, 3)
+    assert all(bit in (0, 1) for bit in carries.bits)
+
+
+def test_a_tile_holds_each_place_once_in_the_order_of_the_transformer():
+    order = compression.tiles([3, 2], 3, 5, (3, 2, 4))
+    assert order.shape == (2 * 2 * 2, 24) and sorted(order[order >= 0].tolist()) == list(range(5 * 3 * 5))
+    assert order[0].view(3, 2, 4)[:, 0].tolist() == [[0, 1, 2, 3], [15, 16, 17, 18], [30, 31, 32, 33]]
+    assert order[-1].view(3, 2, 4)[1].tolist() == [[5 * 15 - 1, -1, -1, -1], [-1] * 4] and (order[-1].view(3, 2, 4)[2] < 0).all()
+
+
+def test_ids_survive_the_file_on_a_hundred_random_clips():
+    g = torch.Generator().manual_seed(0)
+    tokenizer, model = tiny_codec(side=4)
+    for _ in range(100):
+        frames, height, width = (int(torch.randint(lo, hi, (1,), generator=g)) for lo, hi in ((1, 12), (3, 14), (3, 14)))
+        lay = compression.Layout(tokenizer, frames, height, width)
+        ids = torch.randint(64, (lay.f, lay.h, lay.w), generator=g)
+        for coder in (None, model):
+            blob = compression.write(ids, lay, tokenizer, coder, ms=40)
+            back, again, ms = compression.read(blob, tokenizer, coder)
+            assert torch.equal(back, ids) and (vars(again), ms) == (vars(lay), 40)
+        assert len(compression.write(ids, lay, tokenizer)) == 40 + math.ceil(ids.numel() * 6 / 8)
+
+
+def test_an_arithmetic_coded_file_is_as_long_as_its_model_says():
+    tokenizer, model = tiny_codec()
+    lay = compression.Layout(tokenizer, 12, 41, 20)         # 3, 3, 2 x 21 x 10 ids: two batches of tiles, some hang over
+    torch.manual_seed(1)
+    places, ids = compression.tiles(lay.lengths, lay.h, lay.w, model.grid), torch.zeros(lay.f * lay.h * lay.w, dtype=torch.long)
+    drawn = model.sample(torch.full((len(places),), model.num_classes))
+    ids[places[places >= 0]] = drawn[places >= 0]           # as the model expects them, so that there is something to save
+    padded = torch.where(places >= 0, ids[places], 0)
+    with torch.no_grad():                                   # in one pass: the same probabilities, but for rounding
+        nats = model.head.loss(model.hidden(padded, torch.full((len(places),), 3)), padded)[places >= 0].sum().item()
+    size = len(compression.encode_ids(ids.view(lay.f, lay.h, lay.w), lay.lengths, model))
+    bits = nats / math.log(2)
+    assert bits / 8 < size < 1.002 * bits / 8 + 4, (bits / 8, size)         # 0.0014 bits per token are given away knowingly
+    assert size < 0.95 * len(compression.pack(ids, 6))
+    table = compression.cumulative(torch.tensor([[0.0, 300.0, -300.0]]))                    # none is impossible
+    assert (np.diff(table) >= 1).all() and table[0, 0] == 0 and np.diff(table)[0, 1] / table[0, -1] > 0.999
+
+
+def test_a_clip_of_any_size_goes_through_every_tokenizer():
+    for tokenizer in (tiny_codec()[0], tiny_codec(False)[0], vq.VQ(8, 50, ch=8, ch_mult=(1, 2), z_channels=8, groups=4).eval(),
+                      titok.TiTok(8, 3, 50, enc=(16, 1, 2), dec=(16, 1, 2)).eval()):
+        clip = torch.randint(256, (7, 3, 11, 18), dtype=torch.uint8)
+        grid = tokenizer.grid
+        ids, lay = compression.to_ids(tokenizer, clip)
+        back = compression.from_ids(tokenizer, ids, lay)
+        assert back.shape == clip.shape and back.dtype == torch.uint8 and tokenizer.grid == grid
+        again, _, _ = compression.read(compression.write(ids, lay, tokenizer), tokenizer)
+        assert torch.equal(compression.from_ids(tokenizer, again, lay), back)
+    tokenizer, _ = tiny_codec()                             # at its own size: what the tokenizer itself says
+    clip = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)
+    x = clip.float().transpose(0, 1)[None] / 127.5 - 1
+    ids, lay = compression.to_ids(tokenizer, clip)
+    assert torch.equal(ids.flatten(), tokenizer.encode(x)[0])
+    assert torch.equal(compression.from_ids(tokenizer, ids, lay), data.to_uint8(tokenizer.decode(tokenizer.encode(x)))[0].transpose(0, 1))
+
+
+def test_truncated_altered_and_foreign_files_are_refused():
+    tokenizer, model = tiny_codec()
+    lay = compression.Layout(tokenizer, 5, 8, 8)
+    ids = torch.randint(64, (lay.f, lay.h, lay.w), generator=torch.Generator().manual_seed(0))
+    for coder in (None, model):
+        blob = compression.write(ids, lay, tokenizer, coder)
+        wrong = [blob[:n] for n in range(len(blob))] + [blob + b"\0"]
+        wrong += [blob[:n] + bytes([blob[n] ^ 1 << n % 8]) + blob[n + 1:] for n in range(len(blob))]
+        for bad in wrong:
+            with pytest.raises(data.BadInput, match="x.lfq: .*"):
+                compression.read(bad, tokenizer, coder, "x.lfq")
+    with pytest.raises(data.BadInput, match="another tokenizer"):
+        compression.read(blob, tiny_codec(False)[0], model)
+    with pytest.raises(data.BadInput, match="arithmetic-coded; name the run"):
+        compression.read(blob, tokenizer)
+    with torch.no_grad():
+        model.blocks[0].mlp.w1.weight[0, 0] += 1e-3
+    with pytest.raises(data.BadInput, match="another transformer"):
+        compression.read(blob, tokenizer, model)
+    good = compression.write(ids, lay, tokenizer)
+    head = good[:32] + bytes(4)                             # whole, but not the ids that were meant: other probabilities
+    with pytest.raises(data.BadInput, match="on another machine"):
+        compression.read(head + struct.pack("<I", zlib.crc32(good[40:], zlib.crc32(head))) + good[40:], tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -3866,6 +4045,41 @@ def test_editing_keeps_what_lies_outside_the_mask(words, tiny_run, tmp_path, cap
             sample.main([str(tiny_run / "edit"), *map(str, words)])
 
 
+def test_compress_and_decompress_from_the_command_line(tiny_run, tmp_path, capsys, monkeypatch):
+    words = ["--tokenizer", "lfq", "--head", "categorical", "--vocab_size", "64"]
+    train.main([*TINY, *words, "--runs", str(tiny_run)])
+    tok, ar = str(tiny_run / "shapes-lfq"), str(tiny_run / "shapes-lfq-ar-categorical")
+    clip = data.to_uint8(data.draw_clips(torch.arange(1), 30, 3)[0][0].transpose(0, 1))
+    a, b, c = (str(tmp_path / name) for name in ("a.webp", "b.lfq", "c.webp"))
+    compression.write_clip(a, clip, 50)
+    assert torch.equal(compression.read_clip(a)[0], clip)
+    sizes = []
+    for coder in ([], ["--entropy_coder", ar]):
+        sample.main(["compress", a, b, "--run", tok, *coder])
+        assert "3 x 30 x 30 pixels" in capsys.readouterr().out
+        sizes.append(Path(b).stat().st_size)
+        words = ["decompress", b, c, "--run", ar]           # a run of stage 2 has the tokenizer in it
+        call("sample.py", *words) if coder else sample.main(words)                          # once in a process of its own
+        back, ms = compression.read_clip(c)
+        tokenizer = train.load_run(tok).tokenizer
+        assert ms == 50 and torch.equal(back, compression.from_ids(tokenizer, *compression.to_ids(tokenizer, clip)))
+    assert sizes[0] == 40 + 3 * 4 * 4 * 6 / 8 > sizes[1]    # the default LFQ has a stride of 8
+    Path(tmp_path / "cut.lfq").write_bytes(Path(b).read_bytes()[:-1])
+    monkeypatch.setitem(sys.modules, "av", None)
+    for words, sentence in ((["decompress", tmp_path / "cut.lfq", c, "--run", tok], "cut.lfq: .*copy it again"),
+                            (["decompress", b, c, "--run", tok], "name the run that coded it with --entropy_coder"),
+                            (["decompress", b, tmp_path / "c.png", "--run", ar], "3 frames do not fit into a PNG"),
+                            (["decompress", b, tmp_path / "c.mp4", "--run", ar], "pip install av"),
+                            (["decompress", b, tmp_path / "c.xyz", "--run", ar], "ending must be"),
+                            (["decompress", b, tmp_path / "no" / "c.gif", "--run", ar], "could not write"),
+                            (["compress", a, b, "--run", tiny_run / "shapes-vae"], "--run .*ids"),
+                            (["compress", a, b, "--run", tok, "--entropy_coder", tok], "--entropy_coder .*must be a run of --generator ar"),
+                            (["compress", tok, b, "--run", tok], "no such file"),
+                            (["compress", Path(tok) / "log.csv", b, "--run", tok], "not a readable image")):
+        with pytest.raises(data.BadInput, match=sentence):
+            sample.main([str(w) for w in words])
+
+
 def test_samples_are_a_function_of_the_seed(tiny_run):
     run = train.load_run(tiny_run / "shapes-vae-ar-gmm")
     labels = torch.arange(10)
@@ -4057,6 +4271,255 @@ def test_learning_rate_rises_then_falls_to_zero():
     assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
 
 
+# Clips: --frames, through all programs
+
+CLIPS = [*TINY, "--tokenizer", "lfq", "--head", "categorical", "--generator", "maskgit", "--frames", "5", "--image_size", "8", "--vocab_size",
+         "16", "--n_shapes", "60", "--tok_steps", "12", "--tok_batch_size", "4", "--steps", "8", "--batch_size", "4"]
+
+
+def grey_clip(path, n, first=0):
+    """A clip whose frame t is grey of level 10 (first + t), so that a pixel tells which frame it was: .gif, .webp or a folder."""
+    pictures = [Image.new("RGB", (20, 12), (10 * (first + t),) * 3) for t in range(n)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix:
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=50, lossless=True)
+        return
+    path.mkdir()
+    for t, picture in enumerate(pictures):
+        picture.save(path / f"frame{t}.png")                # frame10 comes before frame2 in the alphabet
+
+
+def frame_numbers(image_set):
+    """What grey_clip() wrote, read back -> list of lists, a row per clip."""
+    assert (image_set.images == image_set.images[:, :1, :, :1, :1]).all()
+    return (image_set.images[:, 0, :, 0, 0] / 10).round().int().tolist()
+
+
+def test_clips_are_read_from_animations_folders_and_films(tmp_path, monkeypatch, capsys):
+    tree = tmp_path / "d"
+    grey_clip(tree / "train" / "left" / "a.gif", 5), grey_clip(tree / "train" / "left" / "b.webp", 9)
+    grey_clip(tree / "train" / "right" / "c", 12), grey_clip(tree / "val" / "left" / "v", 5), grey_clip(tree / "val" / "right" / "w.gif", 6)
+    (tree / "train" / "left" / "notes.txt").write_text("no clip")
+    s = data.load(str(tree), 8, frames=5)
+    assert s.images.shape == (3, 3, 5, 8, 8) and s.images.dtype == torch.uint8 and s.frames == 5
+    assert s.classes == ["left", "right"] and s.labels.tolist() == [0, 0, 1]
+    assert frame_numbers(s) == [[0, 1, 2, 3, 4], [0, 2, 4, 6, 8], [0, 3, 6, 8, 11]]         # spread over the whole file
+    x, labels = s.batch(torch.tensor([2, 0]))
+    assert x.shape == (2, 3, 5, 8, 8) and labels.tolist() == [1, 0] and (data.to_uint8(x) == s.images[[2, 0]]).all()
+    assert frame_numbers(data.load(str(tree), 8, "val", frames=5)) == [[0, 1, 2, 3, 4], [0, 1, 2, 4, 5]]
+    windows = data.load(str(tree), 8, frames=2, frame_step=2)
+    assert frame_numbers(windows) == [[0, 2], [0, 2], [4, 6], [0, 2], [4, 6], [8, 10]] and windows.labels.tolist() == [0] * 3 + [1] * 3
+    with zipfile.ZipFile(tmp_path / "d.zip", "w") as z:
+        for f in tree.rglob("*.*"):
+            z.write(f, f.relative_to(tree))
+    assert torch.equal(data.load(str(tmp_path / "d.zip"), 8, frames=5).images, s.images)
+
+    def refused(words, **options):
+        with pytest.raises(data.BadInput, match=words) as caught:
+            data.load(str(tree), 8, **dict(frames=5) | options)
+        assert "\n" not in str(caught.value)
+    refused("left/a.gif: has 5 frames, fewer than --frames 9", frames=9)
+    refused("left/a.gif: has 3 frames with --frame_step 2", frame_step=2)
+    assert len(data.load(str(tree), 8, frames=9, skip_bad=True)) == 2 and "left out 1 clips" in capsys.readouterr().out
+    refused("a class is empty", frames=10, skip_bad=True)
+    refused("more clips .* than fit into memory", max_bytes=2000)
+    broken = tree / "train" / "left" / "z.gif"
+    broken.write_bytes((tree / "train" / "left" / "a.gif").read_bytes()[:20])
+    refused("left/z.gif: not a readable clip")
+    assert len(data.load(str(tree), 8, frames=5, skip_bad=True)) == 3
+    broken.unlink(), Image.new("RGB", (8, 8)).save(tree / "train" / "right" / "x.png")
+    refused("train/right lies in no class folder.* is a folder in there")
+    (tree / "train" / "right" / "x.png").unlink(), (tree / "train" / "right" / "y.mp4").write_bytes(b"film")
+    monkeypatch.setitem(sys.modules, "av", None)
+    refused("y.mp4: .* pip install av", skip_bad=True)
+
+    class Film:                                             # what the programs ask of av
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def decode(self, video):
+            picture = argparse.Namespace(to_image=lambda: Image.new("RGB", (9, 9), (30, 30, 30)))
+            return iter([picture] * 7)
+    monkeypatch.setitem(sys.modules, "av", argparse.Namespace(open=lambda content: Film() if content.read() == b"film" else None))
+    assert frame_numbers(data.load(str(tree), 8, frames=5))[-1] == [3] * 5
+    np.savez(tmp_path / "x.npz", images=np.zeros((20, 8, 8, 3), np.uint8), labels=np.zeros(20))
+    with pytest.raises(data.BadInput, match="not from an .npz"):
+        data.load(str(tmp_path / "x.npz"), 8, frames=5)
+
+
+def test_drawn_clips_are_those_of_draw_clips_and_val_is_another_set():
+    s, val = (data.load("shapes", 8, split, seed=3, n_shapes=500, frames=9) for split in ("train", "val"))
+    index = torch.tensor([0, 221, 222, 499])                # from several of the parts they are drawn in
+    x, actions, _ = data.draw_clips(index, 8, 9, seed=3)
+    assert s.images.shape == (500, 3, 9, 8, 8) and torch.equal(s.images[index], data.to_uint8(x))
+    assert torch.equal(s.labels[index], actions) and s.classes == list(data.ACTIONS)
+    assert torch.equal(val.images[:2], data.to_uint8(data.draw_clips(data.VAL_INDEX + torch.arange(2), 8, 9, seed=3)[0]))
+
+
+def test_stills_are_frames_of_the_clips_in_half_of_the_batches():
+    clips = data.load("shapes", 8, n_shapes=40, frames=9)
+    source, index, kinds = train.Stills(clips), torch.tensor([7, 3]), []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        x, labels = source.batch(index)
+        kinds.append(x.ndim)
+        if x.ndim == 5:
+            assert torch.equal(x, clips.batch(index)[0])
+            continue
+        assert x.shape == (8, 3, 8, 8) and torch.equal(labels, clips.labels[index].repeat_interleave(4))
+        for i, still in enumerate(x):
+            assert (still[:, None] == clips.batch(index)[0][i // 4]).all(0).all((1, 2)).any(), "no frame of its clip"
+    assert len(source) == 40 and 75 < kinds.count(4) < 125
+    a, b = (torch.manual_seed(kinds.index(4)) and source.batch(index)[0] for _ in range(2))
+    assert torch.equal(a, b)                                # a function of the seed of the step: --resume goes on as it was
+
+
+@pytest.fixture(scope="session")
+def clip_run(tmp_path_factory):
+    """A tiny run on clips -> its runs folder."""
+    runs = tmp_path_factory.mktemp("clips")
+    train.main([*CLIPS, "--runs", str(runs)])
+    return runs
+
+
+def test_clips_are_trained_drawn_and_continued(clip_run, tmp_path, capsys):
+    folder = clip_run / "shapes-lfq-5f-maskgit-categorical"
+    for name in ("shapes-lfq-5f/reconstructions.png", f"{folder.name}/samples.png", f"{folder.name}/curve.png"):
+        assert (clip_run / name).stat().st_size > 0
+    run = train.load_run(folder)
+    assert run.tokenizer.grid == (2, 2, 2) and run.args.frames == 5 and run.classes == list(data.ACTIONS)
+    words = ["--out", str(tmp_path / "x.png"), "--gif", "--npz", str(tmp_path / "x.npz")]
+    sample.main([str(folder), "--n", "20", *words])
+    with np.load(tmp_path / "x.npz") as f:
+        drawn, labels = f["arr_0"], f["labels"]
+    assert drawn.shape == (20, 5, 8, 8, 3) and drawn.dtype == np.uint8 and (np.bincount(labels) == 2).all()
+    assert np.array_equal(drawn, data.to_uint8(sample.draw_samples(run, torch.from_numpy(labels))).permute(0, 2, 3, 4, 1).numpy())
+    assert Image.open(tmp_path / "x.gif").n_frames == 5 and Image.open(tmp_path / "x.png").height > 400
+    sample.main([str(folder), "--known_frames", "1", "--class", "blinks", "--n", "3", *words])
+    with np.load(tmp_path / "x.npz") as f:
+        assert f["arr_0"].shape == (3, 5, 8, 8, 3) and (f["labels"] == data.ACTIONS.index("blinks")).all()
+    grey_clip(tmp_path / "own.gif", 7)
+    sample.main([str(folder), "--known_frames", "1", "--image", str(tmp_path / "own.gif"), *words])
+    assert "1 clips in" in capsys.readouterr().out and Image.open(tmp_path / "x.gif").n_frames == 5
+    for more, sentence in [(["--known_frames", "3"], "--known_frames 3: .* to draw: 1"), (["--known_frames", "5"], "to draw: 1"),
+                           (["--image", "x.gif", "--mask", "left"], "continued, not repainted"),
+                           (["--image", str(tmp_path / "no.gif"), "--known_frames", "1"], "no such file")]:
+        with pytest.raises(SystemExit, match=sentence):
+            sample.main([str(folder), *more])
+
+
+@pytest.mark.parametrize("generator", ["maskgit", "ar"])
+def test_given_frames_stay_and_nothing_later_is_looked_at(generator, clip_run, capsys):
+    """9 frames of 4 + 4 + 4 tokens, the model of any weights: the tokens of the first 5 are given."""
+    train.main([*CLIPS, "--runs", str(clip_run), "--frames", "9", "--generator", generator])
+    run = train.load_run(clip_run / f"shapes-lfq-9f-{generator}-categorical")
+    clips = data.draw_clips(torch.arange(6), 8, 9)[0]
+    assert [sample.known_tokens(run, n) for n in (1, 5)] == [4, 8]
+    drawn, whole = sample.predict(run, clips, 5, seed=1), run.tokenizer.decode(run.tokenizer.encode(clips))
+    assert drawn.shape == clips.shape and torch.allclose(drawn[:, :, :5], whole[:, :, :5], atol=1e-5)
+    assert (drawn[:, :, 5:] - whole[:, :, 5:]).abs().max() > 0.01, "nothing was drawn"
+    other = torch.cat([clips[:, :, :5], -clips[:, :, 5:]], 2)
+    assert torch.equal(sample.predict(run, other, 5, seed=1), drawn), "it looked at the frames it is to predict"
+    assert not torch.equal(sample.predict(run, clips, 5, seed=2), drawn)
+
+
+def test_clips_are_measured(clip_run, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate.train_classifier, "__defaults__", (0, 12, 32, 4e-3))
+    folder = clip_run / "shapes-lfq-5f-maskgit-categorical"
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(folder), "--n", "20", "--device", "cpu"])
+    evaluate.main()
+    out, metrics = capsys.readouterr().out, evaluate.json.loads((folder / "metrics.json").read_text())
+    for key in ("recon_psnr_db", "recon_image_psnr_db", "recon_accuracy", "codebook_usage", "sample_accuracy", "sample_frechet_small_cnn",
+                "sample_frechet_frames", "floor_frechet_frames", "prediction_accuracy", "prediction_psnr_still_db", "val_loss"):
+        assert math.isfinite(metrics[key]), key
+    assert "Frechet distance over clips (small CNN)" in out and "FVD" not in out and "action accuracy, samples" in out
+    assert metrics["floor_frechet_frames"] < metrics["sample_frechet_frames"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(folder), "--probe", "--device", "cpu"])
+    evaluate.main()
+    metrics = evaluate.json.loads((folder / "metrics.json").read_text())
+    assert {"probe_pixels", "probe_token_bits", "probe_layer_4", "sample_accuracy"} <= metrics.keys()
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(folder), "--fid", "--device", "cpu"])
+    with pytest.raises(SystemExit, match="--fid: is of images"):
+        evaluate.main()
+
+
+def test_numbers_of_clips_are_those_of_their_frames(monkeypatch):
+    clips, actions, shapes = data.draw_clips(torch.arange(12), 8, 9)
+    net = evaluate.SmallCNN(10).eval()
+    one_by_one = torch.stack([net.features(clip[:, t][None])[0] for clip in clips for t in range(9)])
+    close(evaluate.features_of_frames(net, clips, 30), one_by_one)
+    run = argparse.Namespace(args=argparse.Namespace(data="shapes", seed=0))
+    stills = evaluate.single_frames(run, data.load("shapes", 8, n_shapes=12, frames=9), "train")
+    assert torch.equal(stills.labels, shapes.repeat_interleave(4)) and stills.frames == 1
+    assert torch.equal(stills.images.view(12, 4, 3, 8, 8)[5, 3], data.to_uint8(clips[5, :, -1]))
+    # A prediction that is right: its PSNR is the largest there is. One that stands still: the last frame that was given.
+    monkeypatch.setattr(sample, "predict", lambda run, clips, n, **options: clips)
+    run.tokenizer = argparse.Namespace(time_stride=4)
+    ruler = evaluate.ClipCNN(10).eval()
+    rows = {row[0]: row[2] for row in evaluate.measure_prediction(run, ruler, clips, actions)}
+    assert rows["prediction_accuracy"] == pytest.approx(100 * (evaluate.look(ruler, clips)[1] == actions).float().mean().item())
+    error = [[(clip[:, t] - clip[:, 4]).square().mean().clamp(min=1e-10) for t in range(5, 9)] for clip in clips]
+    assert rows["prediction_psnr_still_db"] == pytest.approx((10 * torch.log10(4 / torch.tensor(error))).mean().item(), abs=1e-3)
+    assert rows["prediction_psnr_db"] == pytest.approx(10 * math.log10(4e10), abs=1e-3)
+
+
+def test_a_video_tokenizer_begins_as_the_image_tokenizer(tmp_path, capsys):
+    words = [w for w in CLIPS if w not in ("--frames", "5")] + ["--generator", "none", "--runs", str(tmp_path), "--tok_size", "clips"]
+    train.main([*words, "--n_shapes", "40"])
+    train.main([*words, "--n_shapes", "40", "--frames", "5", "--inflate", str(tmp_path / "shapes-lfq"), "--tok_steps", "1", "--tok_lr", "1e-9"])
+    image, video = (train.load_run(tmp_path / name).tokenizer for name in ("shapes-lfq", "shapes-lfq-5f"))
+    x = data.draw(torch.arange(8), 8)[0]
+    assert (image.encode(x) == video.encode(x)).float().mean() > 0.99 and (video.decode(video.encode(x)) - image.decode(image.encode(x))).abs().max() < 0.1
+    assert train.read_checkpoint(tmp_path / "shapes-lfq-5f")["flags"]["inflate"] == str(tmp_path / "shapes-lfq")
+    for more, sentence in [(["--vocab_size", "32"], "its sizes are others; .*--vocab_size .16."), (["--inflate", str(tmp_path / "x")], "no ckpt.pt")]:
+        with pytest.raises(SystemExit, match=sentence):
+            train.main([*words, "--frames", "9", "--inflate", str(tmp_path / "shapes-lfq"), *more])
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--tokenizer", "vae"], "--frames 17: only --tokenizer lfq reads clips"), (["--frames", "18"], "--frames 18 .*so 17 or 21"),
+    (["--condition", "text", "--generator", "ar"], "asked for by their action"), (["--flip"], "moves left moves right"),
+    (["--perceptual", "1"], "give --lpips"), (["--frame_step", "2"], "is for your own clips"),
+    (["--frames", "1", "--frame_step", "2", "--data", "x"], "--frame_step: is for clips"), (["--frames", "1", "--inflate", "x"], "--inflate: is for clips"),
+    (["--n_shapes", "2000000000"], "do not fit into memory"), (["--data", "nowhere"], "no such file or folder")])
+def test_what_clips_do_not_go_with_is_refused(words, sentence, tmp_path):
+    with pytest.raises(SystemExit, match=sentence):
+        train.main(["--tokenizer", "lfq", "--generator", "maskgit", "--frames", "17", "--runs", str(tmp_path), "--device", "cpu", *words])
+    assert not list(tmp_path.rglob("ckpt.pt"))
+
+
+def test_strips_and_moving_pictures_show_the_frames_they_should(tmp_path):
+    clip = torch.linspace(-1, 1, 17)[None, :, None, None].expand(3, 17, 8, 8)               # ever brighter
+    strip = data.film(clip)
+    assert strip.shape == (9, 3, 8, 8) and torch.allclose(strip[:, 0, 0, 0], clip[0, ::2, 0, 0])
+    edge = data.film(clip, given=5)[:, :, 0, 0]
+    assert edge.shape == (9, 3) and (edge[:3, 0] < 0).all() and (edge[:3, 1] > 0).all() and (edge[3:] == 1).all()     # frames 0, 2, 4
+    assert torch.allclose(data.film(clip, given=5)[:, 0, 20, 20], strip[:, 0, 0, 0])
+    data.save_clips(tmp_path / "x.gif", clip[None].repeat(4, 1, 1, 1, 1), 2, ("a", "b"))
+    with Image.open(tmp_path / "x.gif") as animation:
+        assert animation.n_frames == 17
+        for t in (0, 8, 16):
+            animation.seek(t)
+            picture = np.array(animation.convert("RGB"))
+            assert abs(int(picture[10, -10, 0]) - int(data.to_uint8(clip[0, t, 0, 0]))) <= 4
+
+
+def test_places_in_time_and_space_are_told_apart():
+    """A clip's grid has three axes: RoPE turns with the difference in each of them, and Halton's order visits all tokens."""
+    grid, q, k = (3, 4, 2), torch.randn(1, 1, 1, 32), torch.randn(1, 1, 1, 32)
+    table = ar_transformer.rope_table(grid, 32, 1)[1:].view(*grid, 16, 2)
+    score = lambda a, b: (ar_transformer.rotate(q, table[a][None]) * ar_transformer.rotate(k, table[b][None])).sum()
+    assert torch.allclose(score((0, 1, 0), (1, 3, 1)), score((1, 0, 0), (2, 2, 1)), atol=1e-4)
+    base = score((0, 0, 0), (0, 0, 0))
+    assert all((score((0, 0, 0), place) - base).abs() > 1e-3 for place in [(1, 0, 0), (0, 1, 0), (0, 0, 1)])
+    rank = maskgit.halton_rank(grid)
+    assert sorted(rank.tolist()) == list(range(24))
+    assert len({int(t) // 8 for t in rank.argsort()[:3]}) > 1, "the first tokens all lie in one frame"
+
+
 # experiments/claims.py: the list, the rule, the table
 
 def test_claims_are_listed_once_and_judged_by_the_rule(tmp_path, monkeypatch, capsys):
@@ -4130,7 +4593,1603 @@ def test_every_flag_is_explained_and_read(name):
             assert len(re.findall(read, source)) >= 1, f"{name}.py parses --{flag} and never reads it"
 
 
+SHAPES = dict(channels=3, B=3, T=16, D=4, V=64, C=32, K=5, H=16, W=16, S=6, N=7, bits=6, n_head=4, d=8, head_dim=8, P=1)
+
+
+def told(doc):
+    """The shapes that a docstring tells, (inputs, outputs): what stands in brackets before and after its first arrow."""
+    doc = re.sub(r"\[, D\]", "", doc.replace("...", "5, 7")).split("\n\n")[0]
+    before, after = re.split("->", doc, maxsplit=1)
+    def shapes(text):
+        found = []
+        for inside in re.findall(r"(?<!\w)\(([\w\s,/+*^-]*)\)", text):
+            inside = re.sub(r"(\d)([A-Z])", r"\1 * \2", inside).replace("/", "//").replace("^", "**")
+            try:
+                found.append(tuple(eval(f"[{inside}]", {}, dict(SHAPES))))
+            except (NameError, SyntaxError, TypeError):     # words in brackets
+                continue
+        return found
+    return shapes(before), shapes(after)
+
+
+def test_shapes_are_as_the_docstrings_tell():
+    """Inputs are made in the shapes told before the arrow; what comes back must have those told after it."""
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    ids, real, labels = torch.randint(64, (3, 16)), torch.randn(3, 16, 4), torch.arange(3)
+    mask = torch.rand(3, 16) < 0.5
+    vae_ = vae.VAE(image_size=16, token_dim=4, ch=8, ch_mult=(1, 1, 1), n_res=1, groups=4).eval()
+    tokenizers = [vq.VQ(image_size=16, vocab_size=64, code_dim=4, ch=8, ch_mult=(1, 1, 1), n_res=1, z_channels=8, groups=4).eval(),
+                  lfq.LFQ(image_size=16, bits=6, ch=8, ch_mult=(1, 1, 1), n_res=1, groups=4).eval(),
+                  titok.TiTok(image_size=16, n_tokens=16, vocab_size=64, code_dim=4, enc=(32, 1, 4), dec=(32, 1, 4)).eval()]
+    size = dict(n_layer=2, n_head=4, n_embd=32)
+    of = lambda cls, head: cls(head(32, 64), 16, 3, vocab_size=64, grid=(4, 4), **size).eval()
+    ar, mg, mr = (of(m, m_.CategoricalHead) for m, m_ in ((ar_transformer.ARTransformer, ar_transformer), (maskgit.MaskGIT, maskgit),
+                                                          (mar.MAR, mar)))
+    gmm, diffusion = gmm_head.GMMHead(32, 4, 5), diffusion_head.DiffusionHead(32, 4, 16, 1)
+    flow = flow_adapter.FlowAdapter(4, (4, 4))
+    h, x, some = torch.randn(5, 7, 32), torch.randn(5, 7, 4), torch.randint(64, (5, 7))
+    q = torch.randn(3, 4, 6, 8)
+    calls = [(vae_.posterior, images), (vae_.encode, images), (vae_.decode, real), (vae_.decode_raw, real), (vae_.kl, real, real.exp()),
+             (vae_.reparameterise, real, real.exp()), *[(t.encode, images) for t in tokenizers], *[(t.decode, ids) for t in tokenizers],
+             *[(t.latents, images) for t in tokenizers[:2]], (tokenizers[0].quantizer.codes, ids), (tokenizers[0].quantizer.nearest, real),
+             (lfq.quantize, torch.randn(5, 7, 6)), (lfq.codes, some, 6), (lfq.entropy_of_mean, torch.randn(7, 6), 0.1),
+             (flow.forward, real), (flow.inverse, real), (gmm.mixture, h), (gmm.log_prob, h, x), (gmm.loss, h, x), (gmm.sample, h),
+             (diffusion.loss, h, x), (diffusion.sample, h), (ar.head.loss, h, some), (ar.head.sample, h),
+             (ar.hidden, ids, labels), (ar.logits, ids, labels), (ar.sample, labels), (ar.beam_search, labels, 2, 2),
+             (mg.hidden, ids, labels, mask), (mg.logits, ids, labels, mask), (mg.sample, labels), (mg.sample_titok, labels),
+             (mg.training_mask, 3, "cpu"), (mr.hidden, ids, labels, mask), (mr.sample, labels), (ar_transformer.attention, q, q, q)]
+    for f, *inputs in calls:
+        before, after = told(f.__doc__)
+        given = [tuple(v.shape) for v in inputs if isinstance(v, torch.Tensor)]
+        name = getattr(f, "__qualname__", f)
+        assert not before or before[:len(given)] == given[:len(before)], f"{name} is given {given}, its docstring says {before}"
+        out = f(*inputs)
+        out = [tuple(v.shape) for v in (out if isinstance(out, tuple) else (out,)) if isinstance(v, torch.Tensor)]
+        if "each" in f.__doc__.split("\n\n")[0]:
+            after = after[:1] * len(out)
+        assert after[:len(out)] == out, f"{name} gives {out}, its docstring says {after}"
+
+
+def test_readme_tells_the_length_of_every_file():
+    told_lines = dict(re.findall(r"\| `(\w+\.py)` \|[^|]*\| (\d+) \|", (ROOT / "README.md").read_text()))
+    assert len(told_lines) == len(MODELS) + 1
+    for name, n in told_lines.items():
+        true = (ROOT / name).read_text().count("\n")
+        assert abs(true - int(n)) <= 0.05 * true, f"{name} has {true} lines, README says {n}"
+
+
 def test_weights_are_loaded_without_running_code():
     for path in ROOT.glob("*.py"):
         for call_ in re.findall(r"torch\.load\((?:[^()]|\([^()]*\))*\)", path.read_text()):
             assert "weights_only=True" in call_ or path.name == "test_all.py", (path.name, call_)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Homework. Each test below grades one function: what surrounds the function is given independently, so that one mistake
+# costs one question, and the message says what the mistake may be. Its docstring is the question; 10 points a file.
+
+def exercise(target, points, hidden=False):
+    """This test grades `target`, such as "vae.VAE.kl". hidden: it is not in the handout, and graded all the same."""
+    def mark(test):
+        test.exercise, test.points, test.hidden = target, points, hidden
+        return test
+    return mark
+
+
+def check(what, ours, truth, hint="", tolerance=1e-4):
+    """ours equals truth within `tolerance` of the largest value (or of 1), or a sentence says by how much it does not."""
+    assert isinstance(ours, torch.Tensor), f"{what} is not a tensor: {ours!r:.40}"
+    assert ours.shape == truth.shape, f"{what} has shape {tuple(ours.shape)} and not {tuple(truth.shape)}. {hint}"
+    error = ours.detach().double() - truth.detach().double()
+    assert error.abs().max() <= tolerance * truth.detach().double().abs().max().clamp(min=1), \
+        f"{what} is off by {error.mean():+.3f} on average and by {error.abs().max():.3g} at most. {hint}"
+
+
+def gradient(y, x):
+    """dy / dx, or None where y does not depend on x."""
+    return torch.autograd.grad(y, x, retain_graph=True, allow_unused=True)[0] if y.requires_grad else None
+
+
+# gmm_head.py
+
+@exercise("gmm_head.GMMHead.density", points=3)
+def test_homework_gmm_head_density():
+    log_pi, mu, sigma = torch.randn(200, 4).log_softmax(-1), torch.randn(200, 4, 3), torch.rand(200, 4, 3) + 0.2
+    truth = D.MixtureSameFamily(D.Categorical(logits=log_pi), D.Independent(D.Normal(mu, sigma), 1))
+    x = truth.sample()
+    check("log p", gmm_head.GMMHead.density((log_pi, mu, sigma), x), truth.log_prob(x),
+          "A missing log(2 pi) / 2 per channel is +2.757 here, a missing log sigma about "
+          f"{(log_pi.exp() * sigma.log().sum(-1)).sum(-1).mean():+.1f}.")
+    check("log p of a far point", gmm_head.GMMHead.density((log_pi, mu, sigma), x + 1e3), truth.log_prob(x + 1e3),
+          "exp(log N) is 0 there, and its log -inf: torch.logsumexp.")
+
+
+@exercise("gmm_head.GMMHead.draw", points=2)
+def test_homework_gmm_head_draw():
+    pi, mu, sigma = torch.tensor([0.7, 0.3]), torch.tensor([[-1.0, 2.0], [3.0, 0.0]]), torch.tensor([[0.5, 1.0], [0.2, 0.8]])
+    many = [v.expand(50_000, *v.shape) for v in (pi.log(), mu, sigma)]
+    x = gmm_head.GMMHead.draw(many, temperature=0.5)
+    mean = pi @ mu
+    check("the mean of 50,000 draws", x.mean(0), mean,
+          "Is a component chosen by its weight, and then its own mean taken?", 0.03)
+    check("their variance at temperature 0.5", x.var(0), pi @ (mu**2 + (0.5 * sigma) ** 2) - mean**2,
+          "temperature multiplies sigma, once, and not mu.", 0.03)
+    x = gmm_head.GMMHead.draw(many, n=(3,), clip=1.0)
+    assert x.shape == (3, 50_000, 2), f"n=(3,) gives shape {tuple(x.shape)}: {(3, 50_000, 2)} is right"
+    near = ((x[..., None, :] - mu).abs() <= sigma + 1e-4).all(-1).any(-1)
+    assert near.all(), \
+        f"with clip=1, {100 * (~near).float().mean():.0f}% of the draws are more than one sigma from every mean"
+
+
+def guided_on_a_grid(mc, sc, mu, su, cfg):
+    """Mean and std of N(mc, sc)^cfg N(mu, su)^(1 - cfg), each (n,), by numerical integration."""
+    x = torch.linspace(-40, 40, 8_001, dtype=torch.float64)[:, None]
+    log_c, log_u = (D.Normal(m.double(), s.double()).log_prob(x) for m, s in ((mc, sc), (mu, su)))
+    p = (cfg * log_c + (1 - cfg) * log_u).softmax(0)                                        # (8001, n)
+    mean = (p * x).sum(0)
+    return mean, (p * (x - mean) ** 2).sum(0).sqrt()
+
+
+@exercise("gmm_head.guided_normal", points=2)
+def test_homework_gmm_head_guided_normal():
+    mc, sc, mu, su = torch.randn(20), torch.rand(20) + 0.3, torch.randn(20), torch.rand(20) + 1.2
+    mean, std, proper = gmm_head.guided_normal(mc, sc, mu, su, 2.5)
+    true_mean, true_std = guided_on_a_grid(mc, sc, mu, su, 2.5)
+    check("the mean", mean, true_mean,
+          "Precisions add: cfg / sc^2 - (cfg - 1) / su^2, and each mean counts with its own.", 1e-3)
+    check("the std", std, true_std, "Precisions add, variances do not; and std is the root of 1 / precision.", 1e-3)
+    assert proper.dtype == torch.bool and proper.all(), "all of these products are densities: proper should be True"
+
+
+@exercise("gmm_head.guided_normal", points=1, hidden=True)
+def test_homework_gmm_head_guided_normal_where_there_is_no_density():
+    mc, sc, mu, su = torch.tensor([1.0, 1.0]), torch.ones(2), torch.zeros(2), torch.tensor([0.5, 4.0])
+    mean, std, proper = gmm_head.guided_normal(mc, sc, mu, su, 3.0)
+    assert proper.tolist() == [False, True], f"proper is {proper.tolist()}: the first product grows without bound"
+    check("the unguided channel's mean", mean[:1], mc[:1], "Where lam <= 0.01 the channel stays N(mc, sc).")
+    check("the unguided channel's std", std[:1], sc[:1], "Where lam <= 0.01 the channel stays N(mc, sc).")
+
+
+@exercise("gmm_head.GMMHead.nucleus", points=2)
+def test_homework_gmm_head_nucleus():
+    log_pi, mu, sigma = torch.randn(60, 6).log_softmax(-1), torch.randn(60, 6, 2), torch.rand(60, 6, 2)
+    truth = torch.zeros(60, 6, dtype=torch.float64)
+    for row, p in zip(truth, log_pi.exp().tolist()):
+        total = 0.0
+        for k in sorted(range(6), key=lambda k: -p[k]):
+            if total < 0.7:
+                row[k] = p[k]
+            total += p[k]
+    kept = gmm_head.GMMHead.nucleus((log_pi, mu, sigma), 0.7)
+    assert torch.equal(kept[0] > -torch.inf, truth > 0), (
+        f"{(kept[0] > -torch.inf).sum(-1).float().mean():.1f} of 6 components stay on average (nan counts as gone), "
+        f"{(truth > 0).sum(-1).float().mean():.1f} are needed. The one that reaches top_p belongs to them.")
+    check("the weights kept", kept[0].exp(), truth / truth.sum(-1, keepdim=True), "What is left must be renormalised.")
+    assert torch.equal(kept[1], mu) and torch.equal(kept[2], sigma), "means and scales stay as they are"
+
+
+# flow_adapter.py
+
+@exercise("flow_adapter.Coupling.forward", points=2)
+def test_homework_flow_adapter_coupling():
+    block, (x1, x2) = flow_adapter.Coupling(3, 6), torch.randn(2, 2, 3, 4, 4)
+    block.shift = lambda x: torch.sin(3 * x) + x.flip(1)
+    a, b = block(x1, x2)
+    check("the first half of the output", a, x2, "The halves swap, or half of the channels would never move.")
+    check("the second half of the output", b, x1 + block.shift(x2), "x1 moves by F(x2), and F sees only what stays.")
+
+
+@exercise("flow_adapter.Coupling.inverse", points=2)
+def test_homework_flow_adapter_coupling_undone():
+    block, (x1, x2) = flow_adapter.Coupling(3, 6), torch.randn(2, 2, 3, 4, 4)
+    block.shift = lambda x: torch.sin(3 * x) + x.flip(1)
+    y1, y2 = block.inverse(x2, x1 + block.shift(x2))
+    check("x1", y1, x1, "x1 = b - F(a): forward added F of the half that is now called a.")
+    check("x2", y2, x2, "x2 was only moved to the front.")
+
+
+class Shear(nn.Module):
+    """A coupling whose F is k sin."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.k = k
+
+    def forward(self, x1, x2):
+        return x2, x1 + self.k * torch.sin(x2)
+
+    def inverse(self, a, b):
+        return b - self.k * torch.sin(a), a
+
+
+@exercise("flow_adapter.FlowAdapter.inverse", points=3)
+def test_homework_flow_adapter_inverse():
+    flow, x = flow_adapter.FlowAdapter(4, (3, 5), n_block=3), torch.randn(2, 15, 4)
+    flow.blocks = nn.ModuleList([Shear(k) for k in (1.0, 2.0, -0.5)])
+    x1, x2 = flow.split(x)
+    for block in flow.blocks:
+        x1, x2 = block(x1, x2)
+    check("inverse(forward(x))", flow.inverse(flow.join(x1, x2)), x, "The coupling that came last must be undone first.")
+
+
+class Stretch(nn.Module):
+    """An adapter that loses a little on the way back, so that putting values back can be seen."""
+
+    def forward(self, x):
+        return 2 * x + 1
+
+    def inverse(self, u):
+        return (u - 1) / 2 + 0.01
+
+
+class Writer(nn.Module):
+    """A generator that writes sevens and remembers what it was told."""
+
+    def sample(self, cond, known=None, known_mask=None, on_step=None, **options):
+        self.known, self.options = known, options
+        tokens = torch.full((len(cond), 4, 2), 7.0)
+        if known is not None:
+            tokens = torch.where(known_mask[..., None], known, tokens)
+        if on_step is not None:
+            on_step(0, tokens, torch.zeros(len(cond), 4, dtype=torch.bool))
+        return tokens
+
+
+@exercise("flow_adapter.Adapted.sample", points=3)
+def test_homework_flow_adapter_sample():
+    model, seen = flow_adapter.Adapted(Stretch(), Writer()), []
+    cond, three = torch.zeros(2, dtype=torch.long), torch.full((2, 4, 2), 3.01)
+    x = model.sample(cond, cfg=2.0, on_step=lambda i, tokens, mask: seen.append(tokens))
+    check("a sample", x, three,
+          "The generator's tokens are bent: the adapter's inverse makes the tokenizer's tokens of them.")
+    check("what on_step is shown", seen[0], three, "on_step, too, is to see the tokenizer's tokens.")
+    assert model.generator.options.get("cfg") == 2.0, "options such as cfg go to the generator"
+    known, mask = torch.randn(2, 4, 2), torch.tensor([[True, False, True, False]] * 2)
+    x = model.sample(cond, known=known, known_mask=mask)
+    check("the known tokens that the generator is given", model.generator.known[mask], 2 * known[mask] + 1,
+          "It lives in the bent space: known tokens go through the adapter first.")
+    check("the known tokens in the result", x[mask], known[mask], "At the end the given values are put back.", 1e-6)
+    check("the other tokens in the result", x[~mask], three[~mask], "Only known tokens are put back.")
+
+
+# ar_transformer.py
+
+def turned(x, rope):
+    """RoPE as multiplication by complex numbers: x (B, S, n_head, head_dim), rope (S, head_dim / 2, 2)."""
+    z, turn = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()), torch.view_as_complex(rope.contiguous())
+    return torch.view_as_real(z * turn[:, None]).flatten(-2)
+
+
+def angles(S, pairs):
+    turn = torch.rand(S, pairs) * 6
+    return torch.stack([turn.cos(), turn.sin()], -1)
+
+
+@exercise("ar_transformer.rotate", points=3)
+def test_homework_ar_transformer_rope():
+    x, rope = torch.randn(2, 5, 3, 8), angles(5, 4)
+    y = ar_transformer.rotate(x, rope)
+    check("the length of the rotated vectors", y.norm(dim=-1), x.norm(dim=-1), "A rotation changes no length.")
+    check("the rotated vectors", y, turned(x, rope),
+          "Pairs are neighbours, (x0, x1), (x2, x3) ..., and (a, b) -> (a cos - b sin, b cos + a sin).")
+
+
+def slow_attention(att, x, rope, causal=True):
+    """One query at a time, one head at a time."""
+    q, k, v = (part.unflatten(-1, (att.n_head, -1)) for part in att.wqkv(x).chunk(3, -1))      # (B, S, n_head, head_dim)
+    q, k, y = turned(q, rope), turned(k, rope), torch.zeros_like(v)
+    for t in range(x.shape[1]):
+        for head in range(att.n_head):
+            seen = slice(t + 1) if causal else slice(None)
+            score = (k[:, seen, head] * q[:, t:t + 1, head]).sum(-1) / q.shape[-1] ** 0.5
+            y[:, t, head] = (score.softmax(1)[..., None] * v[:, seen, head]).sum(1)
+    return att.wo(y.flatten(2))
+
+
+@exercise("ar_transformer.Attention.forward", points=2)
+def test_homework_ar_transformer_attention():
+    att, x, rope = ar_transformer.Attention(12, 3).eval(), torch.randn(2, 6, 12), angles(6, 2)
+    with patch.object(ar_transformer, "rotate", turned):
+        check("attention", att(x, rope), slow_attention(att, x, rope),
+              "Queries and keys turn, values do not; row t looks at rows 0 .. t; wo comes last, on the heads side by side.")
+        check("attention with a mask", att(x, rope, torch.ones(6, 6, dtype=torch.bool)), slow_attention(att, x, rope, False),
+              "A mask that is given says alone who may look where.")
+
+
+@exercise("ar_transformer.Attention.forward", points=2)
+def test_homework_ar_transformer_cached_attention():
+    att, x, rope = ar_transformer.Attention(12, 3).eval(), torch.randn(2, 6, 12), angles(6, 2)
+    cache = torch.zeros(2, 2, 3, 6, 4)
+    with patch.object(ar_transformer, "rotate", turned):
+        rows = [att(x[:, t:t + 1], rope[t:t + 1], (torch.arange(6) <= t)[None], cache, torch.tensor([t])) for t in range(6)]
+        check("row by row with the cache", torch.cat(rows, 1), att(x, rope),
+              "Each row's rotated key and its value are written at its place `at`, and the whole cache is looked at.")
+
+
+@exercise("ar_transformer.ARTransformer.hidden", points=3)
+def test_homework_ar_transformer_teacher_forcing():
+    for options in (dict(vocab_size=9), dict(token_dim=2, prefix=(3, 5))):
+        head = ar_transformer.CategoricalHead(8, 9)
+        model = ar_transformer.ARTransformer(head, 4, 7, n_layer=1, n_head=2, n_embd=8, **options).eval()
+        model.run = lambda x, start=0, caches=None, keep=None: x        # a transformer that does nothing
+        tokens = torch.randint(9, (3, 4)) if model.vocab_size else torch.randn(3, 4, 2)
+        cond = torch.randn(3, 3, 5) if model.n_prefix == 3 else torch.tensor([1, 2, 3])
+        drop = torch.tensor([True, False, True])
+        h, start, e = model.hidden(tokens, cond, drop), model.prefix(cond, drop), model.embed(tokens)
+        assert h.shape == e.shape, f"h has shape {tuple(h.shape)} and not {tuple(e.shape)}: one row for each token"
+        check("what h[:, 0] has read last", h[:, 0], start[:, -1],
+              "The first token is predicted from the prefix (with drop).")
+        check("what h[:, 1:] has read last", h[:, 1:], e[:, :-1],
+              "Row t predicts token t, so the last thing it reads is token t - 1. If it reads token t, the answer leaks.")
+
+
+# maskgit.py
+
+@exercise("maskgit.n_hidden", points=2)
+def test_homework_maskgit_training_hides():
+    u = [0.0, 0.11, 0.3, 0.52, 0.77, 0.93, 1.0]
+    n = maskgit.n_hidden(torch.tensor(u)[:, None], 50)
+    check("the number of hidden tokens", n.flatten(), torch.tensor([max(1, math.ceil(50 * math.cos(math.pi / 2 * v) - 1e-6))
+                                                                    for v in u]), "ceil(T cos(pi/2 u)), and at least one.")
+    n = maskgit.n_hidden(torch.tensor(u)[:, None], 50, "arccos")
+    truth = torch.tensor([max(1, round(50 * math.acos(v) * 2 / math.pi)) for v in u])
+    check("the number for arccos", n.flatten(), truth, "TiTok rounds to the nearest.")
+
+
+@exercise("maskgit.still_hidden", points=2)
+def test_homework_maskgit_schedule():
+    starts = torch.tensor([[64], [100], [7]])
+    for step in range(5):
+        truth = torch.tensor([[math.floor(n * math.cos(math.pi / 2 * (step + 1) / 5) + 1e-6)] for n in (64, 100, 7)])
+        ours = maskgit.still_hidden(starts, step, 5)
+        check(f"hidden after step {step} of 5 (from {starts.flatten().tolist()})", ours, truth,
+              "floor(n cos(pi/2 r)), where r is what is done AFTER this step: (step + 1) / steps, and the last leaves 0.")
+    check("for the linear schedule", maskgit.still_hidden(starts, 0, 5, "linear"), torch.tensor([[51], [80], [5]]))
+
+
+@exercise("maskgit.keep_hidden", points=2)
+def test_homework_maskgit_confidence():
+    score, n = torch.randn(4, 9), torch.tensor([[0], [3], [8], [9]])
+    score[1, 2:6] = -5.0                                    # a tie
+    truth = torch.zeros(4, 9, dtype=torch.bool)
+    for row, s, count in zip(truth, score.tolist(), n.flatten().tolist()):
+        for t in sorted(range(9), key=lambda t: (s[t], t))[:count]:
+            row[t] = True
+    mask = maskgit.keep_hidden(score, n)
+    assert mask.dtype == torch.bool and mask.sum(1).tolist() == [0, 3, 8, 9], \
+        f"{mask.sum(1).tolist()} tokens stay hidden where n is [0, 3, 8, 9]: one argsort gives places, a second one ranks"
+    assert torch.equal(mask[2:], truth[2:]), "those of the LOWEST score are hidden again; the model is sure of the others"
+    assert torch.equal(mask, truth), "of equal scores the earlier positions are hidden: a stable sort"
+
+
+@exercise("maskgit.masked_mean", points=2)
+def test_homework_maskgit_masked_mean():
+    loss, weight = torch.rand(3, 5), torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 1, 1], [0.1, 1, 1, 0.1, 1]])
+    rows = [sum(a * b for a, b in zip(x, w)) / sum(w) for x, w in zip(loss.tolist(), weight.tolist())]
+    check("the mean per image", maskgit.masked_mean(loss, weight), torch.tensor(sum(rows) / 3),
+          f"Within each image first. Over all T tokens it would be {(loss * weight).mean():.3f}: hidden ones alone count.")
+    check("the mean over the batch", maskgit.masked_mean(loss, weight, per_image=False),
+          torch.tensor(sum(r * sum(w) for r, w in zip(rows, weight.tolist()))) / weight.sum(),
+          "Every hidden token counts alike.")
+
+
+@exercise("maskgit.MaskGIT.training_mask", points=2)
+def test_homework_maskgit_training_mask():
+    size = dict(token_dim=2, n_layer=1, n_head=2, n_embd=8)
+    model = maskgit.MaskGIT(nn.Identity(), 6, 3, **size, u_max=0.7, train_schedule="arccos")
+    n, asked = torch.arange(6000)[:, None] % 6 + 1, []
+    with patch.object(maskgit, "n_hidden", lambda u, T, schedule="cosine": asked.append((u, T, schedule)) or n):
+        mask = model.training_mask(6000, torch.device("cpu"))
+    assert asked, "n_hidden() says how many to hide"
+    u, T, schedule = asked[0]
+    assert u.shape == (6000, 1), f"u has shape {tuple(u.shape)}: each row draws its own, (B, 1)"
+    assert 0 <= u.min() and 0.69 < u.max() < 0.7, f"u is in {u.min():.2f} .. {u.max():.2f} and not uniform in 0 .. u_max = 0.7"
+    assert (T, schedule) == (6, "arccos"), "n_hidden is asked for T tokens and the model's own train_schedule"
+    assert mask.shape == (6000, 6) and mask.dtype == torch.bool, f"mask {tuple(mask.shape)} {mask.dtype} is not (B, T) bool"
+    right = (mask.sum(1, keepdim=True) == n).float().mean()
+    assert right == 1, f"{100 * right:.0f}% of the rows hide n tokens: exactly n, drawn without replacement, not n on average"
+    check("how often each place is hidden", mask.float().mean(0), torch.full((6,), 3.5 / 6), "All places alike.", 0.03)
+    assert len(mask[n[:, 0] == 1].unique(dim=0)) == 6, "every row must draw its places anew"
+
+
+# mar.py
+
+@exercise("mar.mask_rate", points=2)
+def test_homework_mar_mask_rate():
+    for low, std in ((0.7, 0.25), (0.0, 9.0)):
+        grid = torch.linspace(low, 1, 20_001, dtype=torch.float64)
+        below = torch.cumulative_trapezoid((-0.5 * ((grid - 1) / std) ** 2).exp(), grid)
+        for u in (0.5, 0.1, 0.8, 0.0, 1.0):
+            rate = mar.mask_rate(u, low, std)
+            truth = grid[torch.searchsorted(below / below[-1], u)].item()
+            assert abs(rate - truth) < 2e-3, (f"the rate at quantile {u} of N(1, {std}^2) cut to [{low}, 1] is {rate:.3f}, "
+                                              f"not {truth:.3f}: the inverse cdf, u being between cdf({low}) and cdf(1)")
+
+
+@exercise("mar.masked_counts", points=3)
+def test_homework_mar_counts():
+    counts = mar.masked_counts(256, 8)
+    assert counts == [math.floor(256 * math.cos(math.pi / 2 * k / 8)) for k in range(8)] + [0], \
+        f"256 tokens in 8 steps: {counts}. Before step k, floor(256 cos(pi/2 k/8)) are unknown, and 0 at the end."
+    for n in (1, 2, 9, 64):
+        counts = mar.masked_counts(n, n)
+        assert counts == list(range(n, -1, -1)), \
+            f"{n} tokens in {n} steps: {counts}. Every step must draw one at least, and no more."
+    counts = mar.masked_counts(10, 8)
+    assert len(counts) == 9 and all(a > b for a, b in zip(counts, counts[1:])), \
+        f"10 tokens in 8 steps: {counts} does not fall"
+
+
+@exercise("mar.draw_order", points=2)
+def test_homework_mar_order():
+    raster = mar.draw_order("raster", 2, 6, torch.device("cpu"))
+    assert raster.tolist() == [list(range(6))] * 2, f"raster order is 0 .. 5 in each row, not {raster.tolist()}"
+    order = mar.draw_order("random", 3000, 6, torch.device("cpu"))
+    assert torch.equal(order.sort(1).values, torch.arange(6).expand(3000, 6)), "each row must hold each place once"
+    share = torch.stack([(order[:, i, None] == torch.arange(6)).float().mean(0) for i in range(6)])
+    check("how often each place comes at each turn", share, torch.full((6, 6), 1 / 6),
+          "All orders are equally likely.", 0.05)
+    known = torch.rand(500, 6) < 0.4
+    for kind in ("random", "raster"):
+        order = mar.draw_order(kind, 500, 6, torch.device("cpu"), known)
+        first = known.gather(1, order)
+        assert (first[:, 1:] <= first[:, :-1]).all(), f"known places must come first in a {kind} order"
+        assert torch.equal(order.sort(1).values, torch.arange(6).expand(500, 6)), "each row must hold each place once"
+
+
+class Listener(nn.Module):
+    """A head that remembers what it is asked, and whose loss is the token itself."""
+
+    def loss(self, h, x):
+        self.h, self.x = h, x
+        return x[..., 0]
+
+
+@exercise("mar.MAR.forward", points=3)
+def test_homework_mar_loss():
+    model, asked = mar.MAR(Listener(), 6, 5, token_dim=1, n_layer=2, n_head=2, n_embd=8, label_drop=1.0).eval(), {}
+    tokens, order = torch.arange(24.0).view(4, 6, 1), torch.stack([torch.randperm(6) for _ in range(4)])
+
+    def hidden(tokens, labels, mask, n_visible=None):       # an encoder-decoder whose h is the token itself
+        asked.update(labels=labels, mask=mask, n_visible=n_visible)
+        return tokens.clone()
+    model.hidden, model.mask_count = hidden, lambda: 4
+    with patch.object(mar, "draw_order", lambda *_, **__: order):
+        loss, logs = model(tokens, torch.arange(4))
+        mask = asked["mask"]
+        assert mask.dtype == torch.bool and mask.sum(1).tolist() == [4] * 4, "mask_count() is 4: four of each row are hidden"
+        assert torch.equal(mask, torch.zeros(4, 6).scatter(1, order[:, 2:], 1).bool(), ), \
+            "hidden are the LAST places of the order: those before them are what the model has already written"
+        assert asked["n_visible"] in (2, None), f"n_visible is {asked['n_visible']}: 6 - 4 tokens are visible"
+        check("the loss", loss, tokens[mask].mean(),
+              f"The mean over MASKED tokens; over all of them it is {tokens.mean():.2f}.")
+        check("h that the head is given", model.head.h, model.head.x, "h and token must come from the same place.")
+        assert torch.equal(asked["labels"], torch.arange(4)), "in eval mode the labels stay"
+        model.train()(tokens, torch.arange(4))
+        assert torch.equal(asked["labels"], torch.full((4,), 5)), \
+            "label_drop is 1: while training every label becomes 'no class', 5"
+
+
+# diffusion_head.py
+
+@exercise("diffusion_head.DiffusionHead.reverse", points=3)
+def test_homework_diffusion_head_reverse_step():
+    row = diffusion_head.schedule(torch.arange(1000))[torch.tensor([5, 100, 500, 900])][:, None].unbind(-1)    # (4, 1) each
+    a, s, a_earlier, s_earlier = (v.double() for v in row[:4])
+    x0, noise = torch.randn(2, 4, 3)
+    x = row[0] * x0 + row[1] * noise
+    step = a / a_earlier                                    # x = step * x_earlier + N(0, beta), and Bayes' rule:
+    beta = 1 - step**2
+    precision = 1 / s_earlier**2 + step**2 / beta
+    mean = (a_earlier * x0 / s_earlier**2 + step * x / beta) / precision
+    ours, log_var, x0_ours = diffusion_head.DiffusionHead.reverse(x, noise, torch.full_like(x, -1.0), row)
+    check("x0", x0_ours, x0, "x = a x0 + s eps, solved for x0.", 1e-3)
+    check("the mean", ours, mean, "That of q(x_earlier | x, x0), by Bayes' rule.", 1e-3)
+    check("log variance at v = -1", log_var, -precision.log().expand(4, 3), "v = -1 is the smallest: beta~.", 1e-3)
+    log_var = diffusion_head.DiffusionHead.reverse(x, noise, torch.ones_like(x), row)[1]
+    check("log variance at v = +1", log_var, beta.log().expand(4, 3), "v = +1 is the largest: beta.", 1e-3)
+
+
+class Told(nn.Module):
+    """A network that says what it was told to, and remembers what it saw."""
+
+    def __init__(self, out):
+        super().__init__()
+        self.out = nn.Parameter(out)
+
+    def forward(self, x, t, c):
+        self.x, self.t = x, t
+        return self.out
+
+
+def kl_in_bits(mean, log_var, mean2, log_var2):
+    p, q = (D.Normal(m, (0.5 * v).exp()) for m, v in ((mean, log_var), (mean2, log_var2)))
+    return D.kl_divergence(p, q).mean(-1) / math.log(2)
+
+
+@exercise("diffusion_head.DiffusionHead.terms", points=2)
+def test_homework_diffusion_head_loss():
+    head, (x, noise) = diffusion_head.DiffusionHead(4, 3, width=8, depth=1), torch.randn(2, 5, 3)
+    t = torch.tensor([1, 50, 400, 700, 990])
+    head.net = Told(torch.randn(5, 6))
+    head.reverse = lambda x, eps, v, row: (x - eps, row[6] + 0.3 * v, None)     # some mean and variance, not the right ones
+    with patch.object(diffusion_head, "kl_bits", kl_in_bits):
+        mse, vb = head.terms(x, torch.randn(5, 4), t, noise)
+    row = head.table[t].unsqueeze(1).unbind(-1)
+    x_t = row[0] * x + row[1] * noise
+    check("the noisy token that the network sees", head.net.x, x_t, "x_t = a x + s noise.")
+    eps, v = head.net.out.detach()[:, :3], head.net.out.detach()[:, 3:]
+    check("mse", mse, ((eps - noise) ** 2).mean(-1), "The network predicts the NOISE; the mean is over the token's numbers.")
+    truth = kl_in_bits(row[4] * x + row[5] * x_t, row[7].expand_as(x), x_t - eps, row[6] + 0.3 * v)
+    check("vb", vb, truth, "KL(q(x_earlier | x_t, x) || reverse step), in this order.", 1e-3)
+    vb.sum().backward()
+    assert head.net.out.grad[:, :3].abs().max() == 0, "vb trains the variance only: its eps is detached"
+    assert head.net.out.grad[:, 3:].abs().min() > 0, "vb must train the variance v"
+
+
+@exercise("diffusion_head.DiffusionHead.terms", points=1, hidden=True)
+def test_homework_diffusion_head_flow_loss():
+    head = diffusion_head.DiffusionHead(4, 3, width=8, depth=1, objective="flow")
+    (x, noise), t = torch.randn(2, 5, 3), torch.rand(5)
+    head.net = Told(torch.randn(5, 3))
+    loss, = head.terms(x, torch.randn(5, 4), t, noise)
+    check("the point on the way that the network sees", head.net.x, torch.lerp(x, noise, t[:, None]), "t = 0 is the token.")
+    check("the time that the network is told", head.net.t, 1000 * t, "The network knows times of 0 .. 1000.")
+    check("the loss", loss, ((head.net.out - (noise - x)) ** 2).mean(-1), "The velocity is d x_t / dt = noise - x.")
+
+
+@exercise("diffusion_head.DiffusionHead.predict", points=2)
+def test_homework_diffusion_head_guidance():
+    head, out = diffusion_head.DiffusionHead(4, 3, width=8, depth=1), torch.randn(2, 5, 6)
+    head.net.denoise = lambda x, y: out if y.ndim == 3 else out[0]
+    eps, v = head.predict(torch.randn(5, 3), torch.randn(8), torch.randn(5, 8), None)
+    check("eps without guidance", eps, out[0, :, :3]), check("v without guidance", v, out[0, :, 3:])
+    eps, v = head.predict(torch.randn(5, 3), torch.randn(8), torch.randn(2, 5, 8), 3.0)
+    check("guided eps", eps, 3 * out[0, :, :3] - 2 * out[1, :, :3], "u + cfg (c - u): beyond the conditional prediction.")
+    check("v under guidance", v, out[0, :, 3:], "Guidance mixes eps only; the variance is the conditional one's.")
+
+
+@exercise("diffusion_head.kl_bits", points=2)
+def test_homework_diffusion_head_kl():
+    gaussians = torch.randn(4, 7, 3)
+    check("KL", diffusion_head.kl_bits(*gaussians), kl_in_bits(*gaussians),
+          "log_var is log sigma^2, not log sigma; the second Gaussian's variance divides; nats / ln 2 are bits.")
+
+
+# vae.py
+
+@exercise("vae.VAE.kl", points=3)
+def test_homework_vae_kl():
+    mean, std = torch.randn(2, 5, 3), torch.rand(2, 5, 3) + 0.3
+    truth = D.kl_divergence(D.Normal(mean, std), D.Normal(0.0, 1.0)).sum(-1)
+    check("KL", vae.VAE.kl(mean, std), truth,
+          "In nats per token: 1/2 sum_d (mean^2 + std^2 - 1 - log std^2). Without -1 it is "
+          "+1.500, with log std for log std^2 " + f"{std.log().sum(-1).mean() / 2:+.3f}, with a mean over D a third of it.")
+
+
+@exercise("vae.VAE.reparameterise", points=2)
+def test_homework_vae_reparameterise():
+    mean, std = (torch.tensor(v).repeat(1, 40_000, 1).requires_grad_() for v in ([[[-2.0, 1.0]]], [[[0.5, 3.0]]]))
+    z = vae.VAE.reparameterise(mean, std)
+    check("the mean of 40,000 draws", z.mean((0, 1)), torch.tensor([-2.0, 1.0]), "z = mean + std * noise.", 0.06)
+    check("their std", z.std((0, 1)), torch.tensor([0.5, 3.0]), "std is not a variance, and the noise is normal.", 0.03)
+    skew = ((z - mean) / std).pow(4).mean().item()
+    assert abs(skew - 3) < 0.2, f"the fourth moment of the noise is {skew:.2f}: a normal has 3, a uniform 1.8"
+    z.sum().backward()
+    assert mean.grad is not None and std.grad is not None, "gradients must reach mean and std: nothing may be detached"
+    check("dz / dmean", mean.grad, torch.ones_like(mean))
+    check("dz / dstd", std.grad, ((z - mean) / std).detach(), "It is the noise.", 1e-3)
+
+
+@exercise("vae.VAE.log_likelihood", points=3)
+def test_homework_vae_log_likelihood():
+    model, v = vae.VAE(likelihood="logistic"), torch.arange(256.0)
+    with torch.no_grad():
+        model.log_scale.copy_(torch.tensor([-2.0, -3.0, -1.0]))
+    images, raw = (v / 127.5 - 1).view(256, 1, 1, 1).expand(256, 3, 1, 1), torch.tensor([0.1, -0.8, 1.2]).view(1, 3, 1, 1)
+    ours = model.log_likelihood(images, raw.expand(256, 3, 1, 1))
+    edges = (torch.arange(257).double() * 2 - 1) / 255 - 1  # value v lies between the edges v and v + 1
+    cdf = torch.sigmoid((edges[:, None] - raw.flatten()) * torch.exp(-model.log_scale.detach().double()))
+    cdf[0], cdf[-1] = 0, 1
+    check("log p of the values 1 .. 254 of a pixel", ours[1:-1], (cdf[1:] - cdf[:-1]).log().sum(1)[1:-1],
+          "sigmoid(a) - sigmoid(b), summed over the three channels (in logs).", 1e-3)
+    check("log p of the values 0 and 255", ours[::255], (cdf[1:] - cdf[:-1]).log().sum(1)[::255],
+          "The outermost bins are open: all that lies beyond belongs to them.", 1e-3)
+    far = model.log_likelihood(images[:3], raw.expand(3, 3, 1, 1) + 40)
+    assert torch.isfinite(far).all(), "log p far from the mean is not finite: the difference of two sigmoids is 0 in float32"
+
+
+@exercise("vae.VAE.measure", points=2)
+def test_homework_vae_measure():
+    model, std = vae.VAE(token_dim=2), torch.full((300, 16, 2), 2.0)
+    mean = torch.randn(300, 16, 2) * torch.tensor([0.5, 4.0]) + torch.tensor([3.0, -1.0])
+    model.measure(mean, std)
+    z = (mean + std * torch.randn(20, 300, 16, 2)).flatten(0, 2)
+    z = (z - model.latent_mean) * model.latent_scale
+    check("the mean of normalised tokens", z.mean(0), torch.zeros(2), "latent_mean is taken over images and places.", 0.02)
+    check("their variance", z.var(0), torch.ones(2), "The spread of the means and the noise of each token add: "
+          "var(mean) + E[std^2]; and latent_scale is 1 over its root.", 0.02)
+
+
+# vq.py
+
+@exercise("vq.VectorQuantizer.distances", points=2)
+def test_homework_vq_distances():
+    z, codes = torch.randn(6, 3), torch.randn(9, 3)
+    check("squared distances", vq.VectorQuantizer.distances(z, codes), ((z[:, None] - codes) ** 2).sum(-1),
+          "(N, V): |z|^2 + |e|^2 - 2 z.e, squared, not their root.")
+
+
+def slow_distances(z, codes):
+    return ((z[:, None] - codes) ** 2).sum(-1)
+
+
+def nearest_by_loop(codes, z):
+    """ids (B, T) of the nearest rows of codes (V, D)."""
+    nearest = lambda v: min(range(len(codes)), key=lambda k: (codes[k] - v).norm().item())
+    return torch.tensor([[nearest(v) for v in row] for row in z])
+
+
+@exercise("vq.VectorQuantizer.nearest", points=2)
+def test_homework_vq_nearest():
+    for l2_norm in (False, True):
+        quantizer, z = vq.VectorQuantizer(7, 3, l2_norm), torch.randn(2, 5, 3)
+        quantizer.codebook = nn.Parameter(torch.randn(7, 3) * torch.linspace(0.2, 3, 7)[:, None])           # of all lengths
+        quantizer.distances = slow_distances
+        unit = (lambda x: x / x.norm(dim=-1, keepdim=True)) if l2_norm else (lambda x: x)
+        truth = nearest_by_loop(unit(quantizer.codebook.detach()), unit(z))
+        ids = quantizer.nearest(z)
+        assert ids.shape == (2, 5) and ids.dtype == torch.long, f"ids {tuple(ids.shape)} {ids.dtype} are not (2, 5) int64"
+        right = (ids == truth).float().mean()
+        assert right == 1, f"with l2_norm={l2_norm} {100 * right:.0f}% of the ids are the nearest code's" + \
+            (": z and codes are both compared at unit length" if l2_norm else "")
+
+
+@exercise("vq.VectorQuantizer.forward", points=3)
+def test_homework_vq_losses_and_straight_through():
+    quantizer, z = vq.VectorQuantizer(7, 3, l2_norm=False, beta=0.25), torch.randn(2, 5, 3, requires_grad=True)
+    nn.init.normal_(quantizer.codebook)
+    quantizer.nearest = lambda z: nearest_by_loop(quantizer.codebook.detach(), z.detach())
+    quantizer.distances = slow_distances
+    q, ids, loss, _ = quantizer(z)
+    e, n = quantizer.codebook.detach()[ids], z.numel()
+    check("q", q, e, "What goes on has the value of the nearest code.")
+    weight = torch.randn_like(z)
+    through = gradient((q * weight).sum(), z)
+    assert through is not None, "no gradient comes back through q: the encoder would learn nothing (straight-through)"
+    check("the gradient that q sends back to z", through, weight, "Straight through: as if q were z.")
+    check("the loss", loss, 1.25 * ((z - e) ** 2).mean(),
+          "|sg(z) - e|^2 + beta |z - sg(e)|^2, means over tokens and channels.")
+    to_z, to_codes = gradient(loss, z), gradient(loss, quantizer.codebook)
+    assert to_z is not None and to_codes is not None, "the loss must move both the encoder (commitment) and the codes"
+    check("the gradient of the loss for z", to_z, 0.25 * 2 * (z - e) / n, "beta, and only beta, weighs the encoder's term.")
+    moved = torch.zeros(7, 3).index_add_(0, ids.flatten(), (2 * (e - z) / n).detach().flatten(0, 1))
+    check("the gradient of the loss for the codes", to_codes, moved,
+          "The codes' own term has weight 1, and z is detached in it.")
+
+
+@exercise("vq.VectorQuantizer.forward", points=1, hidden=True)
+def test_homework_vq_running_averages():
+    quantizer, z, calls = vq.VectorQuantizer(7, 3, l2_norm=False, ema=0.9), torch.randn(2, 5, 3, requires_grad=True), []
+    quantizer.nearest = lambda z: torch.arange(10).view(2, 5) % 7
+    quantizer.update = lambda z, ids: calls.append((z, ids))
+    _, ids, loss, _ = quantizer.train()(z)
+    assert len(calls) == 1, f"update() is called {len(calls)} times in a training step with ema: once is right"
+    assert torch.equal(calls[0][0], z.detach().flatten(0, 1)) and torch.equal(calls[0][1], ids.flatten()), \
+        "update(z (N, D), ids (N,))"
+    assert not calls[0][0].requires_grad, "the running averages are no part of the graph"
+    check("the loss", loss, 0.25 * ((z - quantizer.codebook[ids]) ** 2).mean(),
+          "With ema the codes have no loss of their own.")
+    assert gradient(loss, z) is not None, "the commitment moves z, and with ema it alone is the loss"
+    quantizer.eval()(z)
+    assert len(calls) == 1, "in eval mode the codes must stay"
+
+
+@exercise("vq.VectorQuantizer.entropy_loss", points=2)
+def test_homework_vq_entropy():
+    quantizer, z = vq.VectorQuantizer(6, 3, l2_norm=False), torch.randn(40, 3)
+    nn.init.normal_(quantizer.codebook)
+    quantizer.distances = slow_distances
+    p = (-slow_distances(z, quantizer.codebook.detach()) / 0.7).softmax(-1)
+    entropies, whole = D.Categorical(probs=p).entropy(), D.Categorical(probs=p.mean(0)).entropy()
+    check("the entropy loss", quantizer.entropy_loss(z, 0.7), entropies.mean() - whole,
+          f"The mean entropy of a token, {entropies.mean():.3f}, minus that of the mean, {whole:.3f} nats.", 1e-3)
+
+
+# lfq.py
+
+@exercise("lfq.quantize", points=2)
+def test_homework_lfq_quantize():
+    z = torch.randn(3, 4, 6, requires_grad=True)
+    q, index = lfq.quantize(z)
+    check("q", q, torch.where(z > 0, 1.0, -1.0), "Only the sign is kept.")
+    number = lambda token: sum(2**i for i, v in enumerate(token) if v > 0)
+    spelt = lambda z: torch.tensor([[number(token) for token in row] for row in z.tolist()])
+    truth, backwards = spelt(z), spelt(z.flip(-1))
+    assert index.shape == (3, 4) and index.dtype == torch.long, \
+        f"index {tuple(index.shape)} {index.dtype} is not (3, 4) int64"
+    assert torch.equal(index, truth), \
+        "the bits are read backwards: channel 0 is the LOWEST bit" if torch.equal(index, backwards) \
+        else f"index {index[0, 0]} for the signs {q[0, 0].tolist()}: {truth[0, 0]} is right"
+    through = gradient((q * torch.arange(6.0)).sum(), z)
+    assert through is not None, "no gradient comes back through q: straight-through"
+    check("the gradient", through, torch.arange(6.0).expand(3, 4, 6), "It goes straight through, unclipped.")
+
+
+@exercise("lfq.quantize", points=1, hidden=True)
+def test_homework_lfq_quantize_zero():
+    q, index = lfq.quantize(torch.tensor([0.0, 1.0, -0.0]))
+    assert q.tolist() == [-1, 1, -1] and index.item() == 2, f"signs {q.tolist()}, index {index.item()}: a z of 0 becomes -1"
+
+
+@exercise("lfq.codes", points=2)
+def test_homework_lfq_codes():
+    index = torch.randint(64, (3, 4))
+    truth = torch.tensor([[[1.0 if i >> bit & 1 else -1.0 for bit in range(6)] for i in row] for row in index.tolist()])
+    check("codes", lfq.codes(index, 6), truth, "-1 and +1, the lowest bit first.")
+    assert lfq.codes(index, 6).dtype == torch.float32, f"codes are float32, not {lfq.codes(index, 6).dtype}"
+
+
+@exercise("lfq.entropy_penalty", points=3)
+def test_homework_lfq_entropy():
+    z, words = torch.randn(30, 6) * 0.3, torch.tensor([[1.0 if i >> b & 1 else -1.0 for b in range(6)] for i in range(64)])
+    softly = lambda z, words, tau: (2 / tau * z @ words.T).softmax(-1)
+    whole = lambda z, tau: D.Categorical(probs=softly(z, words[:2 ** z.shape[1], :z.shape[1]], tau).mean(0)).entropy()
+    per_token = torch.special.entr(softly(z.double(), words.double(), 0.5)).sum(-1)
+    with patch.object(lfq, "entropy_of_mean", whole):
+        ours = lfq.entropy_penalty(z.view(5, 6, 6), 0.5)
+        parts = lfq.entropy_penalty(z, 0.5, groups=2)
+        sharp = (z * 300).requires_grad_()
+        lfq.entropy_penalty(sharp, 0.01)[0].backward()
+    check("per_sample", ours[0], per_token.mean(),
+          "Coins with P(+1) = sigmoid(4 z / temperature): entropies add over bits, then "
+          f"the mean over tokens is taken ({per_token.mean():.3f} nats); a forgotten sum over bits makes it a sixth.")
+    check("batch", ours[1], whole(z, 0.5), f"The entropy of the mean is {whole(z, 0.5):.3f} nats.", 1e-3)
+    check("batch of two groups", parts[1], whole(z[:, :3], 0.5) + whole(z[:, 3:], 0.5),
+          "The sum over runs of neighbouring bits.", 1e-3)
+    check("per_sample with two groups", parts[0], per_token.mean(), "It is exact, whatever the groups.")
+    assert torch.isfinite(sharp.grad).all(), \
+        "the gradient at large |z| is nan: p log p at p = 0, or a softplus that overflows"
+
+
+@exercise("lfq.CausalConv.forward", points=2)
+def test_homework_lfq_causal_convolution():
+    for stride in (1, 2):
+        conv, x = lfq.CausalConv(2, 4, (3, 3, 3), (stride, stride, stride)), torch.randn(1, 2, 5, 6, 6)
+        frames = []
+        for t in range(0, 5, stride):                       # frame by frame, tap by tap
+            taps = [F.conv2d(x[:, :, t + k], conv.weight[:, :, k + 2], None, stride, 1) for k in (-2, -1, 0) if t + k >= 0]
+            frames.append(sum(taps) + conv.bias[:, None, None])
+        truth = torch.stack(frames, 2)
+        hint = "kernel - 1 zeros in front of the first frame, none behind the last."
+        check(f"a clip, stride {stride}", conv(x), truth, hint)
+        changed = torch.cat([x[:, :, :3], torch.randn(1, 2, 2, 6, 6)], 2)
+        n = -(-3 // stride)
+        check("the past, when the future changes", conv(changed)[:, :, :n], conv(x)[:, :, :n], hint, 1e-6)
+        check("an image", conv(x[:, :, :1]), truth[:, :, :1], "An image is a clip of one frame.")
+        check("the first two channels", conv(x, 2), truth[:, :2],
+              "c_out takes the first rows of the weight and of the bias.")
+
+
+# titok.py
+
+class Stir(nn.Module):
+    """In place of a transformer block: every row sees the mean of all rows, and knows its place."""
+
+    def forward(self, x):
+        return x + x.mean(1, keepdim=True) * torch.linspace(1, 2, x.shape[1])[:, None]
+
+
+def latent_outputs(encoder, images):
+    """What LatentEncoder has before its last layer: (B, T, C), patch by patch."""
+    p = encoder.patch_embed.kernel_size[0]
+    weight, bias, rows = encoder.patch_embed.weight.flatten(1), encoder.patch_embed.bias, []
+    for i in range(0, images.shape[2], p):
+        for j in range(0, images.shape[3], p):
+            rows.append(images[:, :, i:i + p, j:j + p].flatten(1) @ weight.T + bias + encoder.pos[len(rows)])
+    x = torch.stack([encoder.cls[0].expand(len(images), -1), *rows,
+                     *(v.expand(len(images), -1) for v in encoder.latents)], 1)
+    return encoder.norm_post(Stir()(encoder.norm_pre(x)))[:, 1 + len(rows):]
+
+
+@exercise("titok.LatentEncoder.forward", points=2)
+def test_homework_titok_encoder():
+    encoder, images = titok.LatentEncoder(8, 4, 3, 5, n_embd=8, n_layer=1, n_head=2), torch.randn(2, 3, 8, 8)
+    encoder.blocks = nn.ModuleList([Stir()])
+    check("z", encoder(images), encoder.out(latent_outputs(encoder, images)),
+          "Patches (with pos) and latents stand in one sequence, cls in front; the last T outputs are the tokens.")
+
+
+@exercise("titok.LatentEncoder.forward", points=1, hidden=True)
+def test_homework_titok_encoder_of_the_published_weights():
+    encoder, images = titok.LatentEncoder(8, 4, 3, 5, n_embd=8, n_layer=1, n_head=2, legacy=True), torch.randn(2, 3, 8, 8)
+    encoder.blocks = nn.ModuleList([Stir()])
+    flat = latent_outputs(encoder, images).flatten(1)                                       # (B, T * C)
+    shuffled = torch.stack([flat[:, t::3] for t in range(3)], 1)                            # their (C, T), read as (T, C)
+    check("z with legacy=True", encoder(images), encoder.out(shuffled), "See the docstring of the class.")
+
+
+@exercise("titok.LatentDecoder.forward", points=3)
+def test_homework_titok_decoder():
+    decoder, q = titok.LatentDecoder(8, 4, 3, 5, n_embd=8, n_layer=1, n_head=2), torch.randn(2, 3, 5)
+    decoder.blocks = nn.ModuleList([Stir()])
+    x = torch.cat([torch.cat([decoder.cls, decoder.canvas]).expand(2, -1, -1), decoder.embed(q) + decoder.pos], 1)
+    x = decoder.out(decoder.norm_post(Stir()(decoder.norm_pre(x)))[:, 1:5])                 # (2, 4, 48)
+    images = torch.zeros(2, 3, 8, 8)
+    for i in range(8):
+        for j in range(8):
+            start = (i % 4 * 4 + j % 4) * 3                 # a patch holds (row, column, colour)
+            images[:, :, i, j] = x[:, i // 4 * 2 + j // 4, start:start + 3]
+    check("images", decoder(q), decoder.smooth(images),
+          "The canvas, not the tokens, becomes the picture; a patch holds (row, column, colour); smooth comes last.")
+    proxy = titok.LatentDecoder(8, 4, 3, 5, n_embd=8, n_layer=1, n_head=2, proxy_vocab=11)
+    assert proxy(q).shape == (2, 4, 11), f"with proxy_vocab: logits (B, P, proxy_vocab), not {tuple(proxy(q).shape)}"
+
+
+@exercise("titok.TiTok.decode_raw", points=2)
+def test_homework_titok_soft_codes():
+    table, logits = torch.randn(6, 3), torch.randn(2, 4, 6)
+    proxy = SimpleNamespace(decode_raw=lambda q: 10 + q, quantizer=SimpleNamespace(codes=lambda ids: table[ids]))
+
+    class Decoder(SimpleNamespace):
+        def __call__(self, q):
+            return logits
+    mixed = sum(logits.softmax(-1)[..., k, None] * table[k] for k in range(6))              # (2, 4, 3)
+    ours = titok.TiTok.decode_raw(SimpleNamespace(decoder=Decoder(proxy_vocab=6), proxy=proxy), torch.randn(2, 3, 5))
+    check("what the proxy's decoder makes of the mixed codes", ours, 10 + mixed,
+          "Each of the proxy's codes counts with its probability, a softmax over the vocabulary.")
+    ours = titok.TiTok.decode_raw(SimpleNamespace(decoder=Decoder(proxy_vocab=None), proxy=None), torch.randn(2, 3, 5))
+    check("without a proxy", ours, logits, "There the decoder's output is the image.")
+
+
+@exercise("titok.TiTokVAE.bottleneck", points=2)
+def test_homework_titok_vae_bottleneck():
+    model = titok.TiTokVAE(image_size=8, n_tokens=3, token_dim=2, enc=(8, 1, 2), dec=(8, 1, 2), beta=0.5)
+    mean, logvar = torch.randn(2, 4000, 3, 2)
+    mean[:], logvar[:] = mean[:1], logvar[:1]
+    z, loss, logs = model.bottleneck(torch.cat([mean, logvar], -1))
+    kl = D.kl_divergence(D.Normal(mean, (0.5 * logvar).exp()), D.Normal(0.0, 1.0)).sum(-1).mean()
+    check("logs['kl'], nats per token", logs["kl"], kl)
+    check("the loss", loss, 0.5 * kl * 3 / (3 * 8 * 8),
+          "beta * KL summed over the T tokens, divided by the 3 H W pixel values.")
+    check("the mean of 4,000 draws", z.mean(0), mean[0], "The first half of the moments is the mean.", 0.1)
+    check("their std", z.std(0), (0.5 * logvar[0]).exp(),
+          "The second half is log variance; draw with noise, also in training.", 0.1)
+
+
+# perceptual_gan.py
+
+@exercise("perceptual_gan.critic_loss", points=2)
+def test_homework_perceptual_gan_critic_loss():
+    real, fake = torch.randn(2, 1, 3, 3) * 2, torch.randn(4, 1, 2, 2) * 2
+    mean = lambda values: sum(values) / len(values)
+    r, f = real.flatten().tolist(), fake.flatten().tolist()
+    hinge = (mean([max(0, 1 - v) for v in r]) + mean([max(0, 1 + v) for v in f])) / 2
+    check("hinge", perceptual_gan.critic_loss(real, fake), torch.tensor(hinge),
+          "Real logits are pushed above +1, fake ones below -1.")
+    nats = -(mean([math.log(1 / (1 + math.exp(-v))) for v in r]) + mean([math.log(1 / (1 + math.exp(v))) for v in f])) / 2
+    check("non-saturating", perceptual_gan.critic_loss(real, fake, "non-saturating"), torch.tensor(nats),
+          "Binary cross-entropy.")
+
+
+@exercise("perceptual_gan.generator_loss", points=1)
+def test_homework_perceptual_gan_generator_loss():
+    fake = torch.randn(4, 1, 2, 2)
+    check("hinge", perceptual_gan.generator_loss(fake), torch.tensor(-sum(fake.flatten().tolist()) / 16),
+          "Raise the critic's logit.")
+    nats = -sum(math.log(1 / (1 + math.exp(-v))) for v in fake.flatten().tolist()) / 16
+    check("non-saturating", perceptual_gan.generator_loss(fake, "non-saturating"), torch.tensor(nats), "-log sigmoid(fake).")
+
+
+@exercise("perceptual_gan.unit_channels", points=2)
+def test_homework_perceptual_gan_unit_channels():
+    f = torch.randn(2, 5, 3, 3)
+    truth = torch.stack([torch.stack([f[b, :, i, j] / math.sqrt(sum(v * v for v in f[b, :, i, j].tolist()))
+                                      for i in range(3) for j in range(3)], -1) for b in range(2)]).view(2, 5, 3, 3)
+    check("unit_channels", perceptual_gan.unit_channels(f), truth, "Length 1 over the channels, at each position by itself.")
+    zero = torch.zeros(1, 5, 2, 2, requires_grad=True)
+    y = perceptual_gan.unit_channels(zero)
+    assert y.abs().max() == 0, "zeros must stay zeros"
+    y.sum().backward()
+    assert torch.isfinite(zero.grad).all(), "the gradient at 0 is nan: the epsilon belongs under the root"
+
+
+class TinyLPIPS(perceptual_gan.LPIPS):
+    STAGES = ((4, 1), (6, 1))
+
+
+def slow_unit(f):
+    return f / f.norm(dim=1, keepdim=True).clamp(min=1e-10)
+
+
+@exercise("perceptual_gan.LPIPS.forward", points=3)
+def test_homework_perceptual_gan_lpips():
+    net, a, b = TinyLPIPS(), *(torch.rand(2, 2, 3, 8, 8) * 2 - 1)
+    maps = []
+    for x in (a, b):
+        x = (x - torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
+        first = F.relu(net.features[0](x))
+        maps.append([first, F.relu(net.features[3](F.max_pool2d(first, 2)))])
+    with patch.object(perceptual_gan, "unit_channels", slow_unit):
+        ours = net(a, b)
+    truth = sum(net.lins[k]((slow_unit(maps[0][k]) - slow_unit(maps[1][k])) ** 2).mean((1, 2, 3)) for k in range(2))
+    check("LPIPS", ours, truth,
+          "Shifted and scaled images, features of unit length, squared differences weighted per channel, "
+          "a mean over positions, a sum over layers.", 1e-5)
+
+
+@exercise("perceptual_gan.AdversarialTokenizer.adaptive_weight", points=2)
+def test_homework_perceptual_gan_adaptive_weight():
+    model = perceptual_gan.AdversarialTokenizer(perceptual_gan.TinyAutoencoder(4), adaptive=True)
+    weight = model.tokenizer.get_parameter(model.last_layer)
+    a, b = torch.randn(2, *weight.shape)
+    ours = model.adaptive_weight((weight * a).sum(), (weight * b * 0.1).sum())
+    check("the weight", ours, a.norm() / (0.1 * b.norm() + 1e-4), "|grad of the others| / |grad of the adversarial loss|.")
+    assert not ours.requires_grad, "the weight is a number to multiply with: detached"
+    assert torch.is_grad_enabled() and weight.grad is None, \
+        "torch.autograd.grad leaves .grad alone, where backward() fills it"
+    with torch.no_grad():
+        check("the weight without gradients", model.adaptive_weight(None, None), ours,
+              "It is that of the last training step.")
+    check("the weight against a loss without gradient", model.adaptive_weight((weight * a * 100).sum(), (weight * 0).sum()),
+          torch.tensor(1e4), "At most 1e4.")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Handing out and grading: python test_all.py list | handout | grade, see main() below
+
+def graded(name):
+    """The tests that grade NAME.py, in order."""
+    return [t for t in list(globals().values()) if getattr(t, "exercise", "").split(".")[0] == name]
+
+
+def exercises(name):
+    """The functions of NAME.py that homework asks for, such as "GMMHead.density", in order."""
+    return list(dict.fromkeys(t.exercise.partition(".")[2] for t in graded(name)))
+
+
+parsed = functools.lru_cache(maxsize=None)(ast.parse)
+
+
+def functions(source):
+    """{"log_normal": node, "GMMHead.density": node, ...}: the functions and methods of a file."""
+    found = {}
+    for node in parsed(source).body:
+        inner = node.body if isinstance(node, ast.ClassDef) else [node]
+        found |= {(f"{node.name}.{n.name}" if n is not node else n.name): n for n in inner if isinstance(n, ast.FunctionDef)}
+    return found
+
+
+def body(node):
+    """The statements of a function after its docstring."""
+    return node.body[ast.get_docstring(node) is not None:]
+
+
+def blanked(source, name, targets):
+    """The source of NAME.py with the bodies of `targets` cut out, line by line; every other byte stays."""
+    lines, nodes = source.split("\n"), functions(source)
+    for target in sorted(targets, key=lambda t: -nodes[t].lineno):     # from the end: line numbers stay right
+        first, last = body(nodes[target])[0], nodes[target].end_lineno
+        lines[first.lineno - 1:last] = [f'{" " * first.col_offset}raise NotImplementedError("homework: {name}.{target}")']
+    return "\n".join(lines)
+
+
+def without(source, cut):
+    """A test file without its part for the teacher and without the tests whose names are in `cut`."""
+    rule = "# " + "-" * 99 + "\n"
+    source = rule.join(part for part in source.split(rule) if not part.startswith("# Not handed out"))
+    lines = source.split("\n")
+    for node in reversed(parsed(source).body if cut else []):
+        if getattr(node, "name", "") in cut:
+            end = node.end_lineno
+            while end < len(lines) and not lines[end]:
+                end += 1
+            del lines[node.decorator_list[0].lineno - 1:end]
+    return "\n".join(lines)
+
+
+def without_answers(name, hidden=False):
+    """{file: text} of the project's Python files as handed out for NAME.py. Functions of other files with the same name
+    and code as an exercise are blanked, too. hidden: whether the hidden tests stay, as they do while grading."""
+    texts = {f"{p}.py": (ROOT / f"{p}.py").read_text() for p in (*MODELS, *PROGRAMS, "data", "test_all")}
+    code = lambda node: "".join(map(ast.dump, body(node)))
+    nodes = functions(texts[f"{name}.py"])
+    targets = [target for target in exercises(name) if target in nodes]                     # in a handout one may be gone
+    answers = {(target.split(".")[-1], code(nodes[target])) for target in targets}
+    for other in MODELS:
+        same = [t for t, node in functions(texts[f"{other}.py"]).items() if (t.split(".")[-1], code(node)) in answers]
+        texts[f"{other}.py"] = blanked(texts[f"{other}.py"], other, targets if other == name else same)
+    cut = [] if hidden else [t.__name__ for t in graded(name) if t.hidden]
+    texts["test_all.py"] = without(texts["test_all.py"], cut)
+    return texts
+
+
+def write_project(folder, name, hidden=False):
+    """The project as handed out for NAME.py, into an existing folder."""
+    for file, text in without_answers(name, hidden).items():
+        (folder / file).write_text(text)
+    shutil.copytree(ROOT / "golden", folder / "golden")
+
+
+class Stopped(BaseException):
+    """A student's code went on for too long, or printed too much. No Exception: `except Exception` must not catch it."""
+
+
+class Capped(io.StringIO):
+    def write(self, text):
+        if self.tell() > 100_000:
+            raise Stopped("prints without end: more than 100,000 characters")
+        return super().write(text)
+
+
+def trial(test, seconds=0):
+    """Run one graded test -> what is wrong, in a sentence, or "". seconds: of processor time, 0: any number."""
+    def late(*_):
+        raise Stopped(f"not done after {seconds:g} s of processor time: an endless loop?")
+    name = test.exercise.split(".")[0]
+    torch.manual_seed(0)
+    if seconds:
+        signal.signal(signal.SIGPROF, late), signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        with contextlib.redirect_stdout(Capped()), contextlib.redirect_stderr(Capped()):
+            test()
+        return ""
+    except AssertionError as e:
+        text = str(e) or "a check failed"
+    except Stopped as e:
+        text = str(e)
+    except NotImplementedError:
+        text = "not written yet"
+    except BaseException as e:
+        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).name == f"{name}.py"]
+        text = f"{type(e).__name__}: {e}" + (f" ({name}.py, line {lines[-1]})" if lines else "")
+        if isinstance(e, MemoryError) or "allocate memory" in text:
+            text = "asks for more memory than it may have: " + text
+    finally:
+        if seconds:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    return " ".join(text.split())[:600]
+
+
+def run_tests(name, seconds, tests):
+    """The part of grading that runs in a process of its own, in the student's copy of the project: a line to results.jsonl
+    before and after each test, so that the grader knows how far a process has come that dies."""
+    by_name = {t.__name__: t for t in graded(name)}
+    with open("results.jsonl", "a") as f:
+        for test in tests:
+            print("start", test, sep="\t", file=f, flush=True)
+            print("end", test, trial(by_name[test], float(seconds)), sep="\t", file=f, flush=True)
+    os._exit(0)                                             # whatever threads the student's code has left
+
+
+def limits(gigabytes):
+    """For a student's process: memory, the size of a file, no core dumps."""
+    import resource                                         # not on Windows, where the tests run and grading does not
+    for kind, most in (("DATA", int(gigabytes * 2**30)), ("FSIZE", 2**24), ("CORE", 0)):
+        kind = getattr(resource, f"RLIMIT_{kind}")
+        hard = resource.getrlimit(kind)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (most, most))
+
+
+def run_process(folder, name, tests, args, seconds):
+    """Run `tests` in the student's copy of the project -> {test: what is wrong, or ""} for those that came to an end, the
+    tests that began, and what ended the process, in a sentence."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}
+    # Imported and not run as a script, for its compiled file lies beside it; and without torch's compiler, which mar.py's
+    # one use of torch.compiler.disable would load: together they halve the 3 s until the first test.
+    start = "import torch; torch.compiler.disable = lambda f: f; import test_all; test_all.main()"
+    words = [sys.executable, "-c", start, "_run", name, str(args.test_seconds), *tests]
+    results, output = folder / "results.jsonl", folder / "output.txt"
+    with open(output, "wb") as f:
+        child = subprocess.Popen(words, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=f,
+                                 start_new_session=True, preexec_fn=lambda: limits(args.gigabytes))
+        try:
+            code = child.wait(max(seconds, 0.1))
+        except subprocess.TimeoutExpired:
+            code = None
+        try:
+            os.killpg(child.pid, signal.SIGKILL)            # with all that it has started
+        except ProcessLookupError:
+            pass
+        child.wait()
+    done, began = {}, []
+    for line in results.read_text(errors="replace").split("\n")[:-1] if results.is_file() else ():
+        key, test, wrong = (line.split("\t") + ["", ""])[:3]
+        began, done = began + [test] * (key == "start"), done | ({test: wrong} if key == "end" else {})
+    if code is None and not began:
+        return done, began, f"is not imported within {args.seconds:g} s: an endless loop?"
+    if code is None:
+        return done, began, f"stopped: all questions together may take {args.seconds:g} s"
+    if code < 0:
+        return done, began, f"crashes the Python interpreter ({signal.Signals(-code).name})"
+    if began:
+        return done, began, f"ends the Python interpreter (exit code {code})"
+    printed = output.read_text(errors="replace")
+    last = [line for line in printed[-5000:].split("\n") if line.strip()] or [f"exit code {code}"]
+    why = "prints without end" if len(printed) > 2**23 else last[-1][:600]
+    return done, began, f"cannot be imported: {why}"
+
+
+def grade_one(name, path, clean, args):
+    """Grade one student -> dict: student, file, points, of, seconds, remark, and tests: [(test, points, what is wrong)]."""
+    start, tests, wrong, remark = time.perf_counter(), graded(name), {}, ""
+    file = path if path.suffix == ".py" else path / f"{name}.py"
+    student = file.resolve().parent.name if file.name == f"{name}.py" else file.stem
+    try:
+        text = file.read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compile(text, f"{name}.py", "exec", dont_inherit=True)
+    except FileNotFoundError:
+        remark = f"there is no {file}"
+    except OSError as e:
+        remark = f"{file} cannot be read ({e.strerror})"
+    except SyntaxError as e:
+        remark = f"{name}.py is no Python: {e.msg}" + (f" (line {e.lineno})" if e.lineno else "")
+    except (ValueError, RecursionError, MemoryError, OverflowError) as e:
+        remark = f"{name}.py is no Python: {e}"
+    queue = [] if remark else [t.__name__ for t in tests]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        while queue:                                        # once more for the rest if a question has killed the process
+            here = Path(folder) / str(len(queue))
+            shutil.copytree(clean, here)
+            (here / f"{name}.py").write_bytes(text)
+            done, began, ending = run_process(here, name, queue, args, args.seconds - (time.perf_counter() - start))
+            wrong |= done
+            queue = [t for t in queue if t not in done]
+            if queue and (not began or ending.startswith("stopped")):
+                remark = ending if began else f"{name}.py {ending}"
+                wrong |= {t: ending if t in began else "not reached in time" for t in queue if began}
+                break
+            if queue:
+                wrong[queue.pop(0)] = ending
+    rows = [(t, t.points if wrong.get(t.__name__) == "" else 0, wrong.get(t.__name__, "")) for t in tests]
+    return dict(student=student, file=name, points=sum(points for _, points, _ in rows), of=sum(t.points for t in tests),
+                seconds=time.perf_counter() - start, remark=remark, tests=rows)
+
+
+def gradescope(row):
+    """One student's grades as Gradescope's results.json has them. Hidden tests are shown after the due date."""
+    tests = [dict(name=f"{t.exercise}: {t.__name__}", score=points, max_score=t.points, output=wrong or row["remark"],
+                  status="passed" if points else "failed", visibility="after_due_date" if t.hidden else "visible")
+             for t, points, wrong in row["tests"]]
+    return dict(score=row["points"], execution_time=round(row["seconds"], 1), output=row["remark"], tests=tests)
+
+
+def grade(args):
+    """Print a table for each student, write grades.csv and, if asked for, Gradescope's JSON."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        clean = Path(folder)
+        write_project(clean, args.file, hidden=True)
+        compileall.compile_dir(clean, maxlevels=0, quiet=2)                                 # once, not once per student
+        for old in (clean / "__pycache__").glob(f"{args.file}.*"):
+            old.unlink()
+        for path in args.students:
+            row = grade_one(args.file, Path(path), clean, args)
+            if any(row["student"] == r["student"] for r in rows):
+                row["student"] = str(path).replace("/", "_")                                # two folders of one name
+            rows.append(row)
+            print(f"{row['student']:20s} {row['points']:2d} of {row['of']} points   {row['seconds']:.1f} s"
+                  + (f"   {row['remark']}" if row["remark"] else ""))
+            for t, points, wrong in row["tests"] if row["points"] or not row["remark"] else []:
+                print(f"    {points} of {t.points}  " + (f"{t.exercise:46s} {wrong}" if wrong else t.exercise), flush=True)
+    try:
+        with open(args.csv, "w", newline="") as f:
+            out = csv.writer(f)
+            out.writerow(["student", "file", "points", "of", *[t.__name__ for t in graded(args.file)], "seconds", "remark"])
+            for row in rows:
+                out.writerow([row["student"], row["file"], row["points"], row["of"],
+                              *[points for _, points, _ in row["tests"]],
+                              f"{row['seconds']:.1f}", row["remark"]])
+        print(f"wrote {args.csv}")
+        if args.json:
+            for row in rows:
+                path = Path(args.json) if len(rows) == 1 else Path(args.json) / f"{row['student']}.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(gradescope(row), indent=1))
+            print(f"wrote {args.json}")
+    except OSError as e:
+        raise data.BadInput(f"could not write ({e})") from None
+
+
+def handout(args):
+    """Write the project with one file's exercises blanked."""
+    folder = Path(args.o or f"homework-{args.file}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise data.BadInput(f"-o {folder} is there already and not an empty folder: name another one")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_project(folder, args.file)
+        for name in ("requirements.txt", "README.md", "LICENSE", "pictures"):
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, folder / name)
+            elif (ROOT / name).exists():
+                shutil.copy(ROOT / name, folder / name)
+    except OSError as e:
+        raise data.BadInput(f"could not write ({e})") from None
+    hidden = sum(t.points for t in graded(args.file) if t.hidden)
+    print(f"wrote {folder}: {args.file}.py with {len(exercises(args.file))} functions to write: the docstrings say what.\n"
+          f"There, python -m pytest test_all.py -k homework_{args.file} says how far one has come, and "
+          f"python test_all.py grade {args.file} . counts the points"
+          + (f"; hidden tests give {hidden} more." if hidden else "."))
+
+
+def list_exercises(args):
+    """Points, function and test; the hidden ones are marked."""
+    for name in [args.file] if args.file else MODELS:
+        tests = graded(name)
+        print(f"{name}.py: {sum(t.points for t in tests)} points")
+        for t in tests:
+            print(f"    {t.points}  {t.exercise:52s} {t.__name__}{'   hidden' if t.hidden else ''}")
+
+
+def main():
+    if sys.argv[1:2] == ["_run"]:                           # grading: see run_process
+        return run_tests(sys.argv[2], sys.argv[3], sys.argv[4:])
+    parser = argparse.ArgumentParser(description="The tests as homework: hand a file out, grade what comes back. (The tests "
+                                     "themselves: python -m pytest test_all.py)")
+    commands = parser.add_subparsers(required=True, metavar="list | handout | grade")
+    p = commands.add_parser("list", help="points, functions and tests")
+    p.add_argument("file", nargs="?", choices=MODELS, metavar="FILE", help="one model file, such as vae; default: all")
+    p.set_defaults(run=list_exercises)
+    p = commands.add_parser("handout", help="copy the project with the exercises of one file blanked")
+    p.add_argument("file", choices=MODELS, metavar="FILE", help=" | ".join(MODELS))
+    p.add_argument("-o", metavar="DIR", help="a new or empty folder (default: homework-FILE)")
+    p.set_defaults(run=handout)
+    p = commands.add_parser("grade", help="run the graded tests on students' files, each in a process of its own",
+                            description="Runs students' code with your rights. A time limit, a memory limit and a folder of "
+                            "its own stop accidents; nothing stops somebody who wants to read, delete or send your files, "
+                            "or to fake results. Grade what you do not trust in a container. Linux, or macOS, where the "
+                            "memory limit has no effect.")
+    p.add_argument("file", choices=MODELS, metavar="FILE", help=" | ".join(MODELS))
+    p.add_argument("students", nargs="+", help="folders that hold FILE.py, or Python files by any name")
+    p.add_argument("--csv", default="grades.csv", metavar="PATH", help="a row per student (default: grades.csv)")
+    p.add_argument("--json", metavar="PATH",
+                   help="Gradescope's results.json; with several students a folder of one for each")
+    p.add_argument("--seconds", type=float, default=60.0, help="time limit of one student, for all questions (default: 60)")
+    p.add_argument("--test_seconds", type=float, default=10.0, help="processor time limit of one question (default: 10)")
+    p.add_argument("--gigabytes", type=float, default=4.0, help="memory limit of a student's process (default: 4)")
+    p.set_defaults(run=grade)
+    args = parser.parse_args()
+    args.run(args)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Not handed out: the graders graded. What students get wrong, line by line: function, right, wrong, and the points that it
+# costs where that is not all points of the function.
+
+MISTAKES = [
+    ("gmm_head.GMMHead.density", " - 0.5 * math.log(2 * math.pi) * x.shape[-1]", ""),
+    ("gmm_head.GMMHead.density", "math.log(2 * math.pi) * x.shape[-1]", "math.log(2 * math.pi)"),
+    ("gmm_head.GMMHead.density", " - sigma.log().sum(-1)", ""),
+    ("gmm_head.GMMHead.density", "torch.logsumexp(log_pi + log_n, dim=-1)", "(log_pi + log_n).exp().sum(-1).log()"),
+    ("gmm_head.GMMHead.density", "log_pi + log_n", "log_pi * log_n"),
+    ("gmm_head.GMMHead.draw", "temperature * sigma", "sigma"),
+    ("gmm_head.GMMHead.draw", "temperature * sigma", "temperature ** 0.5 * sigma"),
+    ("gmm_head.GMMHead.draw", "GMMHead.pick(sigma, k)", "sigma.mean(-2)"),
+    ("gmm_head.GMMHead.draw", "normal_noise(mu, clip)", "normal_noise(mu)"),
+    ("gmm_head.GMMHead.draw", "GMMHead.choose(log_pi, n)", "log_pi.argmax(-1).expand(*n, *log_pi.shape[:-1])"),
+    ("gmm_head.guided_normal", "cfg - (cfg - 1) * ratio", "cfg + (cfg - 1) * ratio"),
+    ("gmm_head.guided_normal", "sc / lam.sqrt()", "sc / lam", 2),
+    ("gmm_head.guided_normal", "(mc - mu) / lam", "(mu - mc) / lam", 2),
+    ("gmm_head.guided_normal", "(sc / su) ** 2", "sc / su", 2),
+    ("gmm_head.guided_normal", "lam = torch.where(proper, lam, 1.0)", "pass", 1),
+    ("gmm_head.GMMHead.nucleus", "pi.cumsum(-1) - pi >= top_p", "pi.cumsum(-1) >= top_p"),
+    ("gmm_head.GMMHead.nucleus", ".log_softmax(-1)", ""),
+    ("gmm_head.GMMHead.nucleus", "drop = drop.scatter(-1, order, drop)", "pass"),
+    ("gmm_head.GMMHead.nucleus", "descending=True", "descending=False"),
+    ("flow_adapter.Coupling.forward", "return x2, x1", "return x1, x1"),
+    ("flow_adapter.Coupling.forward", "x1 + self.shift(x2)", "x1 - self.shift(x2)"),
+    ("flow_adapter.Coupling.forward", "x1 + self.shift(x2)", "x2 + self.shift(x1)"),
+    ("flow_adapter.Coupling.inverse", "b - self.shift(a)", "b + self.shift(a)"),
+    ("flow_adapter.Coupling.inverse", "b - self.shift(a)", "a - self.shift(b)"),
+    ("flow_adapter.Coupling.inverse", "b - self.shift(a), a", "a, b - self.shift(a)"),
+    ("flow_adapter.FlowAdapter.inverse", "reversed(self.blocks)", "self.blocks"),
+    ("flow_adapter.FlowAdapter.inverse", "block.inverse(x1, x2)", "block(x1, x2)"),
+    ("flow_adapter.FlowAdapter.inverse", "self.join(x1, x2)", "self.join(x2, x1)"),
+    ("flow_adapter.Adapted.sample", "self.adapter.inverse(self.generator", "self.adapter(self.generator"),
+    ("flow_adapter.Adapted.sample", "self.adapter(known * known_mask[..., None])", "known * known_mask[..., None]"),
+    ("flow_adapter.Adapted.sample", "return x if known is None else torch.where(known_mask[..., None], known, x)",
+     "return x"),
+    ("flow_adapter.Adapted.sample", "on_step(i, self.adapter.inverse(u), mask)", "on_step(i, u, mask)"),
+    ("ar_transformer.rotate", "a * cos - b * sin, b * cos + a * sin", "a * cos + b * sin, b * cos - a * sin"),
+    ("ar_transformer.rotate", "unflatten(-1, (-1, 2)).unbind(-1)", "chunk(2, -1)"),
+    ("ar_transformer.rotate", "-1).flatten(-2)", "-2).flatten(-2)"),
+    ("ar_transformer.rotate", "cos, sin = ", "sin, cos = "),
+    ("ar_transformer.Attention.forward", "v = qkv[:, :, 2 * self.n_head:]",
+     "v = rotate(qkv[:, :, 2 * self.n_head:], rope)", 2),
+    ("ar_transformer.Attention.forward", "y.transpose(1, 2).reshape(B, S, C)", "y.reshape(B, S, C)"),
+    ("ar_transformer.Attention.forward", "causal=mask is None and S > 1", "causal=S > 1", 2),
+    ("ar_transformer.Attention.forward", "causal=mask is None and S > 1", "causal=False"),
+    ("ar_transformer.Attention.forward", "cache[1].index_copy_(2, at, v.type_as(cache))", "pass", 2),
+    ("ar_transformer.Attention.forward", "cache[0].index_copy_(2, at,", "cache[0].index_copy_(2, at * 0,", 2),
+    ("ar_transformer.ARTransformer.hidden", "tokens[:, :-1]", "tokens[:, 1:]"),
+    ("ar_transformer.ARTransformer.hidden", "self.n_prefix - 1:", "self.n_prefix:"),
+    ("ar_transformer.ARTransformer.hidden", "self.embed(tokens[:, :-1])], 1)", "self.embed(tokens)], 1)"),
+    ("ar_transformer.ARTransformer.hidden", "self.prefix(cond, drop)", "self.prefix(cond)"),
+    ("maskgit.n_hidden", "n.ceil()", "n.floor()"),
+    ("maskgit.n_hidden", ".clamp(1, T)", ""),
+    ("maskgit.n_hidden", "n.round() if schedule == \"arccos\" else n.ceil()", "n.ceil()"),
+    ("maskgit.still_hidden", "(step + 1) / steps", "step / steps"),
+    ("maskgit.still_hidden", ".floor()", ".ceil()"),
+    ("maskgit.still_hidden", "SCHEDULES[schedule](r)", "SCHEDULES['cosine'](r)"),
+    ("maskgit.keep_hidden", ".argsort(dim=1)", ""),
+    ("maskgit.keep_hidden", "rank < n", "rank <= n"),
+    ("maskgit.keep_hidden", "score.argsort(", "(-score).argsort("),
+    ("maskgit.keep_hidden", "rank < n", "rank >= n"),
+    ("maskgit.masked_mean", "weight.sum(1)).mean()", "weight.shape[1]).mean()"),
+    ("maskgit.masked_mean", "(loss * weight).sum() / weight.sum()", "(loss * weight).mean()"),
+    ("maskgit.masked_mean", "if per_image:", "if not per_image:"),
+    ("maskgit.MaskGIT.training_mask", "torch.rand(B, 1, device=device)", "torch.rand(1, 1, device=device)"),
+    ("maskgit.MaskGIT.training_mask", " * self.u_max", ""),
+    ("maskgit.MaskGIT.training_mask", ".argsort(1).argsort(1) < n", " < n / self.seq_len"),
+    ("maskgit.MaskGIT.training_mask", ".argsort(1) < n", ".argsort(1) <= n"),
+    ("maskgit.MaskGIT.training_mask", "torch.rand(B, self.seq_len, device=device)",
+     "torch.rand(1, self.seq_len, device=device).expand(B, -1)"),
+    ("mar.mask_rate", "start + u * (rate.cdf(1.0) - start)", "u"),
+    ("mar.mask_rate", "(rate.cdf(1.0) - start)", "(1 - start)"),
+    ("mar.mask_rate", "rate.inv_cdf(start + u * (rate.cdf(1.0) - start))", "low + u * (1 - low)"),
+    ("mar.masked_counts", "math.cos(math.pi / 2 * k / steps)", "math.sin(math.pi / 2 * k / steps)"),
+    ("mar.masked_counts", "math.cos(math.pi / 2 * k / steps)", "(1 - k / steps)"),
+    ("mar.masked_counts", "min(counts[-1] - 1, math.floor(n * math.cos(math.pi / 2 * k / steps)))",
+     "math.floor(n * math.cos(math.pi / 2 * k / steps))"),
+    ("mar.masked_counts", " + [0]", ""),
+    ("mar.draw_order", "- 2 * known_mask.float()", "+ 2 * known_mask.float()"),
+    ("mar.draw_order", "2 * known_mask.float()", "0.5 * known_mask.float()"),
+    ("mar.draw_order", "torch.rand(B, T, device=device)", "torch.rand(1, T, device=device).expand(B, T)[:1].repeat(B, 1)"),
+    ("mar.draw_order", ".argsort(1)", ""),
+    ("mar.MAR.forward", "[:, T - n:]", "[:, :n]"),
+    ("mar.MAR.forward", "self.head.loss(take(h, hidden), take(tokens, hidden))", "self.head.loss(h, tokens)"),
+    ("mar.MAR.forward", "take(tokens, hidden)", "tokens[:, :n]"),
+    ("mar.MAR.forward", "if self.training and self.label_drop > 0:", "if self.label_drop > 0:"),
+    ("mar.MAR.forward", "cond, mask, T - n)", "cond, mask, n)"),
+    ("diffusion_head.DiffusionHead.reverse", "(x - s * eps) / a", "x - s * eps"),
+    ("diffusion_head.DiffusionHead.reverse", "(x - s * eps) / a", "(x - s * s * eps) / a"),
+    ("diffusion_head.DiffusionHead.reverse", "k0 * x0 + kx * x", "kx * x0 + k0 * x"),
+    ("diffusion_head.DiffusionHead.reverse", "(v + 1) / 2", "v"),
+    ("diffusion_head.DiffusionHead.reverse", "log_tilde + (v + 1) / 2 * (log_beta - log_tilde)",
+     "log_beta + (v + 1) / 2 * (log_tilde - log_beta)"),
+    ("diffusion_head.DiffusionHead.terms", "eps.detach()", "eps", 2),
+    ("diffusion_head.DiffusionHead.terms", "(noise - eps) ** 2", "(x - eps) ** 2", 2),
+    ("diffusion_head.DiffusionHead.terms", "row[0] * x + row[1] * noise", "row[0] * x + row[1] ** 2 * noise", 2),
+    ("diffusion_head.DiffusionHead.terms", "kl_bits(row[4] * x + row[5] * x_t, row[7], mean, log_var)",
+     "kl_bits(mean, log_var, row[4] * x + row[5] * x_t, row[7])", 2),
+    ("diffusion_head.DiffusionHead.terms", "(noise - x)) ** 2", "(x - noise)) ** 2", 1),
+    ("diffusion_head.DiffusionHead.terms", "T_TRAIN * t", "t", 1),
+    ("diffusion_head.DiffusionHead.terms", "(1 - u) * x + u * noise", "u * x + (1 - u) * noise", 1),
+    ("diffusion_head.DiffusionHead.predict", "torch.lerp(uncond[..., :D], cond[..., :D], cfg)",
+     "torch.lerp(cond[..., :D], uncond[..., :D], cfg)"),
+    ("diffusion_head.DiffusionHead.predict", "torch.lerp(uncond[..., :D], cond[..., :D], cfg)",
+     "cond[..., :D] + cfg * (cond - uncond)[..., :D]"),
+    ("diffusion_head.DiffusionHead.predict", "cfg), cond[..., D:]", "cfg), uncond[..., D:]"),
+    ("diffusion_head.kl_bits", " / math.log(2)", ""),
+    ("diffusion_head.kl_bits", "log_var2 - log_var - 1", "log_var - log_var2 - 1"),
+    ("diffusion_head.kl_bits", " - 1 +", " +"),
+    ("diffusion_head.kl_bits", "(-log_var2).exp()", "(-log_var).exp()"),
+    ("diffusion_head.kl_bits", "kl.mean(-1)", "kl.sum(-1)"),
+    ("vae.VAE.kl", "std**2 - 1 - 2", "std**2 - 2"),
+    ("vae.VAE.kl", "2 * std.log()", "std.log()"),
+    ("vae.VAE.kl", "0.5 * ", ""),
+    ("vae.VAE.kl", ".sum(-1)", ".mean(-1)"),
+    ("vae.VAE.kl", "std**2", "std"),
+    ("vae.VAE.reparameterise", "std * torch", "std**2 * torch"),
+    ("vae.VAE.reparameterise", "torch.randn_like(std)", "torch.rand_like(std)"),
+    ("vae.VAE.reparameterise", "mean + std *", "mean + std.detach() *"),
+    ("vae.VAE.reparameterise", "mean + std * torch.randn_like(std)", "torch.normal(mean, std)"),
+    ("vae.VAE.log_likelihood", "torch.where(v < 255, F.logsigmoid(a), 0)", "F.logsigmoid(a)"),
+    ("vae.VAE.log_likelihood", "1 / 255 - self", "1 / 127.5 - self"),
+    ("vae.VAE.log_likelihood", ".sum((1, 2, 3))", ".mean((1, 2, 3))"),
+    ("vae.VAE.log_likelihood", "(below + above + inside)",
+     "torch.log(torch.where(v < 255, a.sigmoid(), 1) - torch.where(v > 0, (a - step).sigmoid(), 0))"),
+    ("vae.VAE.measure", " + (std**2).mean(0)", ""),
+    ("vae.VAE.measure", ".rsqrt()", ".sqrt()"),
+    ("vae.VAE.measure", ".rsqrt()", ".reciprocal()"),
+    ("vae.VAE.measure", "mean.mean(0)", "mean.mean()"),
+    ("vq.VectorQuantizer.distances", " - 2 * z", " - z"),
+    ("vq.VectorQuantizer.distances", " - 2 * z", " + 2 * z"),
+    ("vq.VectorQuantizer.distances", " + (codes**2).sum(1)", ""),
+    ("vq.VectorQuantizer.distances", "(z**2).sum(1, keepdim=True)", "(z**2).sum()"),
+    ("vq.VectorQuantizer.nearest", "argmin(1)", "argmax(1)"),
+    ("vq.VectorQuantizer.nearest", "self.unit(self.codebook)", "self.codebook"),
+    ("vq.VectorQuantizer.nearest", "argmin(1).view(z.shape[:2])", "argmin(1)"),
+    ("vq.VectorQuantizer.forward", "q = z + (e - z).detach()", "q = e", 3),
+    ("vq.VectorQuantizer.forward", "F.mse_loss(z, e.detach())", "F.mse_loss(z, e)", 3),
+    ("vq.VectorQuantizer.forward", "loss + F.mse_loss(e, z.detach())", "loss + self.beta * F.mse_loss(e, z.detach())", 3),
+    ("vq.VectorQuantizer.forward", "F.mse_loss(z, e.detach())", "F.mse_loss(e, z.detach())"),
+    ("vq.VectorQuantizer.forward", "elif self.training:", "else:", 1),
+    ("vq.VectorQuantizer.forward", "if not self.ema:", "if True:", 1),
+    ("vq.VectorQuantizer.entropy_loss", "return -(", "return ("),
+    ("vq.VectorQuantizer.entropy_loss", ".sum(-1).mean()", ".mean()"),
+    ("vq.VectorQuantizer.entropy_loss", "+ (mean", "- (mean"),
+    ("vq.VectorQuantizer.entropy_loss", "self.unit(self.codebook)) / temperature", "self.unit(self.codebook))"),
+    ("lfq.quantize", "return z + (q - z).detach()", "return q", 2),
+    ("lfq.quantize", "torch.arange(z.shape[-1], device=z.device)", "torch.arange(z.shape[-1], device=z.device).flip(0)", 2),
+    ("lfq.quantize", "positive = z > 0", "positive = z >= 0", 1),
+    ("lfq.quantize", "torch.where(positive, 1.0, -1.0)", "torch.where(positive, 1.0, 0.0)"),
+    ("lfq.quantize", "torch.where(positive, 1.0, -1.0).to(z.dtype)", "z.sign()", 1),
+    ("lfq.codes", " * 2.0 - 1", ""),
+    ("lfq.codes", "torch.arange(bits, device=index.device)", "torch.arange(bits - 1, -1, -1, device=index.device)"),
+    ("lfq.codes", "2.0 - 1", "2 - 1"),
+    ("lfq.codes", " * 2.0 - 1", " * -2.0 + 1"),
+    ("lfq.entropy_penalty", "4 / temperature", "2 / temperature"),
+    ("lfq.entropy_penalty", "per_sample = (F.softplus(-a) + a * torch.sigmoid(-a)).sum(-1).mean()",
+     "per_sample = (F.softplus(-a) + a * torch.sigmoid(-a)).mean()"),
+    ("lfq.entropy_penalty", "F.softplus(-a) + a * torch.sigmoid(-a)",
+     "-(a.sigmoid() * a.sigmoid().log() + (-a).sigmoid() * (-a).sigmoid().log())"),
+    ("lfq.entropy_penalty", "for part in z.chunk(groups, dim=1)", "for part in [z]"),
+    ("lfq.entropy_penalty", "z.chunk(groups, dim=1)", "[z[:, i::groups] for i in range(groups)]"),
+    ("lfq.CausalConv.forward", "self.kernel_size[0] - 1, 0))", "0, self.kernel_size[0] - 1))"),
+    ("lfq.CausalConv.forward", "self.kernel_size[0] - 1, 0))", "self.kernel_size[0] // 2, self.kernel_size[0] // 2))"),
+    ("lfq.CausalConv.forward", "weight[:, :, -1]", "weight[:, :, 0]"),
+    ("lfq.CausalConv.forward", "self.kernel_size[0] - 1, 0))", "self.kernel_size[0] - self.stride[0], 0))"),
+    ("titok.LatentEncoder.forward", "x[:, -self.n_tokens:]", "x[:, :self.n_tokens]"),
+    ("titok.LatentEncoder.forward", " + self.pos ", " "),
+    ("titok.LatentEncoder.forward", "x = self.norm_pre(x)", "pass"),
+    ("titok.LatentEncoder.forward", "x.reshape(B, -1, self.n_tokens).transpose(1, 2)", "x", 1),
+    ("titok.LatentDecoder.forward", "x[:, 1:1 + self.side**2]", "x[:, :self.side**2]"),
+    ("titok.LatentDecoder.forward", "x[:, 1:1 + self.side**2]", "x[:, -self.side**2:]"),
+    ("titok.LatentDecoder.forward", "self.side, self.side, p, p, 3).permute(0, 5, 1, 3, 2, 4)",
+     "self.side, self.side, 3, p, p).permute(0, 3, 1, 4, 2, 5)"),
+    ("titok.LatentDecoder.forward", "(0, 5, 1, 3, 2, 4)", "(0, 5, 1, 2, 3, 4)"),
+    ("titok.LatentDecoder.forward", "self.embed(q) + self.pos", "self.embed(q)"),
+    ("titok.TiTok.decode_raw", ".softmax(-1)", ""),
+    ("titok.TiTok.decode_raw", ".softmax(-1)", ".softmax(1)"),
+    ("titok.TiTok.decode_raw", "self.decoder(q).softmax(-1)", "F.one_hot(self.decoder(q).argmax(-1), len(every)).float()"),
+    ("titok.TiTokVAE.bottleneck", "self.seq_len / self.n_pixels", "1 / self.n_pixels"),
+    ("titok.TiTokVAE.bottleneck", "self.reparameterise(mean, std)", "mean"),
+    ("titok.TiTokVAE.bottleneck", "self.beta * kl", "kl"),
+    ("titok.TiTokVAE.bottleneck", "self.gaussian(z)", "z.chunk(2, dim=-1)"),
+    ("perceptual_gan.critic_loss", "F.relu(1 - real.float())", "F.relu(1 + real.float())"),
+    ("perceptual_gan.critic_loss", "return 0.5 * (F.relu", "return (F.relu"),
+    ("perceptual_gan.critic_loss", "F.softplus(-real.float())", "F.softplus(real.float())"),
+    ("perceptual_gan.critic_loss", "F.relu(1 + fake.float())", "(1 + fake.float())"),
+    ("perceptual_gan.generator_loss", "-fake.float().mean()", "fake.float().mean()"),
+    ("perceptual_gan.generator_loss", "F.softplus(-fake.float())", "F.softplus(fake.float())"),
+    ("perceptual_gan.generator_loss", "-fake.float().mean()", "F.relu(1 - fake.float()).mean()"),
+    ("perceptual_gan.unit_channels", "sum(1, keepdim=True)", "sum()"),
+    ("perceptual_gan.unit_channels", "sum(1, keepdim=True)", "mean(1, keepdim=True)"),
+    ("perceptual_gan.unit_channels", " + 1e-20", ""),
+    ("perceptual_gan.unit_channels", ".sqrt()", ""),
+    ("perceptual_gan.LPIPS.forward", "(x - self.shift) / self.scale", "x"),
+    ("perceptual_gan.LPIPS.forward", ".square()).sum(1)", ".abs()).sum(1)"),
+    ("perceptual_gan.LPIPS.forward", "mean((1, 2))", "sum((1, 2))"),
+    ("perceptual_gan.LPIPS.forward", "(unit_channels(f) - unit_channels(g))", "(f - g)"),
+    ("perceptual_gan.LPIPS.forward", "lin.weight * ", ""),
+    ("perceptual_gan.AdversarialTokenizer.adaptive_weight", "a / (b + 1e-4)", "b / (a + 1e-4)"),
+    ("perceptual_gan.AdversarialTokenizer.adaptive_weight", ".clamp(max=1e4)", ""),
+    ("perceptual_gan.AdversarialTokenizer.adaptive_weight", "self.balance.copy_((a / (b + 1e-4)).clamp(max=1e4))",
+     "return (a / (b + 1e-4)).clamp(max=1e4)"),
+]
+
+
+SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in MODELS}
+
+
+@contextlib.contextmanager
+def written(target, source):
+    """While it lasts, the function `target`, such as "vae.VAE.kl", is what `source` (its lines) makes of it."""
+    module, *owner, function = target.split(".")
+    space = vars(globals()[module])
+    exec(compile(textwrap.dedent(source), f"{module}.py", "exec"), space, made := {})
+    with patch.object(space[owner[0]] if owner else globals()[module], function, made[function]):
+        yield
+
+
+def lines_of(target):
+    """The source lines of a function, decorators included."""
+    name, _, path = target.partition(".")
+    node = functions(SOURCES[name])[path]
+    first = min([node.lineno] + [d.lineno for d in node.decorator_list])
+    return "\n".join(SOURCES[name].split("\n")[first - 1:node.end_lineno])
+
+
+def lost(name):
+    """The graded tests of NAME.py that fail just now -> {test: what is wrong}."""
+    return {t: wrong for t in graded(name) if (wrong := trial(t))}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_homework_of_a_file_is_ten_points_and_right_answers_get_them(name):
+    assert sum(t.points for t in graded(name)) == 10 and 3 <= len(exercises(name)) <= 5
+    nodes = functions(SOURCES[name])
+    for target in exercises(name):
+        assert ast.get_docstring(nodes[target]), f"{name}.{target} has no docstring, so there is no question"
+        assert len([m for m in MISTAKES if m[0] == f"{name}.{target}"]) >= 3, f"fewer than three mistakes for {target}"
+    assert not lost(name)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_homework_not_done_costs_its_own_points_only(name):
+    for target in exercises(name):
+        source = lines_of(f"{name}.{target}")
+        with written(f"{name}.{target}", blanked(textwrap.dedent(source), name, [target.split(".")[-1]])):
+            failed = lost(name)
+        assert {t.exercise for t in failed} == {f"{name}.{target}"} and set(failed.values()) == {"not written yet"}, failed
+        assert len(failed) == len([t for t in graded(name) if t.exercise == f"{name}.{target}"])
+
+
+@pytest.mark.parametrize("target", dict.fromkeys(m[0] for m in MISTAKES))
+def test_homework_mistakes_cost_what_they_should(target):
+    name = target.split(".")[0]
+    whole = sum(t.points for t in graded(name) if t.exercise == target)
+    for _, right, wrong, *points in (m for m in MISTAKES if m[0] == target):
+        source = lines_of(target)
+        assert source.count(right) == 1, f"{right!r} is {source.count(right)} times in {target}"
+        with written(target, source.replace(right, wrong)):
+            failed = lost(name)
+        assert {t.exercise for t in failed} == {target}, f"{wrong!r} in {target} fails {[t.__name__ for t in failed]}"
+        assert sum(t.points for t in failed) == (points or [whole])[0], (wrong, {t.__name__: w for t, w in failed.items()})
+        assert all(len(w) > 20 and "Error:" not in w or "shape" in w for w in failed.values()) or "pass" in wrong, failed
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_homework_is_handed_out_without_answers_and_with_all_else(name):
+    def answer(file, target):                               # the lines that are to be cut
+        node = functions(SOURCES[file])[target]
+        return "\n".join(SOURCES[file].split("\n")[body(node)[0].lineno - 1:node.end_lineno])
+    texts, answers = without_answers(name), {target: answer(name, target) for target in exercises(name)}
+    for other in MODELS:
+        text = texts[f"{other}.py"]
+        assert parsed(text) and (other != name or compile(text, f"{name}.py", "exec"))
+        assert not (given := [target for target in answers if answers[target] in text]), f"{other}.py gives away {given}"
+        holes = re.findall(r'^ *raise NotImplementedError\("homework: \w+\.([\w.]+)"\)$', text, re.M)
+        assert other != name or holes == [target for target in functions(SOURCES[name]) if target in answers]
+        for target in holes:                                # put the lines back, and it is the file, byte by byte
+            text = re.sub(rf'^ *raise NotImplementedError\("homework: {other}\.{re.escape(target)}"\)$',
+                          lambda _: answer(other, target), text, flags=re.M)
+        assert text == SOURCES[other]
+    tests = texts["test_all.py"]
+    assert parsed(tests) and "MISTAKES" not in tests and all((f"def {t.__name__}(" in tests) != t.hidden for t in graded(name))
+    everything = without_answers(name, hidden=True)["test_all.py"]
+    assert all(f"def {t.__name__}(" in everything for t in graded(name)) and "MISTAKES" not in everything
+
+
+def test_homework_from_the_command_line(tmp_path, monkeypatch, capsys):
+    def typed(*words):
+        monkeypatch.setattr(sys, "argv", ["test_all.py", *map(str, words)])
+        main()
+        return capsys.readouterr().out
+    assert typed("list", "gmm_head").startswith("gmm_head.py: 10 points\n    3  gmm_head.GMMHead.density ")
+    assert "with 4 functions to write" in typed("handout", "gmm_head", "-o", tmp_path / "hw")
+    with pytest.raises(data.BadInput, match="not an empty folder"):
+        typed("handout", "gmm_head", "-o", tmp_path / "hw")
+    right, blank = SOURCES["gmm_head"], (tmp_path / "hw" / "gmm_head.py").read_text()
+    change = lambda old, new: right.replace(old, new) if right.count(old) == 1 else pytest.fail(old)
+    nucleus = "        pi, order = log_pi.exp().sort(-1, descending=True)\n"
+    subtle = change("drop = pi.cumsum(-1) - pi >= top_p", "drop = pi.cumsum(-1) >= top_p")
+    monster = change(nucleus, "        os._exit(3)\n" + nucleus).replace("import math\n", "import math\nimport os\n")
+    monster = monster.replace("    ratio = (sc / su) ** 2\n", "    torch.empty(10 << 30)\n    ratio = (sc / su) ** 2\n")
+    monster = monster.replace("        k = GMMHead.choose(log_pi, n)",
+                              "        while True:\n            print(7)\n        k = 0")
+    students = {
+        "perfect": (right, 10, ""), "blank": (blank, 0, "not written yet"),
+        "syntax": (change("class GMMHead(nn.Module):", "class GMMHead(nn.Module)"), 0,
+                   "gmm_head.py is no Python: expected ':'"),
+        "constant": (change("- sigma.log().sum(-1) - 0.5 * math.log(2 * math.pi) * x.shape[-1]\n        return torch.log",
+                            "- sigma.log().sum(-1)\n        return torch.log"), 7, "log p is off by +2.757 on average"),
+        "loop": (change(nucleus, "        while True:\n            pass\n" + nucleus), 8,
+                 "not done after 1 s of processor time"),
+        "subtle": (subtle, 8, "The one that reaches top_p belongs to them."),
+        "monster": (monster, 3, "ends the Python interpreter (exit code 3)"), "nobody": (None, 0, "there is no ")}
+    for name, (text, _, _) in students.items():
+        (tmp_path / name).mkdir()
+        if text is not None:
+            (tmp_path / name / "gmm_head.py").write_text(text)
+    out = typed("grade", "gmm_head", *[tmp_path / name for name in students], "--csv", tmp_path / "grades.csv",
+               "--json", tmp_path / "json", "--test_seconds", 1, "--seconds", 150)
+    with open(tmp_path / "grades.csv", newline="") as f:
+        grades = {row["student"]: row for row in csv.DictReader(f)}
+    for name, (_, points, sentence) in students.items():
+        assert int(grades[name]["points"]) == points, out
+        report = json.loads((tmp_path / "json" / f"{name}.json").read_text())
+        assert report["score"] == points and sum(t["max_score"] for t in report["tests"]) == 10
+        assert sentence in report["output"] + " ".join(t["output"] for t in report["tests"]), out
+    assert "prints without end" in out and "asks for more memory than it may have" in out
+
+
+# ---------------------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    main()

@@ -106,6 +106,8 @@ class LatentEncoder(nn.Module):
         self.out = nn.Linear(n_embd, c_out)
 
     def forward(self, images):
+        """images (B, 3, H, W) -> z (B, T, c_out) float32: [cls, patches + pos, latents] through norm_pre, the blocks and, the
+        last T of them, norm_post and out."""
         B = len(images)
         x = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos                  # (B, P, C)
         x = torch.cat([self.cls.expand(B, -1, -1), x, self.latents.expand(B, -1, -1)], 1)   # (B, 1 + P + T, C)
@@ -136,6 +138,8 @@ class LatentDecoder(nn.Module):
             self.out, self.smooth = nn.Linear(n_embd, 3 * patch**2), nn.Conv2d(3, 3, 3, padding=1)
 
     def forward(self, q):
+        """q (B, T, c_in) -> images (B, 3, H, W): [cls, canvas, embed(q) + pos] through norm_pre, the blocks and, the P of
+        the canvas, norm_post and out, whose 3 patch^2 numbers are (row, column, colour) of a patch; then smooth."""
         B, p = len(q), self.patch
         canvas = torch.cat([self.cls, self.canvas]).expand(B, -1, -1)                       # (B, 1 + P, C)
         x = self.norm_pre(torch.cat([canvas, self.embed(q) + self.pos], 1))                 # (B, 1 + P + T, C)

@@ -9,6 +9,7 @@ Train any tokenizer, and any generator with any head on top of it.
     python train.py --tokenizer vae --generator mar --head diffusion       # MAR: random order, a diffusion loss per token
     python train.py --tokenizer vq --condition text            # ... from captions, not classes
     python train.py --tokenizer vae --task segment             # ... image in, label map out (GIVT section 4.3)
+    python train.py --tokenizer lfq --generator maskgit --head categorical --frames 17     # ... clips: MAGVIT-v2
     torchrun --standalone --nproc_per_node=2 train.py ...      # ... on several GPUs (or CPU processes), same global batch
 
 There are two stages and one loop. Stage 1 trains the tokenizer (images -> tokens -> images) unless its run folder is
@@ -50,9 +51,9 @@ import vae
 import vq
 from data import BadInput
 
-STAGE1 = ("data", "image_size", "flip", "n_shapes", "seed", "task", "tokenizer", "tok_size", "tok_steps", "tok_batch_size",
-          "tok_lr", "token_dim", "channels", "likelihood", "beta", "corrupt", "vocab_size", "codebook", "tokens",
-          "stage", "proxy", "proxy_flags", "perceptual", "lpips", "gan", "gan_loss", "gan_start", "adaptive")
+STAGE1 = ("data", "image_size", "frames", "frame_step", "inflate", "flip", "n_shapes", "seed", "task", "tokenizer", "tok_size",
+          "tok_steps", "tok_batch_size", "tok_lr", "token_dim", "channels", "likelihood", "beta", "corrupt", "vocab_size",
+          "codebook", "tokens", "stage", "proxy", "proxy_flags", "perceptual", "lpips", "gan", "gan_loss", "gan_start", "adaptive")
 STAGE2 = STAGE1 + ("adapter", "generator", "head", "mix", "n_mix", "objective", "head_width", "head_depth", "batch_mul",
                    "groups", "split", "order", "attention", "n_buffer", "mask_min", "joint", "size", "steps", "batch_size",
                    "lr", "optimizer", "label_drop", "dropout", "condition", "text_encoder", "text_len")
@@ -69,7 +70,8 @@ CODEBOOKS = {                                               # --codebook: unit l
     "plain": dict(l2_norm=False), "ema": dict(l2_norm=False, ema=0.99),                     # VQGAN's, and VQ-VAE's
 }
 DEFAULTS = {                                                # what a flag is when nobody says it
-    "any": dict(data="shapes", image_size=32, flip=False, n_shapes=20_000, seed=0, task="class", condition="class",
+    "any": dict(data="shapes", image_size=32, frames=1, frame_step=None, inflate=None, flip=False, n_shapes=20_000, seed=0,
+                task="class", condition="class",
                 text_encoder="bytes", text_len=None, channels=3, likelihood="mse",
                 corrupt=0.0, vocab_size=None, codebook=None, tokens=None, stage="pixels", proxy=None, proxy_flags=None,
                 perceptual=0.0, lpips=None, gan=0.0, gan_loss="hinge", gan_start=None, adaptive=False, adapter="none",
@@ -92,6 +94,9 @@ DEFAULTS = {                                                # what a flag is whe
     "cpu-segment": dict(steps=2000),
     "cpu-mar": dict(size="tiny", steps=7000, dropout=0.0, mask_min=0.0),                    # all counts: see mar.MAR
     "cuda-mar": dict(steps=16_000, dropout=0.0, mask_min=0.0),
+    "cpu-clips": dict(image_size=16, n_shapes=6000, tok_size="clips", tok_steps=2600, tok_batch_size=8,
+                      size="tiny", steps=5000, batch_size=32),
+    "cuda-clips": dict(image_size=64, n_shapes=20_000, tok_size="clips-medium", tok_batch_size=32, batch_size=128),
 }
 
 
@@ -109,7 +114,11 @@ def parse_args(argv=None):
     g = p.add_argument_group("data")
     g.add_argument("--data", help="`shapes` (drawn, no download), or a folder / .tar[.gz] / .zip of class folders, or an .npz")
     g.add_argument("--image_size", type=int, help="side of the square images, in pixels")
-    g.add_argument("--n_shapes", type=int, help="how many drawn training images")
+    g.add_argument("--frames", type=int, help="lfq: clips of so many frames, 1 + a multiple of 4 (drawn shapes move, and their "
+                                              "action is the class; what files of yours are clips: see data.py)")
+    g.add_argument("--frame_step", type=int, help="your clips: take every so manyth frame, and all windows of a file (default: "
+                                                  "one, its frames spread evenly over the file)")
+    g.add_argument("--n_shapes", type=int, help="how many drawn training images or clips")
     g.add_argument("--flip", action="store_const", const=True, help="mirror images left-right at random")
     g.add_argument("--skip_bad", action="store_true", help="leave out unreadable image files instead of stopping")
     g = p.add_argument_group("stage 1, the tokenizer")
@@ -127,6 +136,7 @@ def parse_args(argv=None):
     g.add_argument("--proxy", help="titok: run folder of a trained vq tokenizer with one id per patch (--tok_size fine)")
     g.add_argument("--codebook", choices=list(CODEBOOKS), help="vq, titok: codes of unit length (l2), as they are (plain), or as moving "
                                                                "averages with restarts (l2-ema, ema)")
+    g.add_argument("--inflate", help="lfq with --frames: begin with the weights of an image tokenizer's run folder")
     g.add_argument("--task", choices=["class", "segment", "depth"],
                    help="what to generate: images of a class, or from an image of the drawn world its label map or distances")
     g.add_argument("--channels", type=int, choices=[1, 3], help="1: grey images (colours are averaged), 3: RGB")
@@ -201,7 +211,8 @@ def resolve(given, names, saved, device, folder):
     Refuses a given flag that contradicts the checkpoint."""
     machine = "cuda" if device.type == "cuda" else "cpu"
     defaults = DEFAULTS["any"] | DEFAULTS[machine]
-    for choice in (given.tokenizer, given.generator, f"{given.generator}-{given.head}", given.task):
+    clips = "clips" if (saved or {}).get("frames", given.frames) not in (None, 1) else None
+    for choice in (given.tokenizer, given.generator, f"{given.generator}-{given.head}", given.task, clips):
         defaults |= DEFAULTS.get(f"any-{choice}", {}) | DEFAULTS.get(f"{machine}-{choice}", {})
     if given.mix == "full":
         defaults |= dict(n_mix=1)
@@ -247,10 +258,15 @@ def check(args):
         raise BadInput(f"--vocab_size {args.vocab_size}: lfq has one bit per dimension, so a power of 2, such as 1024")
     if args.tokenizer == "lfq" and args.token_dim:
         raise BadInput("--token_dim: of lfq it follows from --vocab_size, 10 bits for 1024")
+    if args.frames not in (None, 1):
+        check_clips(args)
+    for name in ("frame_step", "inflate"):
+        if getattr(args, name) is not None and args.frames in (None, 1):
+            raise BadInput(f"--{name}: is for clips, so it goes with --frames 17, say")
     if args.tok_size is not None and args.tok_size not in TOKENIZERS[args.tokenizer][1]:
         raise BadInput(f"--tok_size {args.tok_size}: --tokenizer {args.tokenizer} has {', '.join(TOKENIZERS[args.tokenizer][1])}")
-    for name in ("image_size", "n_shapes", "tok_steps", "tok_batch_size", "steps", "batch_size", "n_mix", "token_dim",
-                 "vocab_size", "tokens", "text_len", "head_width", "head_depth", "batch_mul", "groups", "n_buffer",
+    for name in ("frames", "frame_step", "image_size", "n_shapes", "tok_steps", "tok_batch_size", "steps", "batch_size", "n_mix",
+                 "token_dim", "vocab_size", "tokens", "text_len", "head_width", "head_depth", "batch_mul", "groups", "n_buffer",
                  "log_every", "eval_every", "save_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: must be at least 1")
@@ -298,6 +314,20 @@ def check(args):
         raise BadInput("--resume goes on and --overwrite starts anew: give one of them")
 
 
+def check_clips(args):
+    """The same for what --frames takes, and for what does not go with it."""
+    if args.tokenizer != "lfq":
+        raise BadInput(f"--frames {args.frames}: only --tokenizer lfq reads clips, --tokenizer {args.tokenizer} does not")
+    if args.condition == "text":
+        raise BadInput("--condition text: clips are asked for by their action only; leave it or --frames out")
+    if args.flip and args.data in (None, "shapes"):
+        raise BadInput("--flip: a mirrored clip that moves left moves right; leave it out")
+    if args.perceptual and not args.lpips:
+        raise BadInput("--perceptual: the classifier of clips looks at time too; give --lpips, which looks at frames")
+    if args.frame_step and args.data in (None, "shapes"):
+        raise BadInput("--frame_step: is for your own clips (--data); drawn ones have as many frames as asked for")
+
+
 def check_digits(args, V):
     """Refuse --groups and --split that do not cut V ids into whole digits: before the tokenizer is trained."""
     groups = args.groups or 1
@@ -340,7 +370,8 @@ def open_data(args, split, device):
     """The training or validation images that the flags name -> data.ImageSet."""
     n = args.n_shapes if split == "train" else None
     return load_once(args.data, args.image_size, split, device, args.seed, bool(args.flip) and split == "train",
-                     getattr(args, "skip_bad", False), n, None, getattr(args, "task", "class"))
+                     getattr(args, "skip_bad", False), n, None, getattr(args, "task", "class"), getattr(args, "frames", 1),
+                     getattr(args, "frame_step", None))
 
 
 def build_tokenizer(args):
@@ -352,6 +383,7 @@ def build_tokenizer(args):
     if args.tokenizer == "vae":
         size |= dict(corrupt=args.corrupt, likelihood=args.likelihood) | given(token_dim=args.token_dim)
     elif args.tokenizer == "lfq":
+        size["frames"] = args.frames
         size |= given(bits=args.vocab_size and args.vocab_size.bit_length() - 1)
     elif args.tokenizer == "titok-vae":
         size |= given(token_dim=args.token_dim, n_tokens=args.tokens)
@@ -363,7 +395,20 @@ def build_tokenizer(args):
     try:
         return model_class(**size)
     except ValueError as e:
-        raise BadInput(f"--image_size {args.image_size} with --tok_size {args.tok_size}: {e}") from None
+        flags = f"--frames {args.frames}" if " frames " in str(e) else f"--image_size {args.image_size}"
+        raise BadInput(f"{flags} with --tok_size {args.tok_size}: {e}") from None
+
+
+def inflate(tokenizer, folder):
+    """--inflate: take over the weights of the image tokenizer in a run folder -> the video tokenizer."""
+    run = load_run(folder)
+    if run.args.tokenizer != "lfq" or run.args.frames != 1:
+        raise BadInput(f"--inflate {folder}: not an image tokenizer of --tokenizer lfq")
+    try:
+        return tokenizer.inflate(run.tokenizer.state_dict())
+    except (ValueError, RuntimeError):                      # keys or shapes differ
+        raise BadInput(f"--inflate {folder}: its sizes are others; train it with the same --tok_size (here {run.args.tok_size}) "
+                       f"and --vocab_size ({run.tokenizer.vocab_size})") from None
 
 
 def with_losses(args, tokenizer, images, held_out, folder, device):
@@ -572,13 +617,35 @@ class Pairs:
         return self.maps.batch(index)[0], self.images.batch(index)[0]
 
 
+class Stills:
+    """A set of clips in which every other batch, by chance, is of single frames, each of them as an image: four of every clip,
+    at random. So one tokenizer learns both, with the same weights and codes. A batch is of one kind, so shapes stay static; one
+    of stills costs a tenth of the other, for an image needs no time axis, and how things look is learnt from it as well."""
+
+    def __init__(self, clips):
+        self.clips = clips
+
+    def __len__(self):
+        return len(self.clips)
+
+    def batch(self, index):                                 # (B,) -> (B, 3, F, H, W) or (4B, 3, H, W), labels
+        x, labels = self.clips.batch(index)
+        if torch.rand(()) >= 0.5:                           # on the CPU, from the seed of the step: alike in all processes
+            return x, labels
+        B, _, n, H, W = x.shape
+        some = torch.rand(B, n, device=x.device).argsort(1)[:, :4]                          # (B, 4), none of them twice
+        x = x.transpose(1, 2).gather(1, some[:, :, None, None, None].expand(-1, -1, 3, H, W))
+        return x.flatten(0, 1), labels.repeat_interleave(some.shape[1])
+
+
 @torch.no_grad()
 def encode_all(tokenizer, images):
     """Encode a whole ImageSet: -> dict of arrays on the device, plus the mirrored images where --flip is on."""
     arrays, flip, images.flip = {}, images.flip, False
+    many = 250 if images.frames == 1 else max(1, 1000 // images.frames)                    # of clips, fewer fit into memory
     for turn in ([False, True] if flip else [False]):
-        for i in range(0, len(images), 250):
-            x, _ = images.batch(torch.arange(i, min(i + 250, len(images))))
+        for i in range(0, len(images), many):
+            x, _ = images.batch(torch.arange(i, min(i + many, len(images))))
             x = x.flip(-1) if turn else x
             if tokenizer.vocab_size:
                 arrays.setdefault("ids", []).append(tokenizer.encode(x))
@@ -677,9 +744,9 @@ def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finis
     if world.size > 1:
         model = DistributedDataParallel(model)
     use_bf16 = world.dtype == "bf16" if world.dtype else world.native_bf16 and (world.device.type == "cuda" or transformer)
-    params = sum(p.numel() for p in raw.parameters())
-    say(world, f"stage {stage}: {folder}, {params / 1e6:.2f}M parameters, {len(source)} images, steps {first} to {steps} of "
-               f"{batch_size} images, {world.device.type} x {world.size}, {'bf16' if use_bf16 else 'fp32'}")
+    params, log_unit = sum(p.numel() for p in raw.parameters()), "images" if args.frames == 1 else "clips"
+    say(world, f"stage {stage}: {folder}, {params / 1e6:.2f}M parameters, {len(source)} {log_unit}, steps {first} to {steps} of "
+               f"{batch_size} {log_unit}, {world.device.type} x {world.size}, {'bf16' if use_bf16 else 'fp32'}")
 
     def save(step, done=False):
         if world.rank == 0:
@@ -728,7 +795,7 @@ def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finis
             if evaluating:
                 row["val_loss"] = val(ema.module)
             if world.rank == 0:
-                log.add(step + 1, steps, row, seconds, batch_size)
+                log.add(step + 1, steps, row, seconds, batch_size, log_unit)
             since, timer = step + 1, time.perf_counter()
         if checkpointing:
             save(step + 1)
@@ -769,13 +836,13 @@ class Log:
             with open(self.path, newline="") as f:
                 self.rows = [r for r in csv.DictReader(f) if int(r["step"]) <= first]
 
-    def add(self, step, steps, row, seconds, batch_size):
+    def add(self, step, steps, row, seconds, batch_size, unit="images"):
         self.ms.append(1000 * seconds)
         left = (steps - step) * seconds
         shown = "  ".join(f"{k} {v:.4f}" if abs(v) < 10 else f"{k} {v:.2f}" for k, v in row.items())
-        print(f"step {step:6d}  {shown}  {1000 * seconds:.0f} ms  {batch_size / seconds:.0f} images/s  "
+        print(f"step {step:6d}  {shown}  {1000 * seconds:.0f} ms  {batch_size / seconds:.0f} {unit}/s  "
               f"{int(left) // 60}:{int(left) % 60:02d} left", flush=True)
-        self.rows.append(dict(step=step, **row, ms_per_step=1000 * seconds, images_per_s=batch_size / seconds))
+        self.rows.append(dict(step=step, **row, ms_per_step=1000 * seconds) | {f"{unit}_per_s": batch_size / seconds})
         keys = list(dict.fromkeys(k for r in self.rows for k in r))
         temporary = self.path.with_suffix(".tmp")
         with open(temporary, "w", newline="") as f:
@@ -856,6 +923,8 @@ def train_tokenizer(given, folder, world, begin=None):
         if args.stage == "finetune":
             tokenizer.load_state_dict(begin.state_dict())
         args_io = argparse.Namespace(**vars(args), skip_bad=given.skip_bad)
+        if args.inflate and checkpoint is None:
+            tokenizer = inflate(tokenizer, args.inflate)
         images, held_out = open_data(args_io, "train", world.device), open_data(args_io, "val", world.device)
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -871,14 +940,20 @@ def train_tokenizer(given, folder, world, begin=None):
                 model.measure(measured["mean"], measured["std"])
             if world.rank == 0:
                 torch.manual_seed(args.seed)
-                x, _ = held_out.batch(torch.linspace(0, len(held_out) - 1, 12).long())      # folders come sorted by class
-                rows = [("validation images", x), ("reconstructed", model.decode(model.encode(x)))]
+                n = 12 if args.frames == 1 else 4
+                x, labels = held_out.batch(torch.linspace(0, len(held_out) - 1, n).long())  # folders come sorted by class
+                recon = model.decode(model.encode(x))
+                rows = [("validation images", x), ("reconstructed", recon)]
                 rows = [(text, data.colour_maps(x) if args.task == "segment" else x) for text, x in rows]
+                if args.frames > 1:                                                         # a clip, and what became of it
+                    rows = [row for clip, again, k in zip(x, recon, labels.tolist()) for row in
+                            ((str(images.classes[k]), data.film(clip)), ("reconstructed", data.film(again)))]
                 data.save_rows(folder / "reconstructions.png", rows, folder.name)
 
         loop_args = argparse.Namespace(**vars(args), **loop_flags(given))
         unit = "logistic" if args.likelihood == "logistic" else "proxy" if args.stage == "proxy" else args.tokenizer
-        fit(1, model, images, validate(held_out, 100, args, world), loop_args, folder, world, checkpoint,
+        val = validate(held_out, 100 if args.frames == 1 else max(1, 200 // args.frames), args, world, n=2000 // args.frames)
+        fit(1, model, images if args.frames == 1 else Stills(images), val, loop_args, folder, world, checkpoint,
             dict(classes=images.classes), finish, UNITS[unit])
         barrier(world)                                      # until process 0 has written the checkpoint
     run = load_run(folder, world.device)
@@ -966,6 +1041,11 @@ def save_samples(run, generator, world):
             sample.save_captions(run.folder / "samples.png", run, sample.some_captions(run, 8), seed=run.args.seed)
         elif run.source is not None:
             sample.save_maps(run.folder / "samples.png", run, n=10, seed=run.args.seed)
+        elif run.args.frames > 1:
+            labels = torch.arange(min(len(run.classes), 20))
+            clips = sample.draw_samples(run, labels, seed=run.args.seed)
+            rows = [(str(name), data.film(clip)) for name, clip in zip(run.classes, clips)]
+            data.save_rows(run.folder / "samples.png", rows, f"{run.folder.name}: samples")
         else:
             labels = torch.arange(min(len(run.classes), 20)).repeat_interleave(8)
             images = sample.draw_samples(run, labels, seed=run.args.seed)
@@ -999,9 +1079,11 @@ def main(argv=None):
                             native_bf16=native_bf16(device),
                             compile=device.type == "cuda" if given.compile is None else given.compile)
     data_name = Path(given.data or "shapes").name.split(".")[0] or "data"
-    tok_folder = Path(given.runs) / (given.tok_name or f"{data_name}-{given.tokenizer}")
+    kind = given.tokenizer if given.frames in (None, 1) else f"{given.tokenizer}-{given.frames}f"
+    tok_folder = Path(given.runs) / (given.tok_name or f"{data_name}-{kind}")
     task = given.task if given.task not in (None, "class") else None
-    parts = [data_name, given.tokenizer, task, given.stage if given.stage in ("proxy", "finetune") else None, "text" if given.condition == "text" else None, "joint" if given.joint else None,
+    parts = [data_name, kind, task, given.stage if given.stage in ("proxy", "finetune") else None,
+             "text" if given.condition == "text" else None, "joint" if given.joint else None,
              given.adapter if given.adapter == "flow" else None, given.generator, given.head]
     folder = Path(given.runs) / (given.name or "-".join(p for p in parts if p))
     if given.resume and not any((f / "ckpt.pt").exists() for f in (folder, tok_folder)):

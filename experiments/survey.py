@@ -6,7 +6,8 @@ One token after the other, many at once, or fewer tokens: what does an image cos
 
 Three systems of equal width, depth and data, the first two on the very same tokens:
 
-  AR            64 ids of vq.py (8 x 8), ar_transformer.py with its KV cache: 64 passes of one token
+  AR            64 ids of vq.py (8 x 8), ar_transformer.py with its KV cache: 64 passes of one token; for comparison also
+                without the cache, each pass over all tokens so far, which is what MaskGIT's paper counts against
   MaskGIT       the same ids, maskgit.py: 4, 8 or 16 passes over all 64
   TiTok         16 ids of titok.py that have no place in the image, maskgit.py: 4 or 8 passes over 16
 
@@ -71,14 +72,15 @@ def systems_of_paper_size(device):
 
 
 @torch.no_grad()
-def seconds(run, passes, B):
+def seconds(run, passes, B, cache=True):
     """One batch from classes to pixels -> seconds per image, of processor time on a CPU."""
     clock = time.process_time if run.device.type == "cpu" else time.perf_counter
     sync = torch.cuda.synchronize if run.device.type == "cuda" else lambda: None
     labels = torch.arange(B, device=run.device) % 10
+    ar = isinstance(run.generator, ar_transformer.ARTransformer)
+    options = dict(use_cache=cache) if ar else dict(steps=passes)
     sync()
     start = clock()
-    options = {} if isinstance(run.generator, ar_transformer.ARTransformer) else dict(steps=passes)
     run.tokenizer.decode(run.generator.sample(labels, cfg=2.0, **options))
     sync()
     return (clock() - start) / B
@@ -86,7 +88,8 @@ def seconds(run, passes, B):
 
 def measure_speed(systems, passes, batches, rounds):
     """All take turns -> [{system, passes, batch, seconds_per_image}]"""
-    arms = [(name, n) for name in systems for n in passes[name]]
+    arms = [(name, n) for name in systems for n in passes[name]] + [("AR without a cache", passes["AR"][0])]
+    of = lambda name: systems[name.split()[0]]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                                # processor time of one thread; a GPU does not mind
     rows = []
@@ -94,10 +97,10 @@ def measure_speed(systems, passes, batches, rounds):
         times = {arm: [] for arm in arms}
         for turn in range(rounds + 1):                      # the first is a warm-up
             for name, n in arms:
-                spent = seconds(systems[name], n, B)
+                spent = seconds(of(name), n, B, cache="without" not in name)
                 times[name, n] += [spent] if turn else []
         for (name, n), t in times.items():
-            rows.append(dict(system=name, tokens=systems[name].tokenizer.seq_len, passes=n, batch=B, seconds_per_image=median(t)))
+            rows.append(dict(system=name, tokens=of(name).tokenizer.seq_len, passes=n, batch=B, seconds_per_image=median(t)))
     torch.set_num_threads(threads)
     return rows
 
@@ -139,7 +142,7 @@ def save_figure(path, rows, batches):
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.9), sharey=True)
     for ax, B in zip(axes, batches):
-        for k, name in enumerate(SYSTEMS):
+        for k, name in enumerate((*SYSTEMS, "AR without a cache")):
             mine = [r for r in rows if (r["system"], r["batch"]) == (name, B)]
             x, y = [1000 * r["seconds_per_image"] for r in mine], [r["sample_accuracy"] for r in mine]
             ax.plot(x, y, "o-", color=f"C{k}", label=f"{name}, {mine[0]['tokens']} tokens")
@@ -172,7 +175,7 @@ def main():
     out = Path(__file__).parent / "results" / f"survey{'-paper' * args.paper}{'-cuda' * (device.type == 'cuda')}"
     if not args.paper:
         quality, ceiling = measure_quality(systems, args.n)
-        rows = [r | {k: v for k, v in quality[r["system"], r["passes"]].items() if k.startswith("sample_")} for r in rows]
+        rows = [r | {k: v for k, v in quality[r["system"].split()[0], r["passes"]].items() if k.startswith("sample_")} for r in rows]
         facts |= dict(n=args.n, reconstructions=ceiling, flags={name: s[1] for name, s in SYSTEMS.items()})
         save_figure(out.with_suffix(".png"), rows, batches)
     out.with_suffix(".json").write_text(json.dumps(facts | dict(rows=rows), indent=1) + "\n")
