@@ -4533,7 +4533,7 @@ def test_claims_are_listed_once_and_judged_by_the_rule(tmp_path, monkeypatch, ca
     # mean 1, standard error 0.289 (std 0.5 / sqrt 3): beyond two of them; 0.9 is the mean of a wider spread, 0.586
     assert claims.decide([0.5, 1.0, 1.5]) == "holds" and claims.decide([-0.5, -1.0, -1.5]) == "does not hold"
     assert claims.decide([0.0, 0.7, 2.0]) == "undecided here" and claims.decide([9.0]) == "undecided here"
-    arms = {"new": [dict(error=e) for e in (1.0, 1.1, 1.2)], "old": [dict(error=e) for e in (1.05, 1.15, 1.26)]}
+    arms = {"new": [dict(error=e) for e in (1.0, 1.2, 1.4)], "old": [dict(error=e) for e in (1.05, 1.25, 1.46)]}
     verdict = lambda *words, **options: claims.judge_test(claims.test("error", *words, **options), arms)["verdict"]
     assert verdict("new", "old") == "holds" and verdict("old", "new") == "does not hold"       # paired: 0.05 at each seed
     assert verdict("old", "new", times=1.1) == "holds" and verdict("old", "new", give=0.1) == "holds"
@@ -4544,7 +4544,7 @@ def test_claims_are_listed_once_and_judged_by_the_rule(tmp_path, monkeypatch, ca
     tests = [claims.judge_test(claims.test("error", "new", "old"), arms)]
     (tmp_path / "few-steps.json").write_text(json.dumps(dict(tests=tests, verdict="holds")))
     text = claims.table(tmp_path)
-    assert "error: new 1.10 +- 0.10, lower than old 1.15 +- 0.11: holds" in text
+    assert "error: new 1.2 +- 0.2, lower than old 1.3 +- 0.2: holds" in text
     assert "**holds (1 of 1 tests hold)**" in text and "Not run: 1 (`gmm-components`)" in text and "`few-steps`" not in text
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- claims -->\nold\n<!-- /claims -->\nafter\n")
