@@ -307,7 +307,7 @@ def guidance_by_rejection(lab):
     """4. GIVT: guidance by density rejection equals its closed form, where there is one.
 
     Paper: the released sampler has mean -0.743 for -0.736 at w = 0.4, but -4.88 for -6.38 at w = 3 (measured on their code).
-    Remark: 128 tries do not always reach the target at w = 3, and the released envelope is too low wherever p(x) is narrow.
+    Remark: 128 tries do not always reach a target that w = 3 moves far; the released envelope is no envelope (gmm_head.py).
     No training: 100 random pairs of Gaussians (K = 1) of 4 numbers, 150 draws of each; the error of the mean, in standard
     deviations of the target. It may be 0.01 above that of the closed form, whose error is sampling noise alone (0.065).
     """
@@ -358,7 +358,7 @@ def order_and_attention(lab):
     """6. MAR: random order beats raster, and bidirectional attention beats causal.
 
     Paper: FID 19.58, 16.22, 8.75 with cross-entropy, 19.23, 13.07, 3.43 with the diffusion loss.
-    Remark: a random order means 2^16 conditionals instead of 16; the same model is at 3.1 after 8,000 steps instead of 1,500.
+    Remark: a random order means 2^16 conditionals to learn instead of 16, and 1,500 steps are few: README has a longer run.
     Read from experiments/mar_ablation.py.
     """
     names, arms = ablation(lab)
