@@ -124,6 +124,7 @@ class Lab:
             raise train.BadInput(f"{path} is missing: run `{command}` first, this claim reads what it measured")
         result = json.loads(path.read_text())
         self.source = dict(scale=f"that of experiments/results/{name}.json", machine=result["machine"], date=result["date"],
+                           torch=result["torch"], threads=result.get("threads"), flags=[f"experiments: {command}"],
                            seconds=result.get("seconds", result.get("wall_s")))
         return result
 
