@@ -4556,6 +4556,68 @@ def test_claims_are_listed_once_and_judged_by_the_rule(tmp_path, monkeypatch, ca
 
 
 # ---------------------------------------------------------------------------------------------------
+# Experiments on clips: experiments/video_designs.py and experiments/understanding.py
+
+def test_designs_of_video_tokenizers_are_causal_and_of_equal_size(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    import video_designs as v
+    models = {design: v.tokenizer(design) for design in v.DESIGNS}
+    sizes = {design: v.size_of(m) for design, m in models.items()}
+    assert max(sizes.values()) < 1.04 * sizes["causal 3-D CNN"] and min(sizes.values()) > 0.96 * sizes["causal 3-D CNN"], sizes
+    x = torch.rand(1, 3, 9, 16, 16)
+    assert torch.equal(v.unpatch(v.patches(x[:, :, 1:], 4), 4), x[:, :, 1:])
+    q = lfq.codes(torch.randint(1024, (1, 3, 4, 4)), 10).permute(0, 4, 1, 2, 3)
+    for design, model in models.items():
+        for p in model.parameters():                        # blocks that start as the identity would hide a leak
+            if not p.any():
+                nn.init.normal_(p, std=0.1)
+        with torch.no_grad():
+            z, y = model.encoder(x), model.decoder(q)
+            assert z.shape == q.shape and y.shape == x.shape, design
+            for t in (1, 4, 5, 8):                          # frames 1 .. 4 are in the second frame of tokens
+                other, f = x.clone(), (t + 3) // 4
+                other[:, :, t] = torch.rand(1, 3, 16, 16)
+                moved = (model.encoder(other) - z).abs().amax((0, 1, 3, 4))
+                assert moved[:f].max() == 0 and moved[f] > 1e-5, (design, t, moved)
+            other = q.clone()
+            other[:, :, 2] *= -1
+            moved = (model.decoder(other) - y).abs().amax((0, 1, 3, 4))
+            assert moved[:5].max() == 0 and moved[5:].min() > 1e-5, (design, moved)
+
+
+def test_readers_of_clips_see_what_they_should(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    import understanding as u
+    clip = torch.rand(1, 3, 9, 16, 16)
+    other = clip.clone()
+    other[:, :, 6, 4:8, 12:16] += 1                         # frame 6: the third frame of tokens; second row, last column
+    assert (u.places(other) != u.places(clip)).any(-1)[0].nonzero().flatten().tolist() == [2 * 16 + 1 * 4 + 3]
+    reader = u.Reader(nn.Linear(192, 64), 48)
+    x, hide = torch.rand(2, 48, 192), torch.rand(2, 48) < 0.6
+    changed = torch.where(hide[..., None], torch.rand(2, 48, 192), x)
+    assert torch.equal(reader.states(x, hide), reader.states(changed, hide)), "what is hidden can be seen"
+    model = u.VQClips(**u.SIZE).eval()
+    ids = model.encode(clip)
+    assert torch.allclose(model.decode(ids), model.reconstruct(clip)[0].clamp(-1, 1), atol=1e-5)
+    assert torch.cdist(F.normalize(model.latents(clip)[0], dim=-1), model.quantizer.codebook).argmin(-1).equal(ids[0])
+
+
+def test_experiments_on_clips_run(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    import understanding
+    import video_designs
+    io_ = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+    video_designs.main(["--seeds", "0", "--steps", "1", "--n", "72", "--ruler_steps", "2", *io_])
+    rows = json.loads((tmp_path / "video-designs.json").read_text())["rows"]
+    assert [r["design"] for r in rows] == list(video_designs.DESIGNS)
+    assert all(math.isfinite(v) for r in rows for v in r.values() if isinstance(v, float))
+    understanding.main(["--n", "60", "--tok_steps", "1", "--steps", "2", "--pre_steps", "1", "--labels", "20", "--seeds", "0", *io_])
+    result = json.loads((tmp_path / "understanding.json").read_text())["accuracy"]
+    assert len(result["input"]) == 5 and len(result["target"]) == 4
+    assert (tmp_path / "video-designs.png").exists() and (tmp_path / "understanding.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------------
 # The house rules
 
 def tree_of(name):

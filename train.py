@@ -94,8 +94,8 @@ DEFAULTS = {                                                # what a flag is whe
     "cpu-segment": dict(steps=2000),
     "cpu-mar": dict(size="tiny", steps=7000, dropout=0.0, mask_min=0.0),                    # all counts: see mar.MAR
     "cuda-mar": dict(steps=16_000, dropout=0.0, mask_min=0.0),
-    "cpu-clips": dict(image_size=16, n_shapes=6000, tok_size="clips", tok_steps=2600, tok_batch_size=8,
-                      size="tiny", steps=5000, batch_size=32),
+    "cpu-clips": dict(image_size=16, n_shapes=16_000, tok_size="clips", tok_steps=2600, tok_batch_size=8,
+                      size="tiny", steps=6500, batch_size=32),
     "cuda-clips": dict(image_size=64, n_shapes=20_000, tok_size="clips-medium", tok_batch_size=32, batch_size=128),
 }
 
