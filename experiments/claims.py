@@ -525,6 +525,7 @@ def causal_video(lab):
     """17. MAGVIT-v2: a causal 3-D CNN beats networks per frame or block with a causal transformer over time.
 
     Paper: UCF-101, FVD 96.33 for 437.54 (C-ViViT) and 316.70 (hybrid); image FID 7.06, 28.02, 13.52.
+    Remark: one seed, so no verdict.
     Read from experiments/video_designs.py: 9 frames of 16 x 16 pixels, equal parameters, its longest runs, its own seeds.
     """
     r = lab.read("video-designs", "python experiments/video_designs.py")
@@ -541,7 +542,7 @@ def compression(lab):
     """18. MAGVIT-v2: at a low rate LFQ tokens look better than H.265.
 
     Paper: 0.0384 bpp, LPIPS 0.104 for 0.199, but PSNR 26.18 for 30.10 and MS-SSIM 0.894 for 0.943; raters prefer the tokens.
-    Remark: one seed, so no verdict; without LPIPS, on which the claim rests.
+    Remark: one seed, so no verdict; H.265 is far ahead on both measures, as in the paper; LPIPS, on which it rests, is missing.
     Read from experiments/compression.py: one seed, so no verdict by this rule; LPIPS needs weights that were not at hand.
     """
     r, arms, tests = lab.read("compression", "python experiments/compression.py --film FILE --test FILE"), {}, []
