@@ -542,7 +542,7 @@ def compression(lab):
     """18. MAGVIT-v2: at a low rate LFQ tokens look better than H.265.
 
     Paper: 0.0384 bpp, LPIPS 0.104 for 0.199, but PSNR 26.18 for 30.10 and MS-SSIM 0.894 for 0.943; raters prefer the tokens.
-    Remark: one seed, so no verdict; H.265 is far ahead on both measures, as in the paper; LPIPS, on which it rests, is missing.
+    Remark: one seed, so no verdict; H.265 is far ahead on both measures, as in the paper; the claim rests on LPIPS.
     Read from experiments/compression.py: one seed, so no verdict by this rule; LPIPS needs weights that were not at hand.
     """
     r, arms, tests = lab.read("compression", "python experiments/compression.py --film FILE --test FILE"), {}, []
