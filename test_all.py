@@ -4520,6 +4520,41 @@ def test_places_in_time_and_space_are_told_apart():
     assert len({int(t) // 8 for t in rank.argsort()[:3]}) > 1, "the first tokens all lie in one frame"
 
 
+# experiments/claims.py: the list, the rule, the table
+
+def test_claims_are_listed_once_and_judged_by_the_rule(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import claims
+    claims.main(["--out", str(tmp_path)])
+    listed = capsys.readouterr().out.strip("\n").split("\n")
+    assert [int(line[:2]) for line in listed] == list(range(1, 24)) and all("not run" in line for line in listed)
+    with pytest.raises(data.BadInput, match="not a claim"):
+        claims.main(["no-such-claim"])
+    # mean 1, standard error 0.289 (std 0.5 / sqrt 3): beyond two of them; 0.9 is the mean of a wider spread, 0.586
+    assert claims.decide([0.5, 1.0, 1.5]) == "holds" and claims.decide([-0.5, -1.0, -1.5]) == "does not hold"
+    assert claims.decide([0.0, 0.7, 2.0]) == "undecided here" and claims.decide([9.0]) == "undecided here"
+    arms = {"new": [dict(error=e) for e in (1.0, 1.2, 1.4)], "old": [dict(error=e) for e in (1.05, 1.25, 1.46)]}
+    verdict = lambda *words, **options: claims.judge_test(claims.test("error", *words, **options), arms)["verdict"]
+    assert verdict("new", "old") == "holds" and verdict("old", "new") == "does not hold"       # paired: 0.05 at each seed
+    assert verdict("old", "new", times=1.1) == "holds" and verdict("old", "new", give=0.1) == "holds"
+    assert verdict("new", "old", "higher") == "does not hold" and verdict("new", "old", "higher", give=0.1) == "holds"
+    claim = lambda *verdicts: claims.judge_claim([dict(verdict=v) for v in verdicts])
+    assert claim("holds", "holds") == "holds" and claim("holds", "undecided here") == "undecided here"
+    assert claim("holds", "undecided here", "does not hold") == "does not hold"
+    tests = [claims.judge_test(claims.test("error", "new", "old"), arms)]
+    (tmp_path / "few-steps.json").write_text(json.dumps(dict(tests=tests, verdict="holds")))
+    text = claims.table(tmp_path)
+    assert "error: new 1.2 +- 0.2, lower than old 1.3 +- 0.2: holds" in text
+    assert "**holds (1 of 1 tests hold)**" in text and "Not run: 1 (`gmm-components`)" in text and "`few-steps`" not in text
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- claims -->\nold\n<!-- /claims -->\nafter\n")
+    claims.fill_readme(readme, text)
+    assert readme.read_text() == f"before\n<!-- claims -->\n{text}\n<!-- /claims -->\nafter\n"
+    readme.write_text("no markers")
+    with pytest.raises(data.BadInput, match="markers"):
+        claims.fill_readme(readme, text)
+
+
 # ---------------------------------------------------------------------------------------------------
 # Experiments on clips: experiments/video_designs.py and experiments/understanding.py
 
