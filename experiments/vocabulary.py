@@ -56,15 +56,15 @@ def save_figure(path, rows):
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 3, figsize=(12.5, 3.7))
     for ax, key, title, label in (
-            (axes[0], "recon_frechet", "reconstruction", "Frechet distance (small CNN), lower is better"),
-            (axes[1], "sample_frechet_small_cnn", "generation, no guidance", "Frechet distance (small CNN), lower is better"),
+            (axes[0], "recon_frechet", "reconstruction", "Frechet distance, lower is better"),
+            (axes[1], "sample_frechet_small_cnn", "generation, no guidance", "Frechet distance, lower is better"),
             (axes[2], "used", "codes in use", "share of the vocabulary")):
         for k, (kind, name) in enumerate((("vq", "VQ: learned codes"), ("lfq", "LFQ: signs"))):
             mine = sorted((r for r in rows if r["kind"] == kind), key=lambda r: r["bits"])
             ax.plot([r["bits"] for r in mine], [r[key] for r in mine], "os"[k] + "-", color=f"C{k}", label=name)
         bits = sorted({r["bits"] for r in rows})
         ax.set(xlabel="vocabulary", ylabel=label, title=title, xticks=bits, xticklabels=[f"$2^{{{b}}}$" for b in bits])
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.08 * max(r[key] for r in rows))
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=9)
     fig.suptitle("vocabulary size at equal budget, after MAGVIT-v2's Figure 1")
