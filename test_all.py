@@ -2,7 +2,7 @@
 The tests: every formula against something independent (the authors' own arrays in golden/, a closed form,
 torch.distributions, a slow loop, an inverse, the uncached path), and the programs as a user runs them.
 
-    python -m pytest test_all.py          # about 3.5 minutes on 2 CPU cores; no network, no GPU
+    python -m pytest test_all.py          # about 6 minutes on 2 CPU cores; no network, no GPU
 
 Some of them are homework. They blank a function, and grade what students write in its place:
 
