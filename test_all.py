@@ -3857,6 +3857,8 @@ def test_titoks_published_stages_follow_each_other(tiny_run, capsys):
                 str(tiny_run / "patches"), "--generator", "maskgit"])
     run = train.load_run(tiny_run / "shapes-titok-finetune-maskgit-categorical")            # complete in itself
     assert torch.equal(run.tokenizer.decoder.canvas, then.decoder.canvas) and run.tokenizer.seq_len == 6
+    with pytest.raises(SystemExit, match="a run of --tokenizer vq is wanted"):
+        train.main([*words, "--stage", "proxy", "--proxy", str(tiny_run / "shapes-titok-proxy"), "--tok_name", "other"])
     with pytest.raises(SystemExit, match="grid of \\(4, 4\\) ids, this TiTok 8 x 8"):
         train.main([*words, "--image_size", "32", "--stage", "proxy", "--proxy", str(tiny_run / "patches"), "--tok_name", "other"])
 

@@ -910,6 +910,8 @@ def train_tokenizer(given, folder, world, begin=None):
     """Stage 1 -> the tokenizer, in eval mode, and its flags. begin: the trained run of --stage proxy, for finetune."""
     if given.stage not in (None, "pixels"):
         proxy = load_run(given.proxy, world.device)
+        if proxy.args.tokenizer != "vq":
+            raise BadInput(f"--proxy {given.proxy}: a run of --tokenizer vq is wanted, this is one of {proxy.args.tokenizer}")
         given.proxy_flags = {name: getattr(proxy.args, name) for name in STAGE1}
     args, checkpoint, done = start(given, STAGE1, folder, world)
     check(argparse.Namespace(**vars(given) | vars(args)))
