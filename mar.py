@@ -284,7 +284,7 @@ class MAR(nn.Module):
             x = block(x)
         return self.decoder_norm(x[:, P:]) + self.head_pos
 
-    @torch.compiler.disable
+    @torch._disable_dynamo                                  # torch.compiler.disable, but loads the compiler (1 s) when called
     def mask_count(self):
         """How many tokens this batch hides: an int. ONE number for all rows, or the encoder's input would be ragged.
 

@@ -870,16 +870,19 @@ class Log:
         plt.close(fig)
 
 
-def validate(source, batch_size, args, world, n=2000):
-    """-> a function (model) -> mean loss over up to n validation images, in eval mode, with a fixed seed."""
+VALIDATED = 2000                                            # images, or frames of clips, in each validation loss
+
+
+def validate(source, batch_size, args, world, n=None):
+    """-> a function (model) -> mean loss over up to n (VALIDATED) validation images, in eval mode, with a fixed seed."""
     @torch.no_grad()
     def run(model):
         was_training, total, count = model.training, 0.0, 0
         model.eval()
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
-            every = torch.linspace(0, len(source) - 1, min(n, len(source))).long()          # of all classes: folders are sorted
-            for index in every.split(batch_size):
+            some = torch.linspace(0, len(source) - 1, min(n or VALIDATED, len(source))).long()     # all classes: they are sorted
+            for index in some.split(batch_size):
                 total, count = total + model(*source.batch(index))[0] * len(index), count + len(index)
         model.train(was_training)
         return float(total) / count
@@ -954,7 +957,8 @@ def train_tokenizer(given, folder, world, begin=None):
 
         loop_args = argparse.Namespace(**vars(args), **loop_flags(given))
         unit = "logistic" if args.likelihood == "logistic" else "proxy" if args.stage == "proxy" else args.tokenizer
-        val = validate(held_out, 100 if args.frames == 1 else max(1, 200 // args.frames), args, world, n=2000 // args.frames)
+        at_once = 100 if args.frames == 1 else max(1, 200 // args.frames)
+        val = validate(held_out, at_once, args, world, VALIDATED // args.frames)
         fit(1, model, images if args.frames == 1 else Stills(images), val, loop_args, folder, world, checkpoint,
             dict(classes=images.classes), finish, UNITS[unit])
         barrier(world)                                      # until process 0 has written the checkpoint
