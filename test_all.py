@@ -4561,6 +4561,34 @@ def test_claims_are_listed_once_and_judged_by_the_rule(tmp_path, monkeypatch, ca
         claims.fill_readme(readme, text)
 
 
+def test_a_claim_runs_from_its_flags_to_a_verdict_and_remembers(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import claims
+    for module, name in ((data, "save_rows"), (train, "save_samples"), (train.Log, "plot"), (train, "load_once")):
+        monkeypatch.setattr(module, name, getattr(module, name))                            # claims.Lab replaces them
+    monkeypatch.setattr(evaluate.train_classifier, "__defaults__", (0, 12, 32, 4e-3))
+    monkeypatch.setitem(claims.SCALE, "cpu", claims.SCALE["cpu"] | dict(n_shapes=64, tok_steps=2, steps=2, batch_size=8, n=20))
+    words = ["vqvae-prior", "--seeds", "0", "1", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path), "--device", "cpu"]
+    claims.main(words)
+    first, out = json.loads((tmp_path / "vqvae-prior.json").read_text()), capsys.readouterr().out
+    assert (tmp_path / "vqvae-prior.png").stat().st_size > 0 and first["seeds"] == [0, 1] and first["seconds"] > 0
+    assert out.count("done in") == 4 and [len(rows) for rows in first["arms"].values()] == [2, 2, 2]
+    for t in first["tests"]:
+        values = [[row["frechet"] for row in first["arms"][t[k]]] for k in ("arm", "other")]
+        assert t["values"] == values[0] and t["advantage"] == pytest.approx(sum(values[1]) / 2 - sum(values[0]) / 2)
+        assert t["verdict"] == claims.decide([y - x for x, y in zip(*values)])
+    claims.main(words)
+    again = json.loads((tmp_path / "vqvae-prior.json").read_text())
+    assert "done in" not in capsys.readouterr().out and again == first, "what was measured is not measured again"
+
+
+def test_gmm_comes_within_two_percent_of_25_gaussians(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import claims
+    found = claims.excess_of_head("grid25", 0, 1000)
+    assert 0 < found["excess"] < 2, f"{found['excess']:.2f}% of a nat above the truth on the same points"
+
+
 # ---------------------------------------------------------------------------------------------------
 # Experiments on clips: experiments/video_designs.py and experiments/understanding.py
 

@@ -611,34 +611,36 @@ def yardsticks(lab):
 
     Paper: none; the optimum is known.
     Percent of |optimum|, or of 1 nat where that is smaller (both mixtures of Gaussians). As ids: bars and stripes, ln 30
-    nats at 4 x 4, ln 510 at 8 x 8; as vectors: 4 x 4 as -1 and 1 with noise of 0.1. "Below" allows 0.5%: samples are finite.
+    nats at 4 x 4, ln 510 at 8 x 8; as vectors: 4 x 4 as -1 and 1 with noise of 0.1. Model and truth are asked for the
+    density of the same points, so the excess is an estimate of a KL divergence, and chance hardly takes it below 0.
     """
     models = {"GMM head, 8 Gaussians": lambda seed: excess_of_head("ring8", seed),
               "GMM head, 25 Gaussians": lambda seed: excess_of_head("grid25", seed),
               "AR ids, bars 4 x 4": lambda seed: excess_of_bars(4, seed),
               "AR ids, bars 8 x 8": lambda seed: excess_of_bars(8, seed, 600),
-              "AR vectors, bars 4 x 4": lambda seed: excess_of_bars(4, seed, noise=0.1)}
+              "AR vectors, bars 4 x 4": lambda seed: excess_of_bars(4, seed, 1500, noise=0.1)}
     arms = {name: [] for name in models}
     for name, seed in [(name, seed) for name in models for seed in lab.seeds]:
         start = lab.clock()
         arms[name].append(models[name](seed))
         lab.spent[f"{name} {seed}"] = lab.clock() - start
         print(f"seed {seed}, {name}: {arms[name][-1]['excess']:.2f}% above the optimum", flush=True)
-    arms |= {"2%": [dict(excess=2.0)] * len(lab.seeds), "-0.5%": [dict(excess=-0.5)] * len(lab.seeds)}
-    tests = [test("excess", a, b) for name in models for a, b in ((name, "2%"), ("-0.5%", name))]
+    arms |= {"2%": [dict(excess=2.0)] * len(lab.seeds), "0%": [dict(excess=0.0)] * len(lab.seeds)}
+    tests = [test("excess", a, b) for name in models for a, b in ((name, "2%"), ("0%", name))]
     return arms, tests, [("excess", "above the exact optimum", list(models))]
 
 
-def excess_of_head(name, seed, steps=600):
-    """A GMM head alone on 2-D mixtures with known density -> {excess: %}."""
+def excess_of_head(name, seed, steps=2000):
+    """A GMM head alone on 2-D mixtures with known density -> {excess: %}. Eight components for every mode: gradients move a
+    component to the modes that it can see, and with two for every mode some modes of 25 have to share one."""
     torch.manual_seed(seed)
     modes, std = modes_of(name)
     points = lambda n: modes[torch.randint(len(modes), (n,))] + std * torch.randn(n, 2)
-    table, head = torch.nn.Embedding(1, 16), gmm_head.GMMHead(16, 2, 2 * len(modes))
+    table, head = torch.nn.Embedding(1, 16), gmm_head.GMMHead(16, 2, 8 * len(modes))
     opt, zero = torch.optim.Adam([*table.parameters(), *head.parameters()], lr=2e-2), torch.zeros(1, dtype=torch.long)
     for step in range(steps):
         opt.param_groups[0]["lr"] = 2e-2 * (1 - step / steps)
-        loss = head.loss(table(zero).expand(1024, -1), points(1024)).mean()
+        loss = head.loss(table(zero).expand(256, -1), points(256)).mean()
         opt.zero_grad(), loss.backward(), opt.step()
     x = points(50_000)
     normal = torch.distributions.Independent(torch.distributions.Normal(modes, std), 1)
@@ -658,13 +660,17 @@ def excess_of_bars(side, seed, steps=400, noise=None):
                                          grid=(side, side), n_layer=2, n_head=2, n_embd=64, label_drop=0)
     look = lambda ids: ids if noise is None else (ids[..., None] * 2.0 - 1 + noise * torch.randn(*ids.shape, 1))
     ar_transformer.fit_ids(model, lambda step: (look(ar_transformer.bars_and_stripes(64, "cpu", side)), zeros), steps, 5e-3)
-    everything = ar_transformer.bars_and_stripes(20_000, "cpu", side).unique(dim=0)
-    everything = everything.repeat(1 if noise is None else 20, 1)
+    pictures = ar_transformer.bars_and_stripes(20_000, "cpu", side).unique(dim=0)           # all that there are
+    x = look(pictures if noise is None else pictures.repeat(40, 1))
     with torch.no_grad():
-        parts = [(look(x), torch.zeros(len(x), dtype=torch.long)) for x in everything.split(128)]
-        nats = torch.cat([model.eval().head.loss(model.hidden(x, cond), x) for x, cond in parts]).sum(1)
-    best = math.log(2 * (2 ** side - 1)) + (0 if noise is None else T * math.log(noise * math.sqrt(2 * math.pi * math.e)))
-    return dict(excess=100 * (nats.mean().item() - best) / abs(best), nats=nats.mean().item(), optimum=best)
+        parts = [(v, torch.zeros(len(v), dtype=torch.long)) for v in x.split(128)]
+        nats = torch.cat([model.eval().head.loss(model.hidden(v, cond), v) for v, cond in parts]).sum(1)
+    optimum = truth = math.log(len(pictures))
+    if noise is not None:                                   # a mixture of 30 Gaussians in 16 dimensions
+        modes = torch.distributions.Normal(pictures * 2.0 - 1, noise)
+        truth = truth - torch.cat([modes.log_prob(v.transpose(1, 2)).sum(-1).logsumexp(1) for v in x.split(100)])
+        optimum += T * math.log(noise * math.sqrt(2 * math.pi * math.e))
+    return dict(excess=100 * (nats - truth).mean().item() / abs(optimum), nats=nats.mean().item(), optimum=optimum)
 
 
 def parallel_gap(lab):
@@ -845,6 +851,8 @@ def run_claim(name, lab, out):
 def spread(values):
     """Mean +- standard deviation over the seeds, to as many digits as the latter deserves."""
     m, std = mean(values), stdev(values) if len(values) > 1 else abs(mean(values)) / 100
+    if std == 0:                                            # a bound, not a measurement
+        return f"{m:g}"
     places = min(4, max(int(abs(m) < 100), -math.floor(math.log10(max(std, 1e-9)))))
     return f"{m:.{places}f}" + f" +- {std:.{places}f}" * (len(values) > 1)
 

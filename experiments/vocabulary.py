@@ -1,7 +1,7 @@
 """
 MAGVIT-v2's Figure 1 at small scale: does a larger vocabulary help, and whom?
 
-    python experiments/vocabulary.py          # 2 tokenizers x 4 vocabularies, each with its MaskGIT; about 20 minutes of one core
+    python experiments/vocabulary.py          # 2 tokenizers x 5 vocabularies, each with its MaskGIT; about 40 minutes of one core
     python experiments/vocabulary.py --bits 6 8 10 12 14 16      # larger ones take longer, for the softmax
     python experiments/vocabulary.py --bits 6 8 --steps 200 --tok_steps 100      # does it run?
 
@@ -74,7 +74,7 @@ def save_figure(path, rows):
 
 def main():
     p = argparse.ArgumentParser(description="Reconstruction and generation against vocabulary, VQ and LFQ.")
-    p.add_argument("--bits", type=int, nargs="+", default=[6, 8, 10, 12], help="log2 of the vocabularies")
+    p.add_argument("--bits", type=int, nargs="+", default=[6, 8, 10, 12, 14], help="log2 of the vocabularies")
     p.add_argument("--tok_steps", type=int, default=700, help="training steps of every tokenizer")
     p.add_argument("--steps", type=int, default=1500, help="training steps of every generator")
     p.add_argument("--n", type=int, default=1000, help="samples per measurement")
