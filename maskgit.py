@@ -37,8 +37,11 @@ SIZES = {
     "small": dict(n_layer=6, n_head=4, n_embd=192),          # the default on a CPU
     "medium": dict(n_layer=12, n_head=6, n_embd=384),        # the default on a GPU
     "givt": dict(n_layer=24, n_head=16, n_embd=1024, dropout=0.4),                         # GIVT-MaskGIT, 304M with its head
-    "maskgit": dict(n_layer=24, n_head=16, n_embd=768, dropout=0.1, post_norm=True),        # MaskGIT, and TiTok's generator:
-}                                                           # 177M with the latter's 4096 ids. (MaskGIT's paper says 8 heads)
+    "maskgit": dict(n_layer=24, n_head=16, n_embd=768, dropout=0.1, style="bert"),          # MaskGIT, and TiTok's generator:
+    # ... 177M with the latter's 4096 ids (MaskGIT's paper says 8 heads); that of TiTok's 128 tokens has long skips, 295M:
+    "uvit": dict(n_layer=21, n_head=16, n_embd=1024, dropout=0.1, style="uvit"),
+}
+EPS = {"givt": 1e-6, "bert": 1e-12, "uvit": 1e-5}           # of the norms, by the style of the transformer
 SCHEDULES = {                                               # share of the tokens still hidden at progress r in [0, 1]
     "cosine": lambda r: torch.cos(math.pi / 2 * r),
     "linear": lambda r: 1 - r,
@@ -64,16 +67,17 @@ def attention(q, k, v, mask=None, causal=False, dropout=0.0):
 
 
 class EncoderBlock(nn.Module):
-    """Bidirectional transformer block: pre-norm as in GIVT, or post-norm with biases everywhere as in BERT and MaskGIT."""
+    """Bidirectional transformer block. style "givt": pre-norm with few biases; "bert": post-norm with biases everywhere, as
+    in MaskGIT; "uvit": pre-norm with biases but for the queries, keys and values, as in TiTok's generator of 128 tokens."""
 
-    def __init__(self, n_embd, n_head, hidden=None, dropout=0.0, post_norm=False):
+    def __init__(self, n_embd, n_head, hidden=None, dropout=0.0, style="givt"):
         super().__init__()
-        hidden, eps, self.n_head, self.post_norm = hidden or 4 * n_embd, 1e-12 if post_norm else 1e-6, n_head, post_norm
-        self.norm1, self.norm2 = (nn.LayerNorm(n_embd, eps, bias=post_norm) for _ in range(2))
-        self.wqkv = nn.Linear(n_embd, 3 * n_embd, bias=post_norm)
-        self.wo = nn.Linear(n_embd, n_embd, bias=post_norm)
+        hidden, self.n_head, self.post_norm = hidden or 4 * n_embd, n_head, style == "bert"
+        self.norm1, self.norm2 = (nn.LayerNorm(n_embd, EPS[style], bias=style != "givt") for _ in range(2))
+        self.wqkv = nn.Linear(n_embd, 3 * n_embd, bias=style == "bert")
+        self.wo = nn.Linear(n_embd, n_embd, bias=style != "givt")
         self.fc1, self.fc2 = nn.Linear(n_embd, hidden), nn.Linear(hidden, n_embd)
-        self.gelu, self.dropout = nn.GELU("none" if post_norm else "tanh"), nn.Dropout(dropout)
+        self.gelu, self.dropout = nn.GELU("tanh" if style == "givt" else "none"), nn.Dropout(dropout)
 
     def attend(self, x):                                    # (B, S, C) -> (B, S, C): every position sees every other
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)   # (B, n_head, S, head_dim)
@@ -221,14 +225,17 @@ class MaskGIT(nn.Module):
     smoothing, for ids: a tenth of the target goes to all V ids alike (MaskGIT). A perfect model then draws a wild id every
     tenth time; among 1000 ids it has a low log p and is hidden again, among a few it is not: set 0 for a small V.
     seen_weight is the weight of tokens that are not hidden: 0, TiTok's 0.1 with train_schedule="arccos".
+    style: of the blocks, see EncoderBlock; "uvit" has an odd n_layer, and long skips around the one in the middle.
     """
 
     def __init__(self, head, seq_len, num_classes, token_dim=None, vocab_size=None, grid=None, n_layer=6, n_head=4,
-                 n_embd=192, hidden=None, dropout=0.0, label_drop=0.1, u_max=1.0, choice_temperature=None, post_norm=False,
+                 n_embd=192, hidden=None, dropout=0.0, label_drop=0.1, u_max=1.0, choice_temperature=None, style="givt",
                  smoothing=0.1, seen_weight=0.0, train_schedule="cosine"):
         super().__init__()
         if n_embd % n_head:
             raise ValueError(f"n_embd {n_embd} over n_head {n_head} must be a whole head width")
+        if style == "uvit" and n_layer % 2 == 0:
+            raise ValueError(f"style uvit needs an odd n_layer, as many blocks after the middle as before, not {n_layer}")
         self.seq_len, self.num_classes, self.token_dim, self.vocab_size = seq_len, num_classes, token_dim, vocab_size
         self.grid, self.label_drop, self.u_max = tuple(grid or (seq_len,)), label_drop, u_max
         self.smoothing, self.seen_weight, self.train_schedule = smoothing, seen_weight, train_schedule
@@ -244,9 +251,11 @@ class MaskGIT(nn.Module):
             self.hid_value = nn.Parameter(torch.zeros(n_embd // 2))                         # what stands for the value
         self.cls_embed = nn.Embedding(num_classes + 1, n_embd)                              # the last row: "no class"
         self.pos_embed = nn.Parameter(torch.zeros(1 + seq_len, n_embd))
-        self.norm_in = nn.LayerNorm(n_embd, 1e-12) if post_norm else nn.Identity()
-        self.blocks = nn.ModuleList([EncoderBlock(n_embd, n_head, hidden, dropout, post_norm) for _ in range(n_layer)])
-        self.norm = nn.Identity() if post_norm else nn.LayerNorm(n_embd, 1e-6)
+        self.norm_in = nn.LayerNorm(n_embd, EPS[style]) if style == "bert" else nn.Identity()
+        self.blocks = nn.ModuleList([EncoderBlock(n_embd, n_head, hidden, dropout, style) for _ in range(n_layer)])
+        self.norm = nn.Identity() if style == "bert" else nn.LayerNorm(n_embd, EPS[style])
+        # A U-ViT's long skips (https://arxiv.org/abs/2209.12152): the last block also sees what left the first, and so on.
+        self.merges = nn.ModuleList([nn.Linear(2 * n_embd, n_embd) for _ in range(n_layer // 2 if style == "uvit" else 0)])
         self.dropout = nn.Dropout(dropout)
         for module in self.modules():                       # embeddings as large as GIVT's: with 0.02 a small model needs
             if isinstance(module, nn.Embedding):            # several times the steps to find out where its tokens stand
@@ -271,9 +280,12 @@ class MaskGIT(nn.Module):
     def hidden(self, tokens, cond, mask):
         """tokens (B, T[, D]), cond (B,), mask (B, T) True = hidden -> h (B, T, C). Hidden tokens are not looked at."""
         x = torch.cat([self.cls_embed(cond)[:, None], self.embed(tokens, mask)], 1) + self.pos_embed   # (B, 1 + T, C)
-        x = self.dropout(self.norm_in(x))
-        for block in self.blocks:
+        x, half, passed = self.dropout(self.norm_in(x)), len(self.merges), []
+        for i, block in enumerate(self.blocks):
+            if i > half > 0:
+                x = self.merges[i - half - 1](torch.cat([x, passed.pop()], -1))
             x = block(x)
+            passed += [x] if i < half else []
         return self.norm(x[:, 1:])
 
     def logits(self, tokens, cond, mask):
@@ -383,7 +395,7 @@ class MaskGIT(nn.Module):
 
     @classmethod
     def from_official(cls, state_dict, n_head=16):
-        """TiTok's generator (the authors' "ImageBert"): a state dict or a path -> MaskGIT in eval mode.
+        """TiTok's generator, a BERT or, for 128 tokens, a U-ViT: a state dict or a path -> MaskGIT in eval mode.
 
         Their ids are one table: V codes, hidden, the classes, no class. The sizes are read off the shapes; n_head they
         do not tell. Trained with seen_weight 0.1 and arccos masks, which the model keeps for further training. Their
@@ -392,28 +404,32 @@ class MaskGIT(nn.Module):
         if not isinstance(state_dict, dict):
             state_dict = load_weights(state_dict)
         sd = {k.removeprefix("model."): v.float() for k, v in state_dict.items() if not k.endswith("position_ids")}
-        table, place, out = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight", "lm_head.weight"
-        lost = [k for k in (table, place, out, "encoder.layer.0.intermediate.dense.weight") if k not in sd]
+        uvit = "mid_block.norm1.weight" in sd
+        table, place, out, fc1 = (("embeddings.weight", "pos_embed", "lm_head.weight", "mid_block.mlp.fc1.weight") if uvit else
+                                  ("embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight",
+                                   "lm_head.weight", "encoder.layer.0.intermediate.dense.weight"))
+        lost = [k for k in (table, place, out, fc1) if k not in sd]
         if lost:
             raise ValueError(f"not the weights of TiTok's generator: missing {lost}")
-        (V, n_embd), T = sd[out].shape, len(sd[place]) - 1
-        n_layer = len({k.split(".")[2] for k in sd if k.startswith("encoder.layer.")})
+        (V, n_embd), T = sd[out].shape, sd[place].shape[-2] - 1
+        half = len({k.split(".")[1] for k in sd if k.startswith("in_blocks.")})
+        n_layer = 2 * half + 1 if uvit else len({k.split(".")[2] for k in sd if k.startswith("encoder.layer.")})
         head = CategoricalHead(n_embd, V)
         head.proj = nn.Linear(n_embd, V)                    # theirs has a bias
         model = cls(head, T, len(sd[table]) - V - 2, vocab_size=V, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
-                    hidden=len(sd["encoder.layer.0.intermediate.dense.weight"]), dropout=0.1, post_norm=True,
-                    seen_weight=0.1, train_schedule="arccos")
-        names = bert_names(n_layer)                         # theirs: ours
+                    hidden=len(sd[fc1]), dropout=0.1, style="uvit" if uvit else "bert", seen_weight=0.1,
+                    train_schedule="arccos")
+        names = uvit_names(half) if uvit else bert_names(n_layer)                           # theirs: ours
         missing, unknown = [k for k in names if k not in sd], [k for k in sd if k not in names]
         if missing or unknown:
             raise ValueError(f"the generator's weights do not fit: missing {missing[:3]}, unknown {unknown[:3]}")
         ours = {name: sd[key] for key, name in names.items() if name}
-        for i in range(n_layer):
+        for i in range(0 if uvit else n_layer):
             for kind in ("weight", "bias"):
                 qkv = [sd[f"encoder.layer.{i}.attention.self.{n}.{kind}"] for n in ("query", "key", "value")]
                 ours[f"blocks.{i}.wqkv.{kind}"] = torch.cat(qkv)
         ours["tok_embed.weight"], ours["cls_embed.weight"] = sd[table][:V + 1], sd[table][V + 1:]
-        ours["pos_embed"] = sd[place] + sd["embeddings.token_type_embeddings.weight"][0]    # the type is 0 everywhere
+        ours["pos_embed"] = sd[place][0] if uvit else sd[place] + sd["embeddings.token_type_embeddings.weight"][0]   # type 0
         model.load_state_dict(ours)
         return model.eval()
 
@@ -432,6 +448,18 @@ def bert_names(n_layer):
                       f"{layer}.output.dense.{kind}": f"{block}.fc2.{kind}",
                       f"{layer}.output.LayerNorm.{kind}": f"{block}.norm2.{kind}"}
     return names
+
+
+def uvit_names(half):
+    """The keys of a U-ViT of half + 1 + half blocks with its output layer -> ours, None as in bert_names."""
+    names = {"embeddings.weight": None, "pos_embed": None}
+    theirs = [f"in_blocks.{i}" for i in range(half)] + ["mid_block"] + [f"out_blocks.{i}" for i in range(half)]
+    parts = {"norm1": "norm1", "attn.proj": "wo", "norm2": "norm2", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}
+    for kind in ("weight", "bias"):
+        names |= {f"norm.{kind}": f"norm.{kind}", f"lm_head.{kind}": f"head.proj.{kind}"}
+        names |= {f"out_blocks.{i}.skip_linear.{kind}": f"merges.{i}.{kind}" for i in range(half)}
+        names |= {f"{block}.{a}.{kind}": f"blocks.{i}.{b}.{kind}" for i, block in enumerate(theirs) for a, b in parts.items()}
+    return names | {f"{block}.attn.qkv.weight": f"blocks.{i}.wqkv.weight" for i, block in enumerate(theirs)}
 
 
 def load_weights(path):

@@ -47,8 +47,8 @@ DEFAULTS = {"ar-gmm": dict(cfg=1.5, temperature=0.9), "maskgit-gmm": dict(cfg=3.
             "maskgit-categorical": dict(cfg=3.0, temperature=1.0), "mar-categorical": dict(cfg=2.0, temperature=1.0),
             "text": dict(cfg=3.0, temperature=1.0), "titok": dict(cfg=4.5, temperature=9.5),               # L-32's, as published
             "segment": dict(cfg=1.0, temperature=0.9), "depth": dict(cfg=1.0, temperature=0.9)}
-TRICKS = ("steps", "schedule", "order", "choice_temperature", "guidance", "top_k", "top_p", "clip", "beam", "fan", "cfg_schedule", "cfg_interval",
-          "diffusion_steps", "sampler", "spacing")
+TRICKS = ("steps", "schedule", "order", "choice_temperature", "guidance", "top_k", "top_p", "clip", "beam", "fan", "cfg_schedule",
+          "cfg_interval", "diffusion_steps", "sampler", "spacing")
 
 
 @torch.no_grad()

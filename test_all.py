@@ -2687,8 +2687,10 @@ def test_maskgit_losses_are_the_authors(monkeypatch):
     close(maskgit.masked_mean(g["ce_per_token_ls0.1"], g["weights"]), g["loss_ls0.1"], 1e-5)
 
 
-def test_maskgit_loads_titoks_generator_and_gets_the_authors_logits(tmp_path):
-    g = golden("tokenizers/imagebert_tiny")
+@pytest.mark.parametrize("kind, others", [("imagebert", "encoder.layer.1.attention.self.key.bias"),
+                                          ("uvitbert", "out_blocks.1.skip_linear.bias")])
+def test_maskgit_loads_titoks_generators_and_gets_the_authors_logits(kind, others, tmp_path):
+    g = golden(f"tokenizers/{kind}_tiny")
     sd = {k.removeprefix("sd."): v for k, v in g.items() if k.startswith("sd.")}
     model = maskgit.MaskGIT.from_official(sd, n_head=4)
     assert (model.seq_len, model.vocab_size, model.num_classes, model.smoothing) == (16, 64, 10, 0.1) and not model.training
@@ -2706,17 +2708,18 @@ def test_maskgit_loads_titoks_generator_and_gets_the_authors_logits(tmp_path):
     assert y.shape == (2, 16) and 0 <= y.min() and y.max() < 64
     with pytest.raises(ValueError, match="extra.weight"):
         maskgit.MaskGIT.from_official(sd | {"model.extra.weight": torch.zeros(1)}, n_head=4)
-    for key in ("model.lm_head.bias", "model.encoder.layer.1.attention.self.key.bias", "model.lm_head.weight"):
-        with pytest.raises(ValueError, match=key.removeprefix("model.")):
-            maskgit.MaskGIT.from_official({k: v for k, v in sd.items() if k != key}, n_head=4)
+    for key in ("lm_head.bias", others, "lm_head.weight"):
+        with pytest.raises(ValueError, match=key):
+            maskgit.MaskGIT.from_official({k: v for k, v in sd.items() if k.removeprefix("model.") != key}, n_head=4)
 
 
 @pytest.mark.parametrize("name, options", [("const", dict(cfg=3.0, temperature=4.5, cfg_schedule="constant", anneal=False)),
                                            ("linear", dict(cfg=4.5, temperature=9.5, cfg_schedule="linear")),
                                            ("power", dict(cfg=6.9, temperature=2.8, cfg_schedule="power-cosine"))])
-def test_maskgit_replays_titoks_sampler(name, options, monkeypatch):
+@pytest.mark.parametrize("kind", ["imagebert", "uvitbert"])
+def test_maskgit_replays_titoks_sampler(kind, name, options, monkeypatch):
     """From the uniforms that their code drew: the ids, and in the constant run what is hidden after each pass."""
-    g = golden("tokenizers/imagebert_tiny")
+    g = golden(f"tokenizers/{kind}_tiny")
     model = maskgit.MaskGIT.from_official({k.removeprefix("sd."): v for k, v in g.items() if k.startswith("sd.")}, n_head=4)
     noise = iter([g[f"gen_{name}_u_{kind}{i}"] for i in range(4) for kind in ("sample", "conf")])
     monkeypatch.setattr(torch, "rand", lambda *a, **k: next(noise))
@@ -2730,10 +2733,15 @@ def test_maskgit_replays_titoks_sampler(name, options, monkeypatch):
 
 
 def test_maskgit_of_titok_has_its_parameter_count():
-    with torch.device("meta"):
-        model = maskgit.MaskGIT(maskgit.CategoricalHead(768, 4096), 32, 1000, vocab_size=4096, **maskgit.SIZES["maskgit"])
-    ours = sum(p.numel() for p in model.parameters())
-    assert ours + 4096 + 2 * 768 == 177_202_432             # theirs has a bias per id and two token types; published: 177M
+    count = {}
+    for size, width, T in (("maskgit", 768, 32), ("uvit", 1024, 128)):
+        with torch.device("meta"):
+            model = maskgit.MaskGIT(maskgit.CategoricalHead(width, 4096), T, 1000, vocab_size=4096, **maskgit.SIZES[size])
+        count[size] = sum(p.numel() for p in model.parameters()) + 4096                     # theirs has a bias per id
+    assert count["maskgit"] + 2 * 768 == 177_202_432        # and two token types; published: 177M
+    assert round(count["uvit"] / 1e6, 1) == 295.0           # measured on their code; the paper says 287M
+    with pytest.raises(ValueError, match="odd n_layer"):
+        maskgit.MaskGIT(maskgit.CategoricalHead(32, 8), 4, 3, vocab_size=8, n_layer=4, n_embd=32, style="uvit")
 
 
 def test_maskgit_label_dropping_reaches_the_null_row_in_training_only():

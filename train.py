@@ -251,7 +251,7 @@ def check(args):
         if args.tokenizer not in where and getattr(args, name) not in (None, 3):
             raise BadInput(f"--{name}: is for --tokenizer {' or '.join(where)}")
     if args.stage not in (None, "pixels") and (not args.tokenizer.startswith("titok") or not args.proxy):
-        raise BadInput(f"--stage {args.stage}: is for --tokenizer titok, and needs the run folder of a trained vq tokenizer, --proxy RUN")
+        raise BadInput(f"--stage {args.stage}: is for --tokenizer titok, and needs --proxy RUN, the folder of a trained vq tokenizer")
     if args.proxy and args.stage in (None, "pixels"):
         raise BadInput("--proxy: goes with --stage proxy or finetune")
     if args.tokenizer == "lfq" and args.vocab_size and args.vocab_size & (args.vocab_size - 1):
@@ -905,7 +905,8 @@ def start(given, names, folder, world):
 
 UNITS = {"vae": "squared error per pixel value + beta KL", "titok-vae": "squared error per pixel value + beta KL",
          **{name: "squared error per pixel value + losses of the codes" for name in ("vq", "lfq", "titok")},
-         "proxy": "nats per id of the proxy + losses of the codes", "logistic": "bits per dimension", "gmm": "nats per token", "categorical": "nats per token",
+         "proxy": "nats per id of the proxy + losses of the codes", "logistic": "bits per dimension",
+         "gmm": "nats per token", "categorical": "nats per token",
          "diffusion": "squared error of the noise + vb (bits)", "flow": "squared error of the velocity"}
 
 

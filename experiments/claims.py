@@ -928,7 +928,7 @@ def table(out):
         r = json.loads((out / "mnist-nats.json").read_text())
         published = ", ".join(f"{name} {value}" for name, value in r["published"].items())
         curve = "[curve](experiments/results/claims/mnist-nats.png)"
-        text += (f"\n\nBinarised MNIST, AR transformer on pixels ({curve}): **{r['nats']:.1f}** nats per "
+        text += (f"\n\nBinarised MNIST, AR transformer on blocks of 2 x 2 pixels ({curve}): **{r['nats']:.1f}** nats per "
                  f"test image after {r['seconds'] / 60:.0f} minutes ({r['machine']}; published: {published}).")
     return text + (f"\n\nNot run: {', '.join(missing)}." if missing else "")
 

@@ -40,7 +40,7 @@ def build(name):
         model = mar.MAR(head, 64, 1000, token_dim=16, n_layer=8, n_head=4, n_embd=192, dropout=0.1, n_buffer=64)
         return model, torch.randn(32, 64, 16), dict(steps=16, diffusion_steps=100)
     model = maskgit.MaskGIT(maskgit.CategoricalHead(256, 1024), 64, 1000, vocab_size=1024, n_layer=6, n_head=8, n_embd=256, dropout=0.1,
-                            post_norm=True)
+                            style="bert")
     return model, torch.randint(1024, (32, 64)), dict(steps=8, cfg=2.0)
 
 
@@ -82,7 +82,8 @@ def main():
             train_ms, sample_ms = measure(model, tokens, options, threads, dtype)
             rows[name][f"{threads}-{dtype}"] = dict(train_ms=train_ms, sample_16_ms=sample_ms)
             print(f"{name:8s} {rows[name]['parameters'] / 1e6:.2f}M  {threads} threads {dtype}  forward + backward {train_ms:.0f} ms "
-                  f"(authors {authors_step})" + (f", 16 samples {sample_ms:.0f} ms (authors {authors_sample})" if sample_ms else ""), flush=True)
+                  f"(authors {authors_step})" +
+                  (f", 16 samples {sample_ms:.0f} ms (authors {authors_sample})" if sample_ms else ""), flush=True)
     out = Path(__file__).parent / "results" / "same-config.json"
     facts = dict(machine=machine_name(torch.device("cpu")), torch=torch.__version__, date=str(date.today()))
     out.write_text(json.dumps(facts | rows, indent=1) + "\n")

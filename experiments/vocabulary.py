@@ -33,9 +33,10 @@ def arm(kind, bits, args):
     """Train one tokenizer and its generator -> its row."""
     name = f"{kind}-{bits}"
     if not (args.runs / name / "ckpt.pt").exists():
-        train.main(["--tokenizer", kind, *KINDS[kind], "--vocab_size", str(1 << bits), "--image_size", "16", "--tok_steps", str(args.tok_steps),
-                    "--generator", "maskgit", "--size", "tiny", "--steps", str(args.steps), "--seed", str(args.seed), "--runs", str(args.runs),
-                    "--tok_name", f"{name}-tok", "--name", name, "--log_every", "500", "--eval_every", "1000", "--device", "cpu"])
+        train.main(["--tokenizer", kind, *KINDS[kind], "--vocab_size", str(1 << bits), "--image_size", "16",
+                    "--tok_steps", str(args.tok_steps), "--generator", "maskgit", "--size", "tiny", "--steps", str(args.steps),
+                    "--seed", str(args.seed), "--runs", str(args.runs), "--tok_name", f"{name}-tok", "--name", name,
+                    "--log_every", "500", "--eval_every", "1000", "--device", "cpu"])
     run = train.load_run(args.runs / name)
     val_set = train.open_data(run.args, "val", run.device)
     net, _ = evaluate.classifier_for(run, run.device)
@@ -87,7 +88,8 @@ def main():
                  steps=args.steps, n=args.n, seed=args.seed)
     out.with_suffix(".json").write_text(json.dumps(facts | dict(rows=rows), indent=1) + "\n")
     save_figure(out.with_suffix(".png"), rows)
-    print("| vocabulary | kind | PSNR, dB | codes in use | Frechet: reconstructions | samples | class accuracy of samples |\n" + "|---" * 7 + "|")
+    print("| vocabulary | kind | PSNR, dB | codes in use | Frechet: reconstructions | samples | class accuracy of samples |\n"
+          + "|---" * 7 + "|")
     for r in rows:
         print(f"| 2^{r['bits']} | {r['kind']} | {r['recon_psnr_db']:.1f} | {100 * r['used']:.0f}% | {r['recon_frechet']:.1f} | "
               f"{r['sample_frechet_small_cnn']:.1f} | {r['sample_accuracy']:.1f}% |")
