@@ -284,6 +284,7 @@ def flow_adapter(lab):
     """2. GIVT: the flow adapter helps.
 
     Paper: used for its largest models (FID 2.59, 1.67B parameters, with 16 components).
+    Remark: at every seed the likelihood gains; at a class accuracy near 60% the samples do not show it.
     """
     arms = {}
     for k in (1, 16):
@@ -297,6 +298,7 @@ def variance_and_guidance(lab):
     """3. GIVT: variance scaling below 1 and guidance improve quality, up to a point.
 
     Paper: t = 0.95 and w = 0.4 give FID 3.35, without guidance 5.67 (304M parameters).
+    Remark: guidance is worth a lot here, and more of it than in the paper; variances below 1 are worth nothing.
     """
     scaled = {t: f"t = {t}" for t in (0.7, 0.8, 0.9, 0.95, 1.0)}
     guided = {w: f"w = {w}" for w in (0.0, 0.4, 1.0, 3.0)}
@@ -439,6 +441,7 @@ def few_steps(lab):
     """10. MaskGIT: a few parallel steps match many sequential ones, several times faster.
 
     Paper: 8 steps for 256 tokens, FID 6.18; sequential decoding needs 256.
+    Remark: four passes lose about 7% of the distance, 8 passes nothing.
     As good: not more than 3 points of accuracy and 10% of the distance lost. Here 4 steps for 16 tokens; 64 tokens and one
     seed in experiments/survey.py.
     """
@@ -453,6 +456,7 @@ def one_dimensional(lab):
     """11. TiTok: a few 1-D tokens suffice, and are faster still.
 
     Paper: 32 tokens instead of 256: FID 2.77 against MaskGIT's 6.18, 101.6 against 50.5 samples/s.
+    Remark: TiTok's transformer has learned little after 600 steps; in README's longer runs 16 of its tokens match 64 of VQ.
     As good: as in claim 10.
     """
     short, names = "--tokenizer titok --tokens 8", ("MaskGIT, 16 tokens", "TiTok, 8 tokens")
@@ -478,11 +482,14 @@ def model_size(lab):
     """13. LlamaGen: quality rises with model size.
 
     Paper: FID without guidance, 384 pixels: B 32.2, L 19.1, XL 15.5, XXL 14.6, 3B 9.38.
+    Remark: the widest learns the 6,000 images by heart (12 epochs): its validation NLL rises while its samples improve.
     """
-    sizes = [lab.scale[k] for k in ("smaller", "size", "larger")]
-    arms = {name: lab.arm(VQ, LLAMA + ("" if name == lab.scale["size"] else f" --size {name}")) for name in sizes}
-    tests = [test(metric, sizes[i + 1], sizes[i]) for metric in ("nll", "frechet") for i in range(2)]
-    return arms, tests, [("nll", "2 layers, width", sizes), ("frechet", "2 layers, width", sizes)]
+    names = [lab.scale[k] for k in ("smaller", "size", "larger")]
+    sizes = {f"width {ar_transformer.SIZES[name]['n_embd']}": name for name in names}
+    arms = {w: lab.arm(VQ, LLAMA + ("" if name == lab.scale["size"] else f" --size {name}")) for w, name in sizes.items()}
+    small, middle, large = sizes
+    tests = [test(metric, a, b) for metric in ("nll", "frechet") for a, b in ((middle, small), (large, middle))]
+    return arms, tests, [("nll", "likelihood", list(sizes)), ("frechet", "samples", list(sizes))]
 
 
 def guidance_trade_off(lab):
@@ -517,6 +524,7 @@ def entropy_terms(lab):
     """16. MAGVIT-v2: the entropy penalty keeps the codes in use, and both of its terms are needed.
 
     Paper: part of the recipe (weight 0.1); the released reimplementations turn it on throughout. No ablation in our notes.
+    Remark: without the batch term codes die; the per-token term is worth nothing at 8 bits and 600 steps.
     """
     sizes = {"none": " --tok_size claims-none", "per token": " --tok_size claims-sample",
              "batch": " --tok_size claims-batch", "both": ""}
