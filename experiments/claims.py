@@ -607,8 +607,8 @@ def six_systems(lab):
     systems = {"GIVT": (VAE, GIVT), "MAR": (VAE, f"{MAR} diffusion"), "LlamaGen": (VQ, LLAMA), "MaskGIT": (VQ, MASKED),
                "MAGVIT-v2": ("--tokenizer lfq", MASKED), "TiTok": ("--tokenizer titok --tokens 8", MASKED)}
     arms = {}
-    for lab.data in lab.images or ("shapes",):
-        name_of_data = Path(lab.data).name.split(".")[0]
+    for path in lab.images or ("shapes",):
+        lab.data, name_of_data = path, Path(path).name.split(".")[0]
         arms |= {f"{name}, {name_of_data}": lab.arm(*flags, cfg=None, temperature=None) for name, flags in systems.items()}
     lab.data = "shapes"
     return arms, [], [("frechet", "samples"), ("accuracy", "samples"), ("ms_per_image", "samples")]
