@@ -606,12 +606,13 @@ def six_systems(lab):
     """
     systems = {"GIVT": (VAE, GIVT), "MAR": (VAE, f"{MAR} diffusion"), "LlamaGen": (VQ, LLAMA), "MaskGIT": (VQ, MASKED),
                "MAGVIT-v2": ("--tokenizer lfq", MASKED), "TiTok": ("--tokenizer titok --tokens 8", MASKED)}
-    arms = {}
+    arms, panels = {}, []
     for path in lab.images or ("shapes",):
-        lab.data, name_of_data = path, Path(path).name.split(".")[0]
-        arms |= {f"{name}, {name_of_data}": lab.arm(*flags, cfg=None, temperature=None) for name, flags in systems.items()}
+        lab.data, images = path, Path(path).name.split(".")[0]
+        arms |= {f"{name}, {images}": lab.arm(*flags, cfg=None, temperature=None) for name, flags in systems.items()}
+        panels += [(metric, f"samples, {images}", [f"{name}, {images}" for name in systems]) for metric in ("frechet", "accuracy")]
     lab.data = "shapes"
-    return arms, [], [("frechet", "samples"), ("accuracy", "samples"), ("ms_per_image", "samples")]
+    return arms, [], panels
 
 
 def yardsticks(lab):
