@@ -4558,7 +4558,7 @@ def test_claims_are_listed_once_and_judged_by_the_rule(tmp_path, monkeypatch, ca
     tests = [claims.judge_test(claims.test("error", "new", "old"), arms)]
     (tmp_path / "few-steps.json").write_text(json.dumps(dict(tests=tests, verdict="holds")))
     text = claims.table(tmp_path)
-    assert "error: new 1.2 +- 0.2, lower than old 1.3 +- 0.2: holds" in text
+    assert "error of the mean / sigma: new 1.2 +- 0.2, lower than old 1.3 +- 0.2: holds" in text
     assert "**holds (1 of 1 tests hold)**" in text and "Not run: 1 (`gmm-components`)" in text and "`few-steps`" not in text
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- claims -->\nold\n<!-- /claims -->\nafter\n")

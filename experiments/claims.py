@@ -260,7 +260,7 @@ VAE, VQ = "--tokenizer vae", "--tokenizer vq"
 AR, MASKGIT, MAR = "--generator ar --head", "--generator maskgit --head", "--generator mar --head"
 GIVT, LLAMA, MASKED = f"{AR} gmm --n_mix 16", f"{AR} categorical", f"{MASKGIT} categorical"
 LABELS = dict(
-    plain_frechet="Frechet distance (small CNN)", guided_frechet="Frechet distance (small CNN)",
+    plain_frechet="Frechet distance, no guidance", guided_frechet="Frechet distance, guided",
     plain_accuracy="class accuracy, %",
     frechet="Frechet distance (small CNN)", nll="validation NLL, nats per token", accuracy="class accuracy, %",
     recall="recall, %", precision="precision, %", ms_per_image="ms per image", usage="codes in use, %",
@@ -869,7 +869,8 @@ def spread(values):
 def sentence(t):
     bound = f"{t['times']:g} x " * (t["times"] != 1)
     give = f" {'+' if t['better'] == 'lower' else '-'} {t['give']:g}" if t["give"] else ""
-    return (f"{t['metric'].replace('_', ' ')}: {t['arm']} {spread(t['values'])}, {t['better']} than {bound}{t['other']} "
+    label = LABELS.get(t["metric"], t["metric"]).removesuffix(", %").removesuffix(" (small CNN)")
+    return (f"{label}: {t['arm']} {spread(t['values'])}, {t['better']} than {bound}{t['other']} "
             f"{spread(t['other_values'])}{give}: {t['verdict']}")
 
 
