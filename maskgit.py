@@ -148,6 +148,19 @@ def masked_mean(loss, weight, per_image=True):
     return (loss * weight).sum() / weight.sum()
 
 
+def draw_ids(p):
+    """One id from each row of probabilities: p (..., V) -> (...) int64. The rows need not add up to 1.
+
+    On a CPU a uniform number finds its place among the cumulated probabilities: torch.multinomial draws V numbers for each
+    row, which takes 10 to 20 times as long. (On a GPU that is one fast kernel.)
+    """
+    if p.device.type != "cpu":
+        return torch.multinomial(p.flatten(0, -2), 1).view(p.shape[:-1])
+    cdf = p.cumsum(-1)
+    u = 1 - torch.rand(cdf[..., :1].shape)                  # in (0, 1]: what has probability 0 is never found
+    return torch.searchsorted(cdf, u * cdf[..., -1:]).squeeze(-1)
+
+
 class CategoricalHead(nn.Module):
     """p(id | h) as a softmax over a vocabulary. Starts at zero, so the first loss is exactly ln V.
 
@@ -212,7 +225,7 @@ class CategoricalHead(nn.Module):
             drop = (p.cumsum(-1) - p >= top_p).scatter(-1, index, p.cumsum(-1) - p >= top_p)
             logits = logits.masked_fill(drop, -math.inf)
         log_p = logits.log_softmax(-1)
-        digits = torch.multinomial(log_p.exp().flatten(0, -2), 1).view(log_p.shape[:-1])    # (..., groups)
+        digits = draw_ids(log_p.exp())                                                      # (..., groups)
         return (digits * self.place).sum(-1), log_p.gather(-1, digits.unsqueeze(-1)).squeeze(-1).sum(-1)
 
 

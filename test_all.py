@@ -2056,11 +2056,25 @@ def test_llamagen_mask_while_decoding_is_the_authors():
     assert torch.equal(ours[:, 0], g["out/causal_mask_cfg3"][:, :22, :22].bool())
 
 
+def test_ids_are_drawn_as_often_as_their_probabilities_say(monkeypatch):
+    p = torch.tensor([[0.0, 0.2, 0.0, 0.5, 0.3, 0.0], [3.0, 0.0, 0.0, 0.0, 0.0, 1.0]])      # the second adds up to 4
+    n = 40_000
+    ids = ar_transformer.draw_ids(p.expand(n, 2, 6))
+    assert ids.shape == (n, 2) and ids.dtype == torch.long
+    for row, truth in zip(ids.T, p / p.sum(-1, keepdim=True)):
+        share = torch.bincount(row, minlength=6) / n
+        assert (share[truth == 0] == 0).all(), "an id of probability 0"
+        assert ((share - truth).abs() <= 4 * (truth * (1 - truth) / n).sqrt()).all(), f"{share} where {truth} was asked"
+    for u in (0.0, 1 - 2**-24):                             # the ends of what torch.rand gives
+        monkeypatch.setattr(torch, "rand", lambda shape: torch.full(shape, u))
+        assert (p.gather(1, ar_transformer.draw_ids(p)[:, None]) > 0).all(), f"an id of probability 0 at u = {u}"
+
+
 def test_categorical_head_filters_as_the_authors(monkeypatch):
-    g, seen, draw = golden("llamagen/logit_filter"), [], torch.multinomial
+    g, seen, draw = golden("llamagen/logit_filter"), [], ar_transformer.draw_ids
     head = ar_transformer.CategoricalHead(1, 1)
     head.proj = nn.Identity()                               # the arrays hold logits
-    monkeypatch.setattr(torch, "multinomial", lambda p, n: seen.append(p) or draw(p, n))
+    monkeypatch.setattr(ar_transformer, "draw_ids", lambda p: seen.append(p[..., 0, :]) or draw(p))
     for key in [k for k in g if k.startswith("out/filtered") or k.startswith("out/ties")]:
         k, p = re.search(r"k(\d+)", key), re.search(r"_p([\d.e-]+)", key)
         head.sample(g["in/ties" if "ties" in key else "in/logits"], top_k=int(k[1]) if k else 0, top_p=float(p[1]) if p else 1.0)
@@ -2637,7 +2651,7 @@ def test_maskgit_halton_order_is_the_authors_and_reveals_tokens_far_apart():
 
 
 def test_maskgit_replays_the_authors_jax_decoding_of_ids(monkeypatch):
-    """Their toy network in the place of hidden(), their Gumbel noise in the place of multinomial and rand."""
+    """Their toy network in the place of hidden(), their Gumbel noise in the place of draw_ids and rand."""
     g = golden("tokenizers/maskgit_decode_jax")
     K, T, steps, passes = 11, 16, 8, []
     model = maskgit.MaskGIT(maskgit.CategoricalHead(32, K), T, 4, vocab_size=K, n_layer=1, n_head=2, n_embd=32).eval()
@@ -2652,11 +2666,11 @@ def test_maskgit_replays_the_authors_jax_decoding_of_ids(monkeypatch):
         close(logits, g[f"step{t}_logits"])
         return logits[:, 1:]
 
-    def gumbel_argmax(p, n):
-        return (p.log() + g[f"step{len(passes)}_gumbel_sample"][:, 1:].flatten(0, 1)).argmax(-1, keepdim=True)
+    def gumbel_argmax(p):
+        return (p.log() + g[f"step{len(passes)}_gumbel_sample"][:, 1:, None]).argmax(-1)
     uniform = lambda *a, **k: torch.exp(-torch.exp(-g[f"step{len(passes)}_gumbel_choice"][:, 1:].double())).float()
     monkeypatch.setattr(model, "hidden", network)
-    monkeypatch.setattr(torch, "multinomial", gumbel_argmax)
+    monkeypatch.setattr(maskgit, "draw_ids", gumbel_argmax)
     monkeypatch.setattr(torch, "rand", uniform)
     tokens = model.sample(g["init"][:, 0].long() - K, steps=steps, choice_temperature=g["temperature"].item(),
                           on_step=lambda i, x, m: passes.append((x, m)))
