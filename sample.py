@@ -58,10 +58,11 @@ def draw_tokens(run, cond, cfg=None, temperature=None, on_step=None, beam=1, fan
     default = default_of(run)
     tricks = {k: v for k, v in default.items() if k not in ("cfg", "temperature")} | tricks
     temperature = default["temperature"] if temperature is None else temperature
-    if beam > 1:
-        return run.generator.beam_search(cond.to(run.device), beam, fan, temperature, **tricks)[0]
-    return sampler_of(run)(cond.to(run.device), cfg=default["cfg"] if cfg is None else cfg, temperature=temperature,
-                           on_step=on_step, **tricks)
+    with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=getattr(run, "bf16", False)):       # of --dtype
+        if beam > 1:
+            return run.generator.beam_search(cond.to(run.device), beam, fan, temperature, **tricks)[0]
+        return sampler_of(run)(cond.to(run.device), cfg=default["cfg"] if cfg is None else cfg, temperature=temperature,
+                               on_step=on_step, **tricks)
 
 
 def sampler_of(run):
@@ -327,7 +328,7 @@ def main_clips(args, run, out, tricks):
             some = torch.cat([(labels == k).nonzero()[:few, 0] for k in labels.unique()])
             data.save_clips(gif, images[some], few, names)
     seconds = time.perf_counter() - start
-    print(f"{len(images)} clips in {seconds:.2f} s, pictures included, fp32, {run.device.type}")
+    print(f"{len(images)} clips in {seconds:.2f} s, pictures included, {args.dtype}, {run.device.type}")
     if args.npz:
         np.savez(args.npz, arr_0=data.to_uint8(images).permute(0, 2, 3, 4, 1).numpy(), labels=labels.numpy())
     print("wrote " + ", ".join(str(path) for path in (args.npz, out, gif) if path))
@@ -403,6 +404,8 @@ def parse_args(argv=None):
     p.add_argument("--image", help="an image to edit; --mask says where it is repainted")
     p.add_argument("--mask", help="left, right, top, bottom, centre, border, all, a box y0,x0,y1,x1 in fractions, or a .png")
     p.add_argument("--seed", type=int, default=0, help="the same seed gives the same samples")
+    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32",
+                   help="bf16: the generator computes in it, which pays where a pass draws many tokens (default: fp32)")
     p.add_argument("--device", help="cpu, cuda, mps (default: CUDA if there is one)")
     p.add_argument("--out", help="the PNG to write (default: RUN/samples.png)")
     p.add_argument("--npz", help="also write the samples as uint8 (N, [F,] H, W, 3) `arr_0`, with `labels`")
@@ -487,6 +490,7 @@ def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
     run = official_run(args, device) if args.official else load_run(args.run, device)
+    run.bf16 = args.dtype == "bf16"
     if args.official:
         args.run, args.n = args.official, args.n or (4 if args.cls else 16)
     tricks = check(args, run)
@@ -516,7 +520,7 @@ def main(argv=None):
             images = draw_samples(run, labels, args.cfg, args.temperature, args.batch_size, args.seed, **tricks)
         seconds = time.perf_counter() - start
         print(f"{len(labels)} samples in {seconds:.2f} s: {seconds / len(labels):.4f} s per image at batch "
-              f"{min(args.batch_size, len(labels))}, fp32, {run.device.type}")
+              f"{min(args.batch_size, len(labels))}, {args.dtype}, {run.device.type}")
         if args.npz:
             np.savez(args.npz, arr_0=data.to_uint8(images).permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
             print(f"wrote {args.npz}")

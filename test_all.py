@@ -3861,6 +3861,21 @@ def test_every_combination_trains_loads_and_samples(words, name, tiny_run, capsy
     assert all(torch.isfinite(torch.tensor(v)) for v in log_of(tiny_run, name).values())
 
 
+@pytest.mark.parametrize("name", ["shapes-vae-ar-gmm", "shapes-vae-maskgit-gmm", "shapes-vae-mar-diffusion", "shapes-vq-ar-categorical",
+                                  "shapes-vq-maskgit-categorical", "mc", "f"])
+def test_bf16_draws_nearly_what_fp32_draws(name, tiny_run):
+    if not (tiny_run / name).exists():                      # made by the test before
+        pytest.skip(f"run alone: {name} is not there")
+    run, labels = train.load_run(tiny_run / name), torch.arange(20) % 10
+    images = {}
+    for run.bf16 in (False, True):
+        images[run.bf16] = sample.draw_samples(run, labels, cfg=1.0, temperature=0.0 if "vq" in name else 1e-3)
+    assert torch.isfinite(images[True]).all() and images[True].dtype == torch.float32
+    assert "vq" in name or not torch.equal(images[True], images[False]), "--dtype bf16 changes nothing"     # the likeliest ids stay
+    off = (images[True] - images[False]).abs().mean() / images[False].std()
+    assert off < 0.2, f"off by {off:.2f} standard deviations of a pixel"
+
+
 def test_titoks_published_stages_follow_each_other(tiny_run, capsys):
     words = [*TINY, *RARELY, *IDS, "--runs", str(tiny_run), "--generator", "none"]
     train.main([*words, "--tok_size", "fine", "--tok_name", "patches"])
