@@ -2,6 +2,7 @@
 One token after the other, many at once, or fewer tokens: what does an image cost, and how good is it?
 
     python experiments/survey.py              # trains three systems, measures, draws; about 40 minutes on 2 CPU cores
+    python experiments/survey.py --speed      # seconds only, on a machine without other work; quality from the last full run
     python experiments/survey.py --paper      # seconds only, random weights at the papers' sizes; minutes, a GPU's work
 
 Three systems of equal width, depth and data, the first two on the very same tokens:
@@ -13,8 +14,9 @@ Three systems of equal width, depth and data, the first two on the very same tok
 
 Quality is measured as in evaluate.py, at the guidance of sample.py's defaults. Seconds per image count everything from
 the class to the pixels, with guidance, at batch 1 and 16; the systems take turns in one process, medians. On a CPU that
-is processor time of one thread, for the machine may be shared. Writes experiments/results/survey[-paper][-cuda].json
-and survey.png. Runs that are already in --runs are not trained again.
+is processor time of one thread, for the machine may be shared; beside it, at batch 1, wall time from the class to the
+tokens with one and two threads, float32 and bfloat16, with and without guidance: each system has its own best. Writes
+experiments/results/survey[-paper][-cuda].json and survey.png. Runs that are already in --runs are not trained again.
 """
 import argparse
 import json
@@ -105,6 +107,37 @@ def measure_speed(systems, passes, batches, rounds):
     return rows
 
 
+@torch.no_grad()
+def measure_settings(systems, rounds):
+    """Class to tokens at batch 1 -> [{system, passes, guided, threads, dtype, ms}], wall time, all taking turns."""
+    arms = [(name, n, guided, threads, dtype) for threads in (1, 2) for name, n in (("AR", 64), ("MaskGIT", 8), ("TiTok", 8))
+            for guided in (True, False) for dtype in ("fp32", "bf16")]
+    label, times, before = torch.zeros(1, dtype=torch.long), {arm: [] for arm in arms}, torch.get_num_threads()
+    for turn in range(rounds + 1):                          # the first is a warm-up
+        for arm in arms:
+            name, n, guided, threads, dtype = arm
+            torch.set_num_threads(threads)
+            options = {} if name == "AR" else dict(steps=n)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bf16"):
+                start = time.perf_counter()
+                systems[name].generator.sample(label, cfg=2.0 if guided else 1.0, **options)
+                times[arm] += [time.perf_counter() - start] if turn else []
+    torch.set_num_threads(before)
+    keys = ("system", "passes", "guided", "threads", "dtype")
+    return [dict(zip(keys, arm)) | dict(ms=1000 * median(t)) for arm, t in times.items()]
+
+
+def settings_table(rows):
+    """Markdown: the fastest setting of each system, and how many times as long AR's fastest takes."""
+    lines = ["| | guided | fastest with | ms | AR takes, times as long |", "|---" * 5 + "|"]
+    for guided in (True, False):
+        best = {name: min((r for r in rows if (r["system"], r["guided"]) == (name, guided)), key=lambda r: r["ms"])
+                for name in ("AR", "MaskGIT", "TiTok")}
+        lines += [f"| {name}, {r['passes']} passes | {'yes' if guided else 'no'} | {r['threads']} threads, {r['dtype']} | "
+                  f"{r['ms']:.1f} | {best['AR']['ms'] / r['ms']:.1f} |" for name, r in best.items()]
+    return "\n".join(lines)
+
+
 def measure_quality(systems, n):
     """-> {(system, passes): metrics of n samples}, and of each tokenizer alone."""
     found, ceiling = {}, {}
@@ -160,6 +193,7 @@ def save_figure(path, rows, batches):
 
 def main():
     p = argparse.ArgumentParser(description="AR, MaskGIT and TiTok: quality and time of an image.")
+    p.add_argument("--speed", action="store_true", help="measure the seconds anew and keep the quality that is on file")
     p.add_argument("--paper", action="store_true", help="seconds at the papers' sizes, random weights, batch 1 and 64")
     p.add_argument("--runs", default=ROOT / "runs" / "survey", type=Path, help="where the runs lie")
     p.add_argument("--n", type=int, default=1000, help="samples per measurement")
@@ -173,11 +207,19 @@ def main():
     rows = measure_speed(systems, passes, batches, args.rounds)
     facts = dict(machine=machine_name(device), torch=torch.__version__, date=str(date.today()), rounds=args.rounds)
     out = Path(__file__).parent / "results" / f"survey{'-paper' * args.paper}{'-cuda' * (device.type == 'cuda')}"
-    if not args.paper:
+    if args.speed:
+        known = json.loads(out.with_suffix(".json").read_text())
+        facts, quality = known | facts, {(r["system"].split()[0], r["passes"]): r for r in known["rows"]}
+    elif not args.paper:
         quality, ceiling = measure_quality(systems, args.n)
-        rows = [r | {k: v for k, v in quality[r["system"].split()[0], r["passes"]].items() if k.startswith("sample_")} for r in rows]
         facts |= dict(n=args.n, reconstructions=ceiling, flags={name: s[1] for name, s in SYSTEMS.items()})
+    if not args.paper:
+        metrics = lambda r: {k: v for k, v in quality[r["system"].split()[0], r["passes"]].items() if k.startswith("sample_")}
+        rows = [r | metrics(r) for r in rows]
         save_figure(out.with_suffix(".png"), rows, batches)
+        if device.type == "cpu":
+            facts["settings"] = measure_settings(systems, args.rounds)
+            print(settings_table(facts["settings"]) + "\n")
     out.with_suffix(".json").write_text(json.dumps(facts | dict(rows=rows), indent=1) + "\n")
     print(table(rows, batches))
     print(f"wrote {out}.json")
