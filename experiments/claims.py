@@ -379,6 +379,7 @@ def mar_figures(lab):
     """7. MAR: a wider head, more denoising steps and more autoregressive steps help; a lower temperature costs diversity.
 
     Paper: head width 256 to 1,536 takes FID with guidance from 2.45 to 1.91; 64 autoregressive steps are as good as 256.
+    Remark: after 1,200 steps the width of the head does not matter yet; 4 passes over 16 tokens are as good as 16.
     """
     model = f"{MAR} diffusion"
     widths, steps = {w: f"head {w} wide" for w in (16, 64)}, {n: f"{n} denoising steps" for n in (2, 5, 25, 50)}
@@ -589,6 +590,7 @@ def annealed_steps(lab):
     """20. Ours: denoising steps annealed from the first token to the last cost less and lose nothing.
 
     Paper: none; experiments/mar_curves.py at a larger scale: 25:5 instead of 100 is 2.0 times faster, at +4% distance.
+    Remark: 25:5 is 3.2 times as fast as 100 and loses about 6%, as much as 25 steps throughout.
     As good: not more than 10% of the distance lost.
     """
     arms = {text: lab.arm(VAE, f"{MAR} diffusion", diffusion_steps=text) for text in ("100", "25", "25:5", "5")}
