@@ -4581,6 +4581,7 @@ def test_claims_are_listed_once_and_judged_by_the_rule(tmp_path, monkeypatch, ca
     assert verdict("new", "old") == "holds" and verdict("old", "new") == "does not hold"       # paired: 0.05 at each seed
     assert verdict("old", "new", times=1.1) == "holds" and verdict("old", "new", give=0.1) == "holds"
     assert verdict("new", "old", "higher") == "does not hold" and verdict("new", "old", "higher", give=0.1) == "holds"
+    assert verdict("new", "old", every=True) == "holds" and verdict("new", "old", give=-0.055, every=True) == "does not hold"
     claim = lambda *verdicts: claims.judge_claim([dict(verdict=v) for v in verdicts])
     assert claim("holds", "holds") == "holds" and claim("holds", "undecided here") == "undecided here"
     assert claim("holds", "undecided here", "does not hold") == "does not hold"

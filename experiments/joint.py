@@ -13,7 +13,7 @@ pixels (28 x 28, grey). Arms, each with the same networks, batch size, learning 
     two stages   S steps of the VAE, then S steps of the transformer on its tokens
     joint        S steps of both at once: a step costs about as much as one of each
 
-    python experiments/joint.py --data PATH/mnist.tar.gz     # 2 seeds, about 13 minutes on 1 core; table, JSON, PNG
+    python experiments/joint.py --data PATH/mnist.tar.gz     # 3 seeds, about 20 minutes on 1 core; table, JSON, PNG
 """
 import argparse
 import csv
@@ -111,7 +111,7 @@ def main():
     p = argparse.ArgumentParser(description="Joint against two-stage training, in bits per dimension.")
     p.add_argument("--data", required=True, help="MNIST as class folders, .tar.gz or .npz")
     p.add_argument("--steps", type=int, default=300, help="training steps of each stage, and of the joint arm")
-    p.add_argument("--seeds", type=int, default=2, help="how many seeds")
+    p.add_argument("--seeds", type=int, default=3, help="how many seeds")
     p.add_argument("--runs", default="runs/joint", help="where the runs go")
     args = p.parse_args()
     arms, curves, start = {"VAE alone": [], "two stages": [], "joint": []}, {}, time.perf_counter()
