@@ -4128,17 +4128,18 @@ def test_samples_are_a_function_of_the_seed(tiny_run):
     assert torch.equal(a, b) and not torch.equal(a, c) and a.min() >= -1 and a.max() <= 1
 
 
-@pytest.mark.parametrize("stage", ["stage 1", "stage 2"])
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(stage, tiny_run, tmp_path):
-    words = command("train.py", *TINY, "--runs", tmp_path)
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=ENV)
-    inside = False
-    for line in process.stdout:
-        inside = inside or line.startswith(stage)
-        if inside and line.startswith("step     12"):
-            process.send_signal(signal.SIGKILL)
-            break
-    process.wait(), process.stdout.close()
+def test_killed_twice_and_resumed_equals_uninterrupted_bit_for_bit(tiny_run, tmp_path):
+    for stage, more in (("stage 1", []), ("stage 2", ["--resume"])):
+        words = command("train.py", *TINY, "--runs", tmp_path, *more)
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=ENV)
+        inside = False
+        for line in process.stdout:
+            inside = inside or line.startswith(stage)
+            if inside and line.startswith("step     12"):
+                process.send_signal(signal.SIGKILL)
+                break
+        process.wait(), process.stdout.close()
+        assert inside and process.returncode == -signal.SIGKILL
     call("train.py", *TINY, "--runs", tmp_path, "--resume")
     for name in ("shapes-vae", "shapes-vae-ar-gmm"):
         ours, theirs = train.read_checkpoint(tmp_path / name), train.read_checkpoint(tiny_run / name)
@@ -4152,7 +4153,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(stage, tiny_run, tm
 def test_two_processes_follow_one(tmp_path):
     """Without noise inside the models (beta 0, no label dropping) the losses are equal up to rounding."""
     options = [*TINY, "--beta", "0", "--label_drop", "0", "--save_every", "24", "--eval_every", "24"]
-    call("train.py", *options, "--runs", tmp_path / "one")
+    train.main([*options, "--runs", str(tmp_path / "one")])
     call("train.py", *options, "--runs", tmp_path / "two", torchrun=2)
     for name in ("shapes-vae", "shapes-vae-ar-gmm"):
         one, two = log_of(tmp_path / "one", name), log_of(tmp_path / "two", name)
