@@ -257,7 +257,7 @@ def save_figure(path, result, labels):
 def main(argv=None):
     p = argparse.ArgumentParser(description="Action recognition: tokens as the input, and as the target of pre-training.")
     p.add_argument("--n", type=int, default=3000, help="training clips; a third as many are held out")
-    p.add_argument("--tok_steps", type=int, default=1000, help="training steps of both tokenizers")
+    p.add_argument("--tok_steps", type=int, default=400, help="training steps of both tokenizers")
     p.add_argument("--steps", type=int, default=1200, help="training steps of the classifiers; half as many with few labels")
     p.add_argument("--pre_steps", type=int, default=1500, help="training steps of each pre-training")
     p.add_argument("--labels", type=int, nargs="+", default=[200, 1000], help="how many labels the pre-trained ones get")
