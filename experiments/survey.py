@@ -51,8 +51,10 @@ def systems_trained(runs, device):
     """-> {name: run}, trained first where their folders are missing. One width and depth for all."""
     found = {}
     for name, (folder, flags, _) in SYSTEMS.items():
-        if not (runs / folder / "ckpt.pt").exists():
-            train.main([*flags.split(), "--size", "tiny", "--runs", str(runs), "--name", folder, "--device", str(device)])
+        checkpoint = train.read_checkpoint(runs / folder)
+        if checkpoint is None or not checkpoint["done"]:
+            train.main([*flags.split(), "--size", "tiny", "--runs", str(runs), "--name", folder, "--device", str(device),
+                        *["--resume"] * (checkpoint is not None)])
         found[name] = train.load_run(runs / folder, device)
     return found
 

@@ -32,11 +32,12 @@ KINDS = {"vq": ["--tok_size", "fine"], "lfq": ["--tok_size", "small"]}          
 def arm(kind, bits, args):
     """Train one tokenizer and its generator -> its row."""
     name = f"{kind}-{bits}"
-    if not (args.runs / name / "ckpt.pt").exists():
+    checkpoint = train.read_checkpoint(args.runs / name)
+    if checkpoint is None or not checkpoint["done"]:
         train.main(["--tokenizer", kind, *KINDS[kind], "--vocab_size", str(1 << bits), "--image_size", "16",
                     "--tok_steps", str(args.tok_steps), "--generator", "maskgit", "--size", "tiny", "--steps", str(args.steps),
                     "--seed", str(args.seed), "--runs", str(args.runs), "--tok_name", f"{name}-tok", "--name", name,
-                    "--log_every", "500", "--eval_every", "1000", "--device", "cpu"])
+                    "--log_every", "500", "--eval_every", "1000", "--device", "cpu", *["--resume"] * (checkpoint is not None)])
     run = train.load_run(args.runs / name)
     val_set = train.open_data(run.args, "val", run.device)
     net, _ = evaluate.classifier_for(run, run.device)
