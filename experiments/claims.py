@@ -875,8 +875,9 @@ def sentence(t):
     bound = f"{t['times']:g} x " * (t["times"] != 1)
     give = f" {'+' if t['better'] == 'lower' else '-'} {t['give']:g}" if t["give"] else ""
     label = LABELS.get(t["metric"], t["metric"]).removesuffix(", %").removesuffix(" (small CNN)")
-    return (f"{label}: {t['arm']} {spread(t['values'])}, {t['better']} than {bound}{t['other']} "
-            f"{spread(t['other_values'])}{give}{', every seed' if t.get('every') else ''}: {t['verdict']}")
+    side = lambda name, values: name if name[0].isdigit() and name.endswith("%") else f"{name} {spread(values)}"
+    return (f"{label}: {side(t['arm'], t['values'])}, {t['better']} than {bound}{side(t['other'], t['other_values'])}{give}"
+            f"{', every seed' if t.get('every') else ''}: {t['verdict']}")
 
 
 def save_figure(path, result):
@@ -933,7 +934,7 @@ def table(out):
             continue
         r = json.loads(path.read_text())
         here = "<br>".join(sentence(t) for t in r["tests"]) or "the table below"
-        here += f"<br>{remark}" * bool(remark)
+        here += f"<br>*{remark[:1].upper() + remark[1:]}*" * bool(remark)
         link = f"[{text}](experiments/results/claims/{name}.png)"
         lines.append(f"| {number}. {link} | {paper} | {here} | **{verdict_of(r)}** |")
     text = "\n".join(lines)
@@ -944,7 +945,7 @@ def table(out):
         published = ", ".join(f"{name} {value}" for name, value in r["published"].items())
         curve = "[curve](experiments/results/claims/mnist-nats.png)"
         text += (f"\n\nBinarised MNIST, AR transformer on blocks of 2 x 2 pixels ({curve}): **{r['nats']:.1f}** nats per "
-                 f"test image after {r['seconds'] / 60:.0f} minutes ({r['machine']}; published: {published}).")
+                 f"test image after {r['seconds'] / 60:.0f} minutes ({r['machine']}, threads: {r['threads']}; published: {published}).")
     return text + (f"\n\nNot run: {', '.join(missing)}." if missing else "")
 
 
