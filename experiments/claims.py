@@ -550,6 +550,7 @@ def causal_video(lab):
         if row["steps"] == steps:
             arms.setdefault(row["design"], []).append(row)
     lab.source["seeds"] = sorted({row["seed"] for row in r["rows"]})
+    lab.source["seconds"] = round(sum(row["steps"] * row["ms_per_step"] / 1000 for row in r["rows"]))      # of training
     tests = [test("frechet_clips", "causal 3-D CNN", other) for other in ("C-ViViT", "hybrid")]
     return arms, tests, [("frechet_clips", "reconstructed clips"), ("psnr", "reconstructed clips")]
 

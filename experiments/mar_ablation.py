@@ -15,6 +15,7 @@ One seed takes about 20 minutes on one core of an AMD EPYC. Runs lie in runs/mar
 import argparse
 import json
 import sys
+import time
 from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
@@ -54,6 +55,7 @@ def train_arms(runs, seed, steps):
 
 def measure_seed(runs, seed, steps, n):
     """All rows of one seed -> {head: [{metric: number} for each of ROWS]}, and what the tokenizers allow."""
+    start = time.process_time()
     folders, rows, ceiling = train_arms(runs, seed, steps), {}, {}
     for head in HEADS:
         rows[head] = []
@@ -74,7 +76,7 @@ def measure_seed(runs, seed, steps, n):
                   + "  ".join(f"{k} {v:.2f}" for k, v in row.items()), flush=True)
         recon, f = evaluate.measure_reconstruction(run.tokenizer, net, val_set, index, 250)
         ceiling[head] = {key: value for key, _, value, _, _ in recon} | dict(frechet=evaluate.frechet_distance(f, real))
-    return dict(rows=rows, ceiling=ceiling)
+    return dict(rows=rows, ceiling=ceiling, seconds=time.process_time() - start)            # of processor time
 
 
 def table(seeds):
@@ -134,7 +136,7 @@ def main():
         seeds.append(json.loads(path.read_text()))
     out = Path(__file__).parent / "results" / "mar-ablation"
     facts = dict(machine=machine_name(torch.device("cpu")), torch=torch.__version__, date=str(date.today()),
-                 steps=args.steps, n=args.n, seeds=args.seeds, results=seeds)
+                 steps=args.steps, n=args.n, seeds=args.seeds, seconds=sum(s["seconds"] for s in seeds), results=seeds)
     out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     save_figure(out.with_suffix(".png"), seeds)
     print(table(seeds))
