@@ -480,8 +480,9 @@ def measure_samples(images, labels, net, real, batch_size):
     seen = [look(net, part.to(real.device)) for part in images.split(batch_size)]
     fake, predicted = (torch.cat(x) for x in zip(*seen))
     right = (predicted.cpu() == labels).float().mean().item()
-    m = min(len(fake), len(real))                               # balls shrink as points grow more: equal numbers
-    precision, recall = precision_recall(real[:m], fake[:m])
+    m = min(len(fake), len(real))                               # balls shrink as points grow more: equal numbers, and evenly
+    some = lambda f: f[torch.linspace(0, len(f) - 1, m, device=f.device).round().long()]       # spread: they may lie by class
+    precision, recall = precision_recall(some(real), some(fake))
     return [("sample_accuracy", "class accuracy, samples", 100 * right, "%", "higher is better"),
             ("sample_precision", "precision", 100 * precision, "%", "higher: samples look real"),
             ("sample_recall", "recall", 100 * recall, "%", "higher: all the variety is there"),

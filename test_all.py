@@ -3554,6 +3554,17 @@ def test_psnr_ssim_precision_and_recall():
     assert precision > 0.99 and recall < 0.05
 
 
+def test_precision_does_not_depend_on_the_order_of_the_real_images(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    near = lambda n, where: where + torch.randn(n, 8, generator=g)
+    real, fake = torch.cat([near(300, 0.0), near(300, 20.0)]), torch.cat([near(50, 0.0), near(50, 20.0)])      # sorted by class
+    monkeypatch.setattr(evaluate, "look", lambda net, images: (fake, torch.zeros(100, dtype=torch.long)))
+    for order in (torch.arange(600), torch.randperm(600, generator=g)):
+        rows = evaluate.measure_samples(torch.zeros(100, 3, 4, 4), torch.zeros(100, dtype=torch.long), None, real[order], 100)
+        found = {key: value for key, _, value, *_ in rows}
+        assert found["sample_precision"] > 75 and found["sample_recall"] > 75, found
+
+
 def test_ms_ssim_equals_its_definition_in_slow_loops():
     def means(a, b):                                        # SSIM and contrast-structure, window by window, in float64
         g = np.exp(-(np.arange(11) - 5.0) ** 2 / (2 * 1.5**2))
