@@ -940,7 +940,12 @@ def table(out):
         lines.append(f"| {number}. {link} | {paper} | {here} | **{verdict_of(r)}** |")
     text = "\n".join(lines)
     if (out / "six-systems.json").exists():
-        text += "\n\n" + systems_table(json.loads((out / "six-systems.json").read_text())["arms"])
+        r = json.loads((out / "six-systems.json").read_text())
+        s = r["scale"]
+        text += (f"\n\nClaim 21: {s['image_size']} x {s['image_size']} pixels, 16 tokens (TiTok: 8), {s['tok_steps']} + {s['steps']} "
+                 f"training steps, {s['n']} samples at sample.py's guidance, {len(r['seeds'])} seeds, {r['machine']}, threads: "
+                 f"{r['threads']}. The validation losses of different heads and tokens are not comparable.\n\n"
+                 + systems_table(r["arms"]))
     if (out / "mnist-nats.json").exists():
         r = json.loads((out / "mnist-nats.json").read_text())
         published = ", ".join(f"{name} {value}" for name, value in r["published"].items())
