@@ -11,7 +11,7 @@ scratch" gets the same labels, steps and learning rate, without the first part.
 
 Both tokenizers are lfq.py's causal 3-D CNN, trained for as many steps; one has vq.py's quantizer (running means) in it.
 
-    python experiments/understanding.py                   # some minutes of processor time; not yet run at this size
+    python experiments/understanding.py                   # about 16 minutes of processor time, one core
     python experiments/understanding.py --n 120 --tok_steps 5 --steps 5 --pre_steps 5 --labels 50 --seeds 0 --out /tmp/x
 
 A seed is that of the classifier's weights and of the choice of labels; tokenizers and pre-training are made once. Writes
