@@ -244,7 +244,7 @@ def save_figure(path, result, labels):
     right.set(title="tokens as the target of pre-training; the input is pixels", ylabel="action accuracy, %", ylim=(0, 100),
               xticks=range(len(labels)), xticklabels=[f"{n} labelled clips" for n in labels])
     right.axhline(10, color="k", ls=":", lw=1)
-    right.legend(fontsize=8, loc="upper left")
+    right.legend(fontsize=8, loc="lower center", framealpha=0.95)
     for ax, axis in ((left, "x"), (right, "y")):
         ax.grid(axis=axis, alpha=0.3)
     n = len(next(iter(result["input"].values())))
