@@ -11,8 +11,8 @@ Each is an lfq.LFQ with another encoder and decoder: 9 frames of 16 x 16 pixels 
 quantiser, losses and clips, parameters equal within 4%, the same steps, batches and learning rate (tuned for none). All
 are causal: a token knows no frame after its own (tested). Measured on held-out clips by evaluate.py's rulers.
 
-    python experiments/video_designs.py                    # 5 designs, 3 minutes of processor time on one core
-    python experiments/video_designs.py --steps 400 1200   # a second budget beside it, three times as long
+    python experiments/video_designs.py                    # 5 designs, 3 seeds, 13 minutes of processor time on one core
+    python experiments/video_designs.py --steps 400 800    # a second budget beside it
     python experiments/video_designs.py --steps 1 --n 72 --ruler_steps 2 --runs /tmp/x --out /tmp/x        # does it run?
 
 Writes results/video-designs.json and .png. What is already in --runs is not trained again.
@@ -336,8 +336,8 @@ def save_figure(path, rows, floor, clip, strips):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description="C-ViViT, hybrid and causal 3-D CNN tokenizers at equal parameters and steps.")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the first weights and of the batches")
-    p.add_argument("--steps", type=int, nargs="+", default=[400], help="training steps of every design, one or more budgets")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the first weights and of the batches")
+    p.add_argument("--steps", type=int, nargs="+", default=[800], help="training steps of every design, one or more budgets")
     p.add_argument("--batch_size", type=int, default=8, help="clips per step")
     p.add_argument("--n", type=int, default=3000, help="training clips; a sixth as many are held out")
     p.add_argument("--ruler_steps", type=int, default=200, help="training steps of the two classifiers that measure")
