@@ -182,7 +182,8 @@ def save_figure(path, rows, batches):
             x, y = [1000 * r["seconds_per_image"] for r in mine], [r["sample_accuracy"] for r in mine]
             ax.plot(x, y, "o-", color=f"C{k}", label=f"{name}, {mine[0]['tokens']} tokens")
             for r, a, b in zip(mine, x, y):
-                ax.annotate(f"{r['passes']} passes", (a, b), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+                ax.annotate(f"{r['passes']} passes", (a, b), (0, -14 if name == "AR" else 7), textcoords="offset points",
+                            ha="center", fontsize=8)
         ax.set(xscale="log", xlabel="milliseconds per image, log scale", title=f"batch {B}")
         ax.margins(0.2, 0.25)
         ax.grid(alpha=0.3, which="both")
