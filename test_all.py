@@ -4632,6 +4632,19 @@ def test_a_claim_runs_from_its_flags_to_a_verdict_and_remembers(tmp_path, monkey
     assert "done in" not in capsys.readouterr().out and again == first, "what was measured is not measured again"
 
 
+@pytest.mark.parametrize("block", [1, 2])
+def test_blocks_of_pixels_lose_no_pixel(block, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import claims
+    images = 255 * torch.randint(2, (5, 3, 28, 28), dtype=torch.uint8)                      # black or white: nothing is drawn
+    ids, labels = claims.Binary(images, False, block).batch(torch.tensor([3, 1]))
+    assert ids.shape == (2, (28 // block) ** 2) and ids.max() < 1 << block**2 and not labels.any()
+    for image, row in zip(images[[3, 1], 0] // 255, ids.view(2, 28 // block, -1)):
+        for y, x in [(y, x) for y in range(28) for x in range(28)]:
+            bit = row[y // block, x // block] >> (y % block * block + x % block) & 1
+            assert bit == image[y, x], f"pixel {y}, {x}"
+
+
 def test_gmm_comes_within_two_percent_of_25_gaussians(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     import claims

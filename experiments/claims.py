@@ -485,7 +485,7 @@ def model_size(lab):
     """13. LlamaGen: quality rises with model size.
 
     Paper: FID without guidance, 384 pixels: B 32.2, L 19.1, XL 15.5, XXL 14.6, 3B 9.38.
-    Remark: the widest learns the 6,000 images by heart (12 epochs): its validation NLL rises while its samples improve.
+    Remark: the widest learns the 6,000 images by heart (12 epochs): its validation NLL rises while its samples do not get worse.
     """
     names = [lab.scale[k] for k in ("smaller", "size", "larger")]
     sizes = {f"width {ar_transformer.SIZES[name]['n_embd']}": name for name in names}
