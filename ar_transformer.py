@@ -34,6 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 SIZES = {
+    "nano": dict(n_layer=4, n_head=2, n_embd=64),
     "tiny": dict(n_layer=4, n_head=4, n_embd=128),
     "small": dict(n_layer=6, n_head=4, n_embd=192),          # the default on a CPU
     "medium": dict(n_layer=12, n_head=6, n_embd=384),        # the default on a GPU
@@ -225,7 +226,8 @@ class CategoricalHead(nn.Module):
         if h_uncond is not None and cfg != 1.0:
             logits_u = self.digit_logits(h_uncond)
             logits = logits_u + cfg * (logits - logits_u)
-        logits = logits / max(temperature, 1e-5)
+        if temperature != 1:
+            logits = logits / max(temperature, 1e-5)
         if top_k:
             kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
             logits = logits.masked_fill(logits < kth, -math.inf)
@@ -233,9 +235,9 @@ class CategoricalHead(nn.Module):
             p, index = logits.softmax(-1).sort(-1, descending=True)
             drop = (p.cumsum(-1) - p >= top_p).scatter(-1, index, p.cumsum(-1) - p >= top_p)
             logits = logits.masked_fill(drop, -math.inf)
-        log_p = logits.log_softmax(-1)
-        digits = draw_ids(log_p.exp())                                                      # (..., groups)
-        return (digits * self.place).sum(-1), log_p.gather(-1, digits.unsqueeze(-1)).squeeze(-1).sum(-1)
+        p = logits.softmax(-1)
+        digits = draw_ids(p)                                                                # (..., groups)
+        return (digits * self.place).sum(-1), p.gather(-1, digits.unsqueeze(-1)).squeeze(-1).log().sum(-1)
 
 
 class SubTokenHead(nn.Module):

@@ -550,7 +550,8 @@ class CategoricalHead(nn.Module):
         if h_uncond is not None and cfg != 1.0:
             logits_u = self.digit_logits(h_uncond)
             logits = logits_u + cfg * (logits - logits_u)
-        logits = logits / max(temperature, 1e-5)
+        if temperature != 1:
+            logits = logits / max(temperature, 1e-5)
         if top_k:
             kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
             logits = logits.masked_fill(logits < kth, -math.inf)
@@ -558,9 +559,9 @@ class CategoricalHead(nn.Module):
             p, index = logits.softmax(-1).sort(-1, descending=True)
             drop = (p.cumsum(-1) - p >= top_p).scatter(-1, index, p.cumsum(-1) - p >= top_p)
             logits = logits.masked_fill(drop, -math.inf)
-        log_p = logits.log_softmax(-1)
-        digits = draw_ids(log_p.exp())                                                      # (..., groups)
-        return (digits * self.place).sum(-1), log_p.gather(-1, digits.unsqueeze(-1)).squeeze(-1).sum(-1)
+        p = logits.softmax(-1)
+        digits = draw_ids(p)                                                                # (..., groups)
+        return (digits * self.place).sum(-1), p.gather(-1, digits.unsqueeze(-1)).squeeze(-1).log().sum(-1)
 
 
 def bars_and_stripes(n, device, side=4):

@@ -4210,7 +4210,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     (["--generator", "mar", "--attention", "causal", "--n_buffer", "4"], "no encoder and no buffer"),
     (["--joint", "--generator", "maskgit"], "needs --generator ar"),
     (["--mix", "full", "--n_mix", "4"], "--mix full is one Gaussian"),
-    (["--size", "gpt-b", "--generator", "maskgit"], "--generator maskgit has tiny, small"),
+    (["--size", "gpt-b", "--generator", "maskgit"], "--generator maskgit has nano, tiny"),
 ])
 def test_train_refuses_in_one_sentence(words, sentence, tmp_path, capsys):
     base = ["--tokenizer", "vae", "--head", "gmm", "--runs", str(tmp_path), "--n_shapes", "50"]
@@ -5116,7 +5116,7 @@ def test_homework_maskgit_confidence():
             row[t] = True
     mask = maskgit.keep_hidden(score, n)
     assert mask.dtype == torch.bool and mask.sum(1).tolist() == [0, 3, 8, 9], \
-        f"{mask.sum(1).tolist()} tokens stay hidden where n is [0, 3, 8, 9]: one argsort gives places, a second one ranks"
+        f"{mask.sum(1).tolist()} tokens stay hidden where n is [0, 3, 8, 9]: argsort gives places, of which the first n stay hidden"
     assert torch.equal(mask[2:], truth[2:]), "those of the LOWEST score are hidden again; the model is sure of the others"
     assert torch.equal(mask, truth), "of equal scores the earlier positions are hidden: a stable sort"
 
@@ -6074,10 +6074,10 @@ MISTAKES = [
     ("maskgit.still_hidden", "(step + 1) / steps", "step / steps"),
     ("maskgit.still_hidden", ".floor()", ".ceil()"),
     ("maskgit.still_hidden", "SCHEDULES[schedule](r)", "SCHEDULES['cosine'](r)"),
-    ("maskgit.keep_hidden", ".argsort(dim=1)", ""),
-    ("maskgit.keep_hidden", "rank < n", "rank <= n"),
+    ("maskgit.keep_hidden", "torch.zeros_like(first).scatter(1, order, first)", "first"),
+    ("maskgit.keep_hidden", " < n)", " <= n)"),
     ("maskgit.keep_hidden", "score.argsort(", "(-score).argsort("),
-    ("maskgit.keep_hidden", "rank < n", "rank >= n"),
+    ("maskgit.keep_hidden", " < n)", " >= n)"),
     ("maskgit.masked_mean", "weight.sum(1)).mean()", "weight.shape[1]).mean()"),
     ("maskgit.masked_mean", "(loss * weight).sum() / weight.sum()", "(loss * weight).mean()"),
     ("maskgit.masked_mean", "if per_image:", "if not per_image:"),
