@@ -820,8 +820,17 @@ def measure(args, run, device):
 
 def main():
     args = parse_args()
+    with sample.processes() as share:
+        report(args, share)
+
+
+def report(args, share):
+    """Measures, prints and writes; share: rank and number of the processes, which share the drawing of samples."""
+    if args.probe and share[1] > 1:
+        raise data.BadInput("--probe: draws no samples that processes could share; run it without torchrun")
     device = train.pick_device(args.device)
     run = train.load_run(args.run, device)
+    run.share = share
     metrics, lines = {}, []
     for key, name, value, unit, remark in (probe if args.probe else measure)(args, run, device):
         value, *error = value if isinstance(value, tuple) else (value,)
@@ -841,6 +850,8 @@ def main():
         if run.generator is not None:
             metrics.update({k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in sample.default_of(run).items()})
         metrics.update(device=str(device), machine=machine, **{k: v for k, v in before.items() if k.startswith("probe_")})
+    if share[0]:
+        return                                                  # the first process writes
     path.write_text(json.dumps(metrics, indent=1) + "\n")
     wide = [max(len(line[c]) for line in lines) for c in range(3)]
     for name, number, unit, remark in lines:

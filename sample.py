@@ -15,19 +15,25 @@ Draw from a trained run: a labelled grid, an .npz batch for evaluators, an anima
     python sample.py compress x.gif x.lfq --run runs/shapes-lfq     # a file of tokens (compression.py); decompress: back again
     python sample.py CLIPS --gif                                    # a run with --frames: film strips, and them moving
     python sample.py CLIPS --known_frames 5                         # ... how validation clips go on after 5 frames
+    torchrun --standalone --nproc_per_node=8 -- sample.py RUN --n 50000 --npz out.npz        # eight GPUs, the same samples;
+                                                                    # without the -- torchrun takes --n for one of its own
 
 Without --cfg and --temperature the defaults below are used; evaluate.py and train.py use the same ones.
 """
 import argparse
+import contextlib
 import inspect
 import math
+import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
@@ -81,17 +87,46 @@ def default_of(run):
 @torch.no_grad()
 def draw_samples(run, cond, cfg=None, temperature=None, batch_size=250, seed=0, known=None, known_mask=None, **tricks):
     """cond (N,) labels or (N, P, E) vectors -> images (N, C, H, W) float32 in [-1, 1] on the CPU, in batches; a function of
-    seed. known (N, T[, D]), known_mask (N, T): tokens that are given and stay."""
-    images = []
+    seed and batch_size. known (N, T[, D]), known_mask (N, T): tokens that are given and stay.
+
+    Under torchrun each process draws every size-th batch and gets those of the others: the same images as from one process.
+    """
+    rank, size = share_of(run)
+    images = {}                                             # number of the batch: its images
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for i in range(0, len(cond), batch_size):
+        for k in range(rank, -(-len(cond) // batch_size), size):
+            torch.manual_seed(seed + 1_000_003 * k)
+            mine = slice(k * batch_size, (k + 1) * batch_size)
             if known is not None:
-                tricks.update(known=known[i:i + batch_size], known_mask=known_mask[i:i + batch_size])
-            tokens = draw_tokens(run, cond[i:i + batch_size], cfg, temperature, **tricks)
+                tricks.update(known=known[mine], known_mask=known_mask[mine])
+            tokens = draw_tokens(run, cond[mine], cfg, temperature, **tricks)
             some = max(1, batch_size // run.args.frames)    # clips are decoded in smaller parts
-            images += [run.tokenizer.decode(part).float().cpu() for part in tokens.split(some)]
-    return torch.cat(images)
+            images[k] = torch.cat([run.tokenizer.decode(part).float().cpu() for part in tokens.split(some)])
+    if size > 1:
+        parts = [None] * size
+        dist.all_gather_object(parts, images)
+        images = {k: batch for part in parts for k, batch in part.items()}
+    return torch.cat([images[k] for k in sorted(images)])
+
+
+@contextlib.contextmanager
+def processes():
+    """Joins the processes, if torchrun started this program -> (rank, size), else (0, 1). All but the first are silent."""
+    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if size == 1:
+        yield rank, size
+        return
+    dist.init_process_group("gloo")                         # what they exchange, finished images, lies on the CPU
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank else sys.stdout):
+            yield rank, size
+    finally:
+        dist.destroy_process_group()
+
+
+def share_of(run):
+    """(rank, size), where a program shares its work among processes: run.share, from processes(). (train.py draws alone.)"""
+    return getattr(run, "share", (0, 1))
 
 
 def official_run(args, device):
@@ -486,11 +521,19 @@ def main(argv=None):
     if words[:1] in (["compress"], ["decompress"]):         # a program of its own, with its own flags
         import compression
         return compression.main(words)
-    from train import load_run, pick_device
     args = parse_args(argv)
+    with processes() as share, tempfile.TemporaryDirectory() as folder:
+        if share[0]:                                        # a helper: its share of the samples is all that is wanted of it
+            args.out, args.npz, args.gif = str(Path(folder) / "samples.png"), None, None
+        draw(args, share)
+
+
+def draw(args, share):
+    """What main() does once the flags are read; share: rank and number of the processes."""
+    from train import load_run, pick_device
     device = pick_device(args.device)
     run = official_run(args, device) if args.official else load_run(args.run, device)
-    run.bf16 = args.dtype == "bf16"
+    run.bf16, run.share = args.dtype == "bf16", share
     if args.official:
         args.run, args.n = args.official, args.n or (4 if args.cls else 16)
     tricks = check(args, run)

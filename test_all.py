@@ -3800,7 +3800,7 @@ RARELY = ["--save_every", "24", "--log_every", "12", "--eval_every", "24"]     #
 
 
 def command(*words, torchrun=0):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] if torchrun \
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}", "--"] if torchrun \
         else [sys.executable]
     return launcher + [str(ROOT / words[0]), *map(str, words[1:])]
 
@@ -3870,21 +3870,24 @@ def test_every_combination_trains_loads_and_samples(words, name, tiny_run, capsy
     images = sample.draw_samples(run, torch.arange(4))
     assert images.shape == (4, 3, 16, 16) and torch.isfinite(images).all()
     assert all(torch.isfinite(torch.tensor(v)) for v in log_of(tiny_run, name).values())
+    if name in ("shapes-vae-maskgit-gmm", "shapes-vae-mar-diffusion", "shapes-vq-ar-categorical", "shapes-vq-maskgit-categorical",
+                "mc", "f"):
+        bf16_draws_nearly_what_fp32_draws(run)
 
 
-@pytest.mark.parametrize("name", ["shapes-vae-ar-gmm", "shapes-vae-maskgit-gmm", "shapes-vae-mar-diffusion", "shapes-vq-ar-categorical",
-                                  "shapes-vq-maskgit-categorical", "mc", "f"])
-def test_bf16_draws_nearly_what_fp32_draws(name, tiny_run):
-    if not (tiny_run / name).exists():                      # made by the test before
-        pytest.skip(f"run alone: {name} is not there")
-    run, labels = train.load_run(tiny_run / name), torch.arange(20) % 10
-    images = {}
+def bf16_draws_nearly_what_fp32_draws(run):
+    labels, images = torch.arange(20) % 10, {}
     for run.bf16 in (False, True):
-        images[run.bf16] = sample.draw_samples(run, labels, cfg=1.0, temperature=0.0 if "vq" in name else 1e-3)
+        images[run.bf16] = sample.draw_samples(run, labels, cfg=1.0, temperature=0.0 if run.tokenizer.vocab_size else 1e-3)
     assert torch.isfinite(images[True]).all() and images[True].dtype == torch.float32
-    assert "vq" in name or not torch.equal(images[True], images[False]), "--dtype bf16 changes nothing"     # the likeliest ids stay
+    if not run.tokenizer.vocab_size:                        # of ids the likeliest stay
+        assert not torch.equal(images[True], images[False]), "--dtype bf16 changes nothing"
     off = (images[True] - images[False]).abs().mean() / images[False].std()
     assert off < 0.2, f"off by {off:.2f} standard deviations of a pixel"
+
+
+def test_bf16_draws_nearly_what_fp32_draws(tiny_run):
+    bf16_draws_nearly_what_fp32_draws(train.load_run(tiny_run / "shapes-vae-ar-gmm"))
 
 
 def test_titoks_published_stages_follow_each_other(tiny_run, capsys):
@@ -4170,6 +4173,20 @@ def test_two_processes_follow_one(tmp_path):
         one, two = log_of(tmp_path / "one", name), log_of(tmp_path / "two", name)
         assert one.keys() == two.keys() and len(one) > 4
         assert all(abs(one[s] - two[s]) <= 2e-3 * (1 + abs(one[s])) for s in one), (name, one, two)
+
+
+def test_two_processes_draw_what_one_draws(tiny_run, tmp_path):
+    """Under torchrun 28 images in batches of 8: each process draws two batches, the first alone writes and speaks."""
+    options = [tiny_run / "shapes-vae-ar-gmm", "--n", "28", "--batch_size", "8", "--device", "cpu"]
+    for name, processes in (("one", 0), ("two", 2)):
+        said = call("sample.py", *options, "--npz", tmp_path / f"{name}.npz", "--out", tmp_path / f"{name}.png", torchrun=processes)
+        assert said.count("28 samples in") == 1
+    one, two = (np.load(tmp_path / f"{name}.npz") for name in ("one", "two"))
+    assert np.array_equal(one["arr_0"], two["arr_0"]) and np.array_equal(one["labels"], two["labels"])
+    assert len(np.unique(one["arr_0"].reshape(28, -1), axis=0)) == 28                       # no batch twice
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    with pytest.raises(data.BadInput, match="without torchrun"):
+        evaluate.report(SimpleNamespace(probe=True), (0, 2))
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):

@@ -2,7 +2,7 @@
 Tokens as a codec: bits per pixel against PSNR and MS-SSIM, beside JPEG, WebP and H.265.
 
     pip install av                                       # brings H.265 (x265); without it there are no films and no H.265
-    python experiments/compression.py --film bigbuckbunny.mp4 --test bikes.mp4   # trains, measures; 15 minutes on one core
+    python experiments/compression.py --film bigbuckbunny.mp4 --test bikes.mp4   # trains, measures; 40 minutes on one core
     python experiments/compression.py --parts images --n 16 --out /tmp/x         # does it run? (trains what is not there)
 
 Three tests, on what no model was trained on. images: drawn validation images, train.py's LFQ. clips: drawn clips of 9
@@ -51,11 +51,11 @@ CHUNK = 9                                                   # frames of a clip: 
 # The models
 
 def image_codec(args):
-    """train.py's own two stages on the drawn images -> tokenizer, coder."""
+    """train.py's own two stages on the drawn images -> tokenizer, coder. Another seed draws other images, too."""
     words = ["--tokenizer", "lfq", "--tok_size", "small", "--head", "categorical", "--size", "tiny", "--label_drop", "0.9"]
-    train.main([*words, "--steps", str(args.ar_steps), "--device", "cpu", "--runs", args.runs, "--tok_name", "codec-lfq",
-                "--name", "codec-ar"])
-    run = train.load_run(Path(args.runs) / "codec-ar")
+    train.main([*words, "--steps", str(args.ar_steps), "--device", "cpu", "--runs", str(args.folder), "--seed", str(args.seed),
+                "--tok_name", "codec-lfq", "--name", "codec-ar"])
+    run = train.load_run(args.folder / "codec-ar")
     return run.tokenizer, run.generator
 
 
@@ -71,11 +71,11 @@ def clip_codec(args, name, image_lfq, clips):
     tokenizer = lfq.LFQ(**lfq.SIZES["small"], frames=CHUNK).inflate(image_lfq.state_dict())
 
     def fit():
-        torch.manual_seed(0)
+        torch.manual_seed(args.seed)
         seconds, _ = lfq.fit_lfq(tokenizer, clips, args.clip_steps, batch_size=4)
         print(f"{name}: video tokenizer, {args.clip_steps} steps, {seconds:.0f} s", flush=True)
         return tokenizer.state_dict()
-    tokenizer.load_state_dict(kept(Path(args.runs) / f"{name}-lfq.pt", fit))
+    tokenizer.load_state_dict(kept(args.folder / f"{name}-lfq.pt", fit))
     tokenizer.eval()
     size, V = ar_transformer.SIZES["tiny"], tokenizer.vocab_size
     model = ar_transformer.ARTransformer(ar_transformer.CategoricalHead(size["n_embd"], V), tokenizer.seq_len, 1,
@@ -83,13 +83,13 @@ def clip_codec(args, name, image_lfq, clips):
 
     def fit_coder():
         ids = torch.cat([tokenizer.encode(x) for x in clips.split(25)])
-        torch.manual_seed(0)
+        torch.manual_seed(args.seed)
         start, none = time.perf_counter(), torch.zeros(16, dtype=torch.long)
         losses = ar_transformer.fit_ids(model, lambda step: (ids[torch.randint(len(ids), (16,))], none), args.clip_ar_steps)
         print(f"{name}: transformer, {losses[-1] / math.log(2):.2f} bits per token in training, "
               f"{time.perf_counter() - start:.0f} s", flush=True)
         return model.state_dict()
-    model.load_state_dict(kept(Path(args.runs) / f"{name}-ar.pt", fit_coder))
+    model.load_state_dict(kept(args.folder / f"{name}-ar.pt", fit_coder))
     return tokenizer, model.eval()
 
 
@@ -250,7 +250,7 @@ def film(args, lpips):
     if source.shape[-1] > 800:                              # halved, so that its details are as large as those of --test
         source = source[..., :source.shape[-2] // 2 * 2, :source.shape[-1] // 2 * 2]
         source = source.float().unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).mean((-1, -3)).round().to(torch.uint8)
-    codec = clip_codec(args, "film-" + Path(args.film).stem, tokenizer, crops(source, args.n_clips))
+    codec = clip_codec(args, "film-" + Path(args.film).stem, tokenizer, crops(source, args.n_clips, seed=args.seed))
     clip = compression.read_clip(args.test)[0]
     H, W = (min(v, most) // 16 * 16 for v, most in zip(clip.shape[-2:], (192, 320)))
     y, x = ((v - m) // 2 for v, m in zip(clip.shape[-2:], (H, W)))
@@ -298,6 +298,24 @@ def draw(path, tests):
     plt.close(fig)
 
 
+def compare_at_equal_rate(test, seed):
+    """Prints a test's rows, and gives it `equal`: each of LFQ's two rows beside every classical codec at the same rate."""
+    scores = [k for k in ("psnr", "ms_ssim", "lpips") if k in test.rows[0]]
+    print(f"\nseed {seed}, {test.name}: {test.others}")
+    for row in test.rows:
+        print(f"  {row['codec']:22s} {row.get('setting', ''):>4} {row['bpp']:8.4f} bpp  "
+              + "  ".join(f"{k} {row[k]:.3f}" for k in scores)
+              + (f"  {row['bits_per_token']:.2f} bits per token" if "bits_per_token" in row else ""), flush=True)
+    test.equal = []
+    for row in test.rows[:2]:
+        for codec in dict.fromkeys(r["codec"] for r in test.rows[2:]):
+            other = [r for r in test.rows if r["codec"] == codec]
+            test.equal.append(dict(lfq=row["codec"], codec=codec, bpp=row["bpp"], **{k: row[k] for k in scores},
+                                   **{f"{k}_of_codec": at_rate(other, row["bpp"], k) for k in scores},
+                                   bpp_of_codec_for_psnr=rate_for(other, row["psnr"])))
+            print("  at equal rate:", test.equal[-1], flush=True)
+
+
 def main():
     p = argparse.ArgumentParser(description="LFQ tokens against JPEG, WebP and H.265.")
     p.add_argument("--parts", nargs="+", default=list(TESTS), choices=list(TESTS), help="which tests")
@@ -309,37 +327,31 @@ def main():
     p.add_argument("--clip_steps", type=int, default=150, help="training steps of a video tokenizer")
     p.add_argument("--ar_steps", type=int, default=400, help="training steps of the entropy coder of images")
     p.add_argument("--clip_ar_steps", type=int, default=200, help="training steps of an entropy coder of clips")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="all is trained for each; the first is drawn")
     p.add_argument("--lpips", nargs="+", help="LPIPS's weights, as for train.py")
-    p.add_argument("--runs", default="runs", help="folder of the trained models: what is there is used")
+    p.add_argument("--runs", default="runs", help="the trained models, a folder per seed: what is there is used")
     p.add_argument("--out", default=str(ROOT / "experiments/results/compression"), help="where .json and .png go")
     args = p.parse_args()
     if "film" in args.parts and not (args.film and args.test):
         raise data.BadInput("--film, --test: name two films, or leave the test out with --parts images clips")
     torch.set_num_threads(1)
-    begun, used, tests = time.perf_counter(), time.process_time(), []
+    begun, used, seeds = time.perf_counter(), time.process_time(), []
     lpips = perceptual_gan.LPIPS.from_files(*args.lpips).eval() if args.lpips else None
-    for part in args.parts:
-        tests.append(test := TESTS[part](args, lpips))
-        scores = [k for k in ("psnr", "ms_ssim", "lpips") if k in test.rows[0]]
-        print(f"\n{test.name}: {test.others}")
-        for row in test.rows:
-            print(f"  {row['codec']:22s} {row.get('setting', ''):>4} {row['bpp']:8.4f} bpp  "
-                  + "  ".join(f"{k} {row[k]:.3f}" for k in scores)
-                  + (f"  {row['bits_per_token']:.2f} bits per token" if "bits_per_token" in row else ""), flush=True)
-        test.equal = []
-        for row in test.rows[:2]:
-            for codec in dict.fromkeys(r["codec"] for r in test.rows[2:]):
-                other = [r for r in test.rows if r["codec"] == codec]
-                test.equal.append(dict(lfq=row["codec"], codec=codec, bpp=row["bpp"], **{k: row[k] for k in scores},
-                                       **{f"{k}_of_codec": at_rate(other, row["bpp"], k) for k in scores},
-                                       bpp_of_codec_for_psnr=rate_for(other, row["psnr"])))
-                print("  at equal rate:", test.equal[-1], flush=True)
-        facts = dict(machine=machine_name(torch.device("cpu")), threads=1, torch=torch.__version__, date=str(date.today()),
-                     seed=0, seconds=time.perf_counter() - begun, processor_seconds=time.process_time() - used,
-                     flags={k: v for k, v in vars(args).items() if k not in ("runs", "out")},
-                     tests=[dict(name=t.name, ids=t.others, rows=t.rows, at_equal_rate=t.equal) for t in tests])
-        Path(args.out + ".json").write_text(json.dumps(facts, indent=1) + "\n")            # after each test: they take long
-        draw(args.out + ".png", tests)
+    for args.seed in args.seeds:
+        args.folder, tests = Path(args.runs) / f"seed-{args.seed}", []
+        seeds.append(dict(seed=args.seed, tests=tests))
+        for part in args.parts:
+            tests.append(test := TESTS[part](args, lpips))
+            compare_at_equal_rate(test, args.seed)
+            facts = dict(machine=machine_name(torch.device("cpu")), threads=1, torch=torch.__version__, date=str(date.today()),
+                         seconds=time.perf_counter() - begun, processor_seconds=time.process_time() - used,
+                         flags={k: v for k, v in vars(args).items() if k not in ("runs", "out", "seed", "folder")},
+                         seeds=[dict(seed=of["seed"], tests=[
+                             dict(name=t.name, ids=t.others, rows=t.rows, at_equal_rate=t.equal) for t in of["tests"]])
+                             for of in seeds])
+            Path(args.out + ".json").write_text(json.dumps(facts, indent=1) + "\n")        # after each test: they take long
+        if args.seed == args.seeds[0]:
+            draw(args.out + ".png", tests)
     print(f"wrote {args.out}.json and .png, {time.process_time() - used:.0f} s of processor time")
 
 
