@@ -12,12 +12,12 @@ Three systems of equal width (64, then 128), depth (4) and data, the first two o
   MaskGIT       the same ids, maskgit.py: 4, 8 or 16 passes over all 64
   TiTok         16 ids of titok.py that have no place in the image, maskgit.py: 4 or 8 passes over 16
 
-Quality is measured as in evaluate.py, at the guidance of sample.py. Seconds per image count everything from the class to the pixels,
-with guidance, at batch 1 and 16; the systems take turns in one process, medians. On a CPU that is processor time of one
-thread, for the machine may be shared. Beside it, for the width decides: wall time from the class to the tokens at batch 1
-for widths of 32 to 256 (random weights, which are as fast as trained ones), with one and two threads, float32 and
-bfloat16; each system has its own best. Writes experiments/results/survey[-paper][-cuda].json and survey.png. Runs that
-are already in --runs are not trained again.
+Quality is measured as in evaluate.py, at the guidance of sample.py. Seconds per image count everything from the class to
+the pixels, with guidance, at batch 1 and 16; the systems take turns in one process, medians. On a CPU that is processor
+time of one thread, for the machine may be shared. Beside it, for the width decides: wall time from the class to the
+tokens at batch 1 for widths of 32 to 256 (random weights, which are as fast as trained ones), with one and two threads,
+float32 and bfloat16; each system has its own best. Writes experiments/results/survey[-paper][-cuda].json and survey.png.
+Runs that are already in --runs are not trained again.
 """
 import argparse
 import json
