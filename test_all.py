@@ -4169,10 +4169,16 @@ def test_two_processes_follow_one(tmp_path):
     options = [*TINY, "--beta", "0", "--label_drop", "0", "--save_every", "24", "--eval_every", "24"]
     train.main([*options, "--runs", str(tmp_path / "one")])
     call("train.py", *options, "--runs", tmp_path / "two", torchrun=2)
-    for name in ("shapes-vae", "shapes-vae-ar-gmm"):
-        one, two = log_of(tmp_path / "one", name), log_of(tmp_path / "two", name)
+    shutil.copytree(tmp_path / "two" / "shapes-vae", tmp_path / "shard" / "shapes-vae")
+    call("train.py", *options, "--runs", tmp_path / "shard", "--shard", torchrun=2)
+    for name, runs in (("shapes-vae", "two"), ("shapes-vae-ar-gmm", "two"), ("shapes-vae-ar-gmm", "shard")):
+        one, two = log_of(tmp_path / "one", name), log_of(tmp_path / runs, name)
         assert one.keys() == two.keys() and len(one) > 4
         assert all(abs(one[s] - two[s]) <= 2e-3 * (1 + abs(one[s])) for s in one), (name, one, two)
+    whole, shared = (train.read_checkpoint(tmp_path / runs / name)["optimizers"] for runs in ("one", "shard"))
+    for a, b in zip(whole, shared, strict=True):            # a checkpoint holds all shares, in the order of one process
+        assert a["state"].keys() == b["state"].keys() and [g["params"] for g in a["param_groups"]] == [g["params"] for g in b["param_groups"]]
+        assert all(a["state"][k][m].shape == v.shape for k, state in b["state"].items() for m, v in state.items())
 
 
 def test_two_processes_draw_what_one_draws(tiny_run, tmp_path):
