@@ -432,7 +432,8 @@ def measure_captions(args, run, device):
     rows = [(f"rule_{name}", f"the rule on 500 real images: {name}", 100 * (told[name] == s[key]).float().mean().item(), "%",
              "its own limit") for name, key in (("shape", "label"), ("colour", "colour"), ("background", "background"))]
     texts, wanted = unseen_captions(run, n)
-    images = sample.draw_captions(run, texts, cfg=args.cfg, temperature=args.temperature, batch_size=args.batch_size, seed=args.seed)
+    images = sample.draw_captions(run, texts, cfg=args.cfg, temperature=args.temperature, batch_size=args.batch_size,
+                                  seed=args.seed)
     told = {name: v.cpu() for name, v in read_scene(images.clamp(-1, 1)).items()}
     right = {name: told[name] == wanted[name] for name in wanted}
     right["all three"] = right["shape"] & right["colour"] & right["background"]
@@ -848,7 +849,8 @@ def report(args, share):
             f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads"
         metrics.update(n=args.n, seed=args.seed)
         if run.generator is not None:
-            metrics.update({k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in sample.default_of(run).items()})
+            used = {k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in sample.default_of(run).items()}
+            metrics.update(used)
         metrics.update(device=str(device), machine=machine, **{k: v for k, v in before.items() if k.startswith("probe_")})
     if share[0]:
         return                                                  # the first process writes

@@ -261,7 +261,8 @@ def edit(run, args, labels, tricks):
     if not repaint.any():
         raise BadInput(f"--mask {args.mask}: covers no token of the {run.tokenizer.grid[0]} x {run.tokenizer.grid[1]} grid")
     if run.args.generator == "ar" and (~repaint[repaint.nonzero()[0, 0]:]).any():
-        print("note: this model is causal: what it paints does not see given tokens that come later (--generator maskgit does)")
+        print("note: this model is causal: what it paints does not see given tokens that come later (--generator maskgit "
+              "does)")
     if not Path(args.image).is_file():
         raise BadInput(f"--image {args.image}: there is no such file")
     image = data.read_image(args.image, Path(args.image).read_bytes, run.args.image_size)[None].float() / 127.5 - 1
@@ -406,7 +407,8 @@ def parse_args(argv=None):
     p.add_argument("--lfq", help="with --official, for Open-MAGVIT2: the file of its tokenizer")
     p.add_argument("--image_size", type=int, default=256,
                    help="with --official, for LlamaGen and Open-MAGVIT2: 256 (default), 384 or 512 pixels")
-    p.add_argument("--text_encoder", help="with --official, for LlamaGen's text-conditional files: google/flan-t5-xl, or its folder")
+    p.add_argument("--text_encoder",
+                   help="with --official, for LlamaGen's text-conditional files: google/flan-t5-xl, or its folder")
     p.add_argument("--n", type=int, help="number of samples (default: 8 per class, or 16 of one --class)")
     p.add_argument("--class", "--label", dest="cls", help="only this class, by name or number")
     p.add_argument("--cfg", type=float, help="guidance scale; 1 is off")
@@ -415,12 +417,14 @@ def parse_args(argv=None):
     p.add_argument("--steps", type=int, help="maskgit, mar: passes in which all tokens are drawn (default: 12; mar: 64 or T)")
     p.add_argument("--cfg_schedule", choices=["linear", "constant", "power-cosine"],
                    help="mar, --titok: guidance grows up to --cfg, or is the same throughout; power-cosine: --titok only")
-    p.add_argument("--diffusion_steps", help="diffusion head: denoising steps per token; 50:5 anneals them from first to last token")
+    p.add_argument("--diffusion_steps",
+                   help="diffusion head: denoising steps per token; 50:5 anneals them from first to last token")
     p.add_argument("--sampler", choices=["ancestral", "ddim", "heun", "euler"],
                    help="diffusion head: how noise is removed; heun and euler for --objective flow")
     p.add_argument("--spacing", choices=["strided", "official"],
                    help="diffusion head: which noise levels; official begins at t = 999")
-    p.add_argument("--schedule", choices=list(maskgit.SCHEDULES), help="maskgit: how many tokens are revealed when (default: cosine)")
+    p.add_argument("--schedule", choices=list(maskgit.SCHEDULES),
+                   help="maskgit: how many tokens are revealed when (default: cosine)")
     p.add_argument("--order", choices=["confidence", "halton"],
                    help="maskgit: which tokens are revealed first: the most confident, or those far apart, whatever they say")
     p.add_argument("--choice_temperature", type=float, help="maskgit: noise in the choice of the tokens that stay")
@@ -510,7 +514,8 @@ def check(args, run):
         if name not in known:
             raise BadInput(f"--{name}: not for --generator {run.args.generator} --head {run.args.head} --mix {run.args.mix}")
     if tricks.get("steps") and run.args.generator == "ar" and args.steps != run.tokenizer.seq_len:
-        raise BadInput(f"--steps {args.steps}: an autoregressive model draws one token per step, {run.tokenizer.seq_len} in all")
+        raise BadInput(f"--steps {args.steps}: an autoregressive model draws one token per step, {run.tokenizer.seq_len} in "
+                       "all")
     if tricks.get("steps", 1) > run.tokenizer.seq_len:
         raise BadInput(f"--steps {args.steps}: there are only {run.tokenizer.seq_len} tokens to reveal")
     return tricks

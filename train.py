@@ -65,7 +65,7 @@ CONTINUOUS = ("vae", "titok-vae")                           # the others' tokens
 GENERATORS = {"ar": (ar_transformer.ARTransformer, ar_transformer.SIZES), "maskgit": (maskgit.MaskGIT, maskgit.SIZES),
               "mar": (mar.MAR, mar.SIZES)}
 
-CODEBOOKS = {                                               # --codebook: unit length or not, learned by gradient or as averages
+CODEBOOKS = {                                               # --codebook: unit length or not, by gradient or as averages
     "l2": dict(l2_norm=True), "l2-ema": dict(l2_norm=True, ema=0.99),                       # LlamaGen's, and with restarts
     "plain": dict(l2_norm=False), "ema": dict(l2_norm=False, ema=0.99),                     # VQGAN's, and VQ-VAE's
 }
@@ -87,7 +87,7 @@ DEFAULTS = {                                                # what a flag is whe
     "any-titok": dict(beta=0.25, codebook="l2-ema"), "any-titok-vae": dict(beta=0.01),
     "cpu-titok": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),
     "cpu-titok-vae": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),
-    "any-vq": dict(beta=0.25, codebook="l2-ema"),           # beta: of the commitment. LlamaGen's own l2 leaves half unused here
+    "any-vq": dict(beta=0.25, codebook="l2-ema"),           # beta: of the commitment. LlamaGen's l2 leaves half unused here
     "cpu-maskgit-categorical": dict(size="tiny", steps=8000),
     "cpu-maskgit": dict(steps=3000),                        # a pass teaches the hidden tokens only, so it needs more of them
     "cuda-maskgit": dict(steps=16_000),
@@ -128,32 +128,35 @@ def parse_args(argv=None):
     g.add_argument("--tok_batch_size", type=int, help="images per step, over all processes")
     g.add_argument("--tok_lr", type=float, help="peak learning rate")
     g.add_argument("--token_dim", type=int, help="numbers in one token, or in one code of vq (default: that of the size)")
-    g.add_argument("--vocab_size", type=int, help="vq, lfq, titok: how many codes, for lfq a power of 2 (default: that of the size)")
+    g.add_argument("--vocab_size", type=int, help="vq, lfq, titok: number of codes, lfq a power of 2 (default: of the size)")
     g.add_argument("--tokens", type=int, help="titok: tokens per image, such as 8, 16, 32 (default: that of the size)")
     g.add_argument("--stage", choices=["pixels", "proxy", "finetune"],
                    help="titok: learn pixels, or as published: first name the ids of --proxy, then go on from there to pixels "
                         "with encoder and ids frozen (finetune; does the first part too where its folder is missing)")
     g.add_argument("--proxy", help="titok: run folder of a trained vq tokenizer with one id per patch (--tok_size fine)")
-    g.add_argument("--codebook", choices=list(CODEBOOKS), help="vq, titok: codes of unit length (l2), as they are (plain), or as moving "
-                                                               "averages with restarts (l2-ema, ema)")
+    g.add_argument("--codebook", choices=list(CODEBOOKS),
+                   help="vq, titok: codes of unit length (l2), as they are (plain), or as moving averages with restarts (l2-ema, "
+                        "ema)")
     g.add_argument("--inflate", help="lfq with --frames: begin with the weights of an image tokenizer's run folder")
     g.add_argument("--task", choices=["class", "segment", "depth"],
                    help="what to generate: images of a class, or from an image of the drawn world its label map or distances")
     g.add_argument("--channels", type=int, choices=[1, 3], help="1: grey images (colours are averaged), 3: RGB")
     g.add_argument("--likelihood", choices=["mse", "logistic"],
-                   help="of a pixel: Gaussian, or discretised logistic, with which losses are exact bounds in bits per dimension")
+                   help="of a pixel: Gaussian, or discretised logistic: losses are exact bounds in bits per dimension")
     g.add_argument("--beta", type=float, help="weight of the KL in nats per image against the summed squared error (logistic: "
                                               "against the nats of the pixels, default 1); 0: AE. vq: of the commitment")
     g.add_argument("--corrupt", type=float, help="standard deviation of noise on the input pixels: a denoising autoencoder")
     g.add_argument("--perceptual", type=float, help="weight of a perceptual distance of reconstructions (0: none; VQGAN: 1), by "
                                                     "a small classifier of the data, or by --lpips")
-    g.add_argument("--lpips", nargs="+", help="LPIPS's files: VGG16 of torchvision (vgg16-397923af.pth) and its linear layers (vgg.pth)")
+    g.add_argument("--lpips", nargs="+",
+                   help="LPIPS's files: VGG16 of torchvision (vgg16-397923af.pth) and its linear layers (vgg.pth)")
     g.add_argument("--gan", type=float, help="weight of a patch critic (0: none; LlamaGen: 0.5)")
     g.add_argument("--gan_loss", choices=["hinge", "non-saturating"], help="the loss of the critic")
     g.add_argument("--gan_start", type=int, help="steps before the critic has a say (default: half of --tok_steps)")
     g.add_argument("--adaptive", action="store_const", const=True, help="VQGAN's adaptive weight of the critic")
     g = p.add_argument_group("stage 2, the generator")
-    g.add_argument("--adapter", choices=["none", "flow"], help="flow: bend the tokens by a volume-preserving flow first (GIVT)")
+    g.add_argument("--adapter", choices=["none", "flow"],
+                   help="flow: bend the tokens by a volume-preserving flow first (GIVT)")
     g.add_argument("--size", choices=list(ar_transformer.SIZES | maskgit.SIZES | mar.SIZES),
                    help="size of the generator, from SIZES in its file")
     g.add_argument("--steps", type=int, help="training steps")
@@ -163,20 +166,25 @@ def parse_args(argv=None):
     g.add_argument("--mix", choices=list(gmm_head.HEADS), help="gmm head: one mixture per token vector, one per channel, or "
                                                                "a single Gaussian with full covariance")
     g.add_argument("--n_mix", type=int, help="mixture components K of the gmm head")
-    g.add_argument("--objective", choices=["diffusion", "flow"], help="diffusion head: remove noise, or follow a rectified flow")
+    g.add_argument("--objective", choices=["diffusion", "flow"],
+                   help="diffusion head: remove noise, or follow a rectified flow")
     g.add_argument("--head_width", type=int, help="diffusion head: width of its MLP (default: that of the size)")
     g.add_argument("--head_depth", type=int, help="diffusion head: blocks of its MLP (default: that of the size)")
     g.add_argument("--batch_mul", type=int, help="diffusion head: noise levels per token and step")
-    g.add_argument("--groups", type=int, help="categorical head: cut an id into so many digits, drawn side by side (MAGVIT-v2: 2)")
+    g.add_argument("--groups", type=int,
+                   help="categorical head: cut an id into so many digits, drawn side by side (MAGVIT-v2: 2)")
     g.add_argument("--split", type=int, nargs="+", metavar="BITS", help="categorical head of ar: cut an id into digits of so many "
                                                                         "bits, drawn in turn (Open-MAGVIT2: 6 12)")
     g.add_argument("--order", choices=["random", "raster"], help="mar: the order in which tokens are written")
-    g.add_argument("--attention", choices=["bidirectional", "causal"], help="mar: an encoder-decoder, or a GPT told where to write")
+    g.add_argument("--attention", choices=["bidirectional", "causal"],
+                   help="mar: an encoder-decoder, or a GPT told where to write")
     g.add_argument("--n_buffer", type=int, help="mar: copies of the class, room to think in (default: that of the size)")
     g.add_argument("--mask_min", type=float, help="mar: least share of the tokens hidden in training (published: 0.7)")
-    g.add_argument("--condition", choices=["class", "text"], help="what an image is asked for by: its class, or its caption (drawn "
-                                                                  "shapes have one, own images where NAME.txt lies beside NAME.jpg)")
-    g.add_argument("--text_encoder", help="bytes: the model learns to read; or a T5 encoder of `transformers`, by name or folder")
+    g.add_argument("--condition", choices=["class", "text"],
+                   help="what an image is asked for by: its class, or its caption (drawn shapes have one, own images where "
+                        "NAME.txt lies beside NAME.jpg)")
+    g.add_argument("--text_encoder",
+                   help="bytes: the model learns to read; or a T5 encoder of `transformers`, by name or folder")
     g.add_argument("--text_len", type=int, help="longest caption, in bytes or T5's tokens (default: of the training captions)")
     g.add_argument("--joint", action="store_const", const=True, help="train VAE and transformer together by the exact bound")
     g.add_argument("--label_drop", type=float, help="fraction of labels hidden in training, for guidance")
@@ -197,8 +205,9 @@ def parse_args(argv=None):
     g.add_argument("--dtype", choices=["fp32", "bf16"],
                    help="bf16: autocast (default: on CUDA, and for stage 2 on CPUs that multiply it natively)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: on CUDA)")
-    g.add_argument("--shard", action="store_true", help="under torchrun: each process keeps the optimizer's state of its share of "
-                                                        "the weights alone (ZeRO stage 1), for models that hardly fit")
+    g.add_argument("--shard", action="store_true",
+                   help="under torchrun: each process keeps the optimizer's state of its share of the weights alone (ZeRO "
+                        "stage 1), for models that hardly fit")
     g.add_argument("--log_every", type=int, default=50, help="steps between printed lines")
     g.add_argument("--eval_every", type=int, default=500, help="steps between validation losses, each with a checkpoint")
     g.add_argument("--save_every", type=int, default=100, help="steps between checkpoints")
@@ -253,7 +262,8 @@ def check(args):
         if args.tokenizer not in where and getattr(args, name) not in (None, 3):
             raise BadInput(f"--{name}: is for --tokenizer {' or '.join(where)}")
     if args.stage not in (None, "pixels") and (not args.tokenizer.startswith("titok") or not args.proxy):
-        raise BadInput(f"--stage {args.stage}: is for --tokenizer titok, and needs --proxy RUN, the folder of a trained vq tokenizer")
+        raise BadInput(f"--stage {args.stage}: is for --tokenizer titok, and needs --proxy RUN, the folder of a trained vq "
+                       "tokenizer")
     if args.proxy and args.stage in (None, "pixels"):
         raise BadInput("--proxy: goes with --stage proxy or finetune")
     if args.tokenizer == "lfq" and args.vocab_size and args.vocab_size & (args.vocab_size - 1):
@@ -266,7 +276,8 @@ def check(args):
         if getattr(args, name) is not None and args.frames in (None, 1):
             raise BadInput(f"--{name}: is for clips, so it goes with --frames 17, say")
     if args.tok_size is not None and args.tok_size not in TOKENIZERS[args.tokenizer][1]:
-        raise BadInput(f"--tok_size {args.tok_size}: --tokenizer {args.tokenizer} has {', '.join(TOKENIZERS[args.tokenizer][1])}")
+        raise BadInput(f"--tok_size {args.tok_size}: --tokenizer {args.tokenizer} has "
+                       f"{', '.join(TOKENIZERS[args.tokenizer][1])}")
     for name in ("frames", "frame_step", "image_size", "n_shapes", "tok_steps", "tok_batch_size", "steps", "batch_size", "n_mix",
                  "token_dim", "vocab_size", "tokens", "text_len", "head_width", "head_depth", "batch_mul", "groups", "n_buffer",
                  "log_every", "eval_every", "save_every"):
@@ -280,7 +291,8 @@ def check(args):
     if (args.gan_start is not None or args.adaptive) and not args.gan:
         raise BadInput("--gan_start, --adaptive: go with --gan")
     if (args.gan or args.perceptual) and (args.joint or args.likelihood == "logistic" or args.task not in (None, "class")):
-        raise BadInput("--gan, --perceptual: not with --joint, --likelihood logistic or --task, whose losses mean something else")
+        raise BadInput("--gan, --perceptual: not with --joint, --likelihood logistic or --task, whose losses mean something "
+                       "else")
     for name in ("perceptual", "gan", "gan_start", "beta", "corrupt", "label_drop", "dropout", "weight_decay", "warmup", "ema"):
         if getattr(args, name) is not None and not getattr(args, name) >= 0:
             raise BadInput(f"--{name} {getattr(args, name)}: must not be negative")
@@ -365,7 +377,7 @@ def native_bf16(device):
     return device.type == "cpu" and any(getattr(torch.cpu, n)() for n in names if hasattr(torch.cpu, n))
 
 
-load_once = functools.lru_cache(maxsize=4)(data.load)       # both stages read the same images (and maps), training and validation
+load_once = functools.lru_cache(maxsize=4)(data.load)       # both stages read the same images (and maps), of two splits
 
 
 def open_data(args, split, device):
@@ -476,7 +488,8 @@ def encode_texts(args, texts):
     tokenizer, encoder = load_t5(args.text_encoder)
     parts = []
     for i in range(0, len(texts), 64):
-        words = tokenizer(texts[i:i + 64], padding="max_length", truncation=True, max_length=args.text_len, return_tensors="pt")
+        words = tokenizer(texts[i:i + 64], padding="max_length", truncation=True, max_length=args.text_len,
+                          return_tensors="pt")
         with torch.no_grad():
             x = encoder(**words).last_hidden_state                                          # (B, P, E), padding behind
         count = words["attention_mask"].sum(1)
@@ -505,7 +518,8 @@ def captions_of(args, images, split):
         start = data.VAL_INDEX if split == "val" else 0
         return data.captions(torch.arange(start, start + len(images)), args.seed)
     if images.texts is None:
-        raise BadInput(f"--condition text: not every image of --data {args.data} has a caption; write NAME.txt beside NAME.jpg")
+        raise BadInput(f"--condition text: not every image of --data {args.data} has a caption; write NAME.txt beside "
+                       "NAME.jpg")
     return images.texts
 
 
@@ -896,7 +910,8 @@ def validate(source, batch_size, args, world, n=None):
         model.eval()
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
-            some = torch.linspace(0, len(source) - 1, min(n or VALIDATED, len(source))).long()     # all classes: they are sorted
+            # evenly spread: a folder comes sorted by class
+            some = torch.linspace(0, len(source) - 1, min(n or VALIDATED, len(source))).long()
             for index in some.split(batch_size):
                 total, count = total + model(*source.batch(index))[0] * len(index), count + len(index)
         model.train(was_training)
@@ -949,14 +964,17 @@ def train_tokenizer(given, folder, world, begin=None):
         images, held_out = open_data(args_io, "train", world.device), open_data(args_io, "val", world.device)
         folder.mkdir(parents=True, exist_ok=True)
 
-        model = with_losses(args, tokenizer, images, held_out, folder, world.device) if args.gan or args.perceptual else tokenizer
+        model = tokenizer
+        if args.gan or args.perceptual:
+            model = with_losses(args, tokenizer, images, held_out, folder, world.device)
 
         def finish(model):
             model = getattr(model, "tokenizer", model)
             measured = encode_all(model, images)
             if model.vocab_size:
                 used = len(measured["ids"].unique())
-                say(world, f"{used} of {model.vocab_size} codes occur in the training images ({100 * used / model.vocab_size:.1f}%)")
+                say(world, f"{used} of {model.vocab_size} codes occur in the training images "
+                           f"({100 * used / model.vocab_size:.1f}%)")
             else:
                 model.measure(measured["mean"], measured["std"])
             if world.rank == 0:
@@ -1003,7 +1021,8 @@ def train_generator(given, folder, tokenizer, tok_args, tok_folder, world, sourc
         return
     weights = {k: v.cpu() for k, v in tokenizer.state_dict().items()}
     if checkpoint and any(not torch.equal(v, checkpoint["tokenizer"][k]) for k, v in weights.items()):
-        raise BadInput(f"{folder} was begun on the tokens of another tokenizer than {tok_folder}: start again with --overwrite")
+        raise BadInput(f"{folder} was begun on the tokens of another tokenizer than {tok_folder}: start again with "
+                       "--overwrite")
     extra = dict(classes=sets["train"].classes, tokenizer=weights, grid=list(tokenizer.grid))           # grid: for export
     tokens = {s: token_cache(tokenizer, images, tok_folder, s, world.rank == 0) for s, images in sets.items()}
     if source is not None:
