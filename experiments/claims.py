@@ -567,7 +567,7 @@ def compression(lab):
         for part in of["tests"]:
             for row in part["at_equal_rate"]:
                 if row["codec"] == "H.265" and row["psnr_of_codec"] is not None:
-                    for codec, suffix in ((row["lfq"], ""), (f"H.265 at the rate of {row['lfq']}", "_of_codec")):
+                    for codec, suffix in ((row["lfq"], ""), (f"H.265 at that rate ({row['lfq'][5:]})", "_of_codec")):
                         arm = arms.setdefault(f"{part['name']}, {codec}", [])
                         arm.append(dict(psnr=row[f"psnr{suffix}"], ms_ssim=row[f"ms_ssim{suffix}"], bpp=row["bpp"]))
     if not arms:
@@ -867,7 +867,7 @@ def spread(values):
     """Mean +- standard deviation over the seeds, to as many digits as the latter deserves."""
     m, std = mean(values), stdev(values) if len(values) > 1 else abs(mean(values)) / 100
     if std == 0:                                            # a bound, not a measurement
-        return f"{m:g}"
+        return f"{m:.4g}"
     places = min(4, max(int(abs(m) < 100), -math.floor(math.log10(max(std, 1e-9)))))
     return f"{m:.{places}f}" + f" +- {std:.{places}f}" * (len(values) > 1)
 
@@ -925,7 +925,7 @@ def verdict_of(result):
 
 def table(out):
     """Markdown from the result files: every claim and its verdict, then, folded, the tests; what is missing is named."""
-    lines, numbers, missing = ["| claim | reported | verdict | here |", "|---" * 4 + "|"], [], []
+    lines, numbers, missing, verdicts = ["| claim | reported | verdict | here |", "|---" * 4 + "|"], [], [], []
     for name, claim in CLAIMS.items():
         number, text, paper, remark = words_of(claim)
         path = out / f"{name}.json"
@@ -933,13 +933,15 @@ def table(out):
             missing.append(f"{number} (`{name}`)")
             continue
         r = json.loads(path.read_text())
+        verdicts.append(r["verdict"])
         tests = [sentence(t) for t in r["tests"]] or ["The table below."]
         here = remark[:1].upper() + remark[1:] or tests[0].rsplit(": ", 1)[0]               # without the verdict
         lines.append(f"| {number}. [{text}](experiments/results/claims/{name}.png) | {paper} | **{verdict_of(r)}** | {here} |")
         numbers.append(f"| {number} | {'<br>'.join(tests)} |")
     lines += ["", "<details><summary>The tests in numbers: mean and standard deviation over the seeds</summary>", "",
               "| claim | tests |", "|---|---|", *numbers, "", "</details>"]
-    text = "\n".join(lines)
+    counts = "; ".join(f"{word}: {verdicts.count(word)}" for word in ("holds", "does not hold", "undecided here"))
+    text = f"{counts[:1].upper()}{counts[1:]}.\n\n" + "\n".join(lines)
     if (out / "six-systems.json").exists():
         r = json.loads((out / "six-systems.json").read_text())
         s = r["scale"]
