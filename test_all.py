@@ -4165,28 +4165,33 @@ def test_killed_twice_and_resumed_equals_uninterrupted_bit_for_bit(tiny_run, tmp
 
 
 def test_two_processes_follow_one(tmp_path):
-    """Without noise inside the models (beta 0, no label dropping) the losses are equal up to rounding."""
+    """Without noise inside the models (beta 0, no label dropping) the losses are equal up to rounding; stage 2 with --shard."""
     options = [*TINY, "--beta", "0", "--label_drop", "0", "--save_every", "24", "--eval_every", "24"]
     train.main([*options, "--runs", str(tmp_path / "one")])
-    call("train.py", *options, "--runs", tmp_path / "two", torchrun=2)
-    shutil.copytree(tmp_path / "two" / "shapes-vae", tmp_path / "shard" / "shapes-vae")
-    call("train.py", *options, "--runs", tmp_path / "shard", "--shard", torchrun=2)
-    for name, runs in (("shapes-vae", "two"), ("shapes-vae-ar-gmm", "two"), ("shapes-vae-ar-gmm", "shard")):
-        one, two = log_of(tmp_path / "one", name), log_of(tmp_path / runs, name)
+    call("train.py", *options, "--runs", tmp_path / "two", "--generator", "none", torchrun=2)
+    call("train.py", *options, "--runs", tmp_path / "two", "--shard", torchrun=2)
+    for name in ("shapes-vae", "shapes-vae-ar-gmm"):
+        one, two = log_of(tmp_path / "one", name), log_of(tmp_path / "two", name)
         assert one.keys() == two.keys() and len(one) > 4
         assert all(abs(one[s] - two[s]) <= 2e-3 * (1 + abs(one[s])) for s in one), (name, one, two)
-    whole, shared = (train.read_checkpoint(tmp_path / runs / name)["optimizers"] for runs in ("one", "shard"))
+    whole, shared = (train.read_checkpoint(tmp_path / runs / name)["optimizers"] for runs in ("one", "two"))
     for a, b in zip(whole, shared, strict=True):            # a checkpoint holds all shares, in the order of one process
-        assert a["state"].keys() == b["state"].keys() and [g["params"] for g in a["param_groups"]] == [g["params"] for g in b["param_groups"]]
+        assert [g["params"] for g in a["param_groups"]] == [g["params"] for g in b["param_groups"]]
+        assert a["state"].keys() == b["state"].keys()
         assert all(a["state"][k][m].shape == v.shape for k, state in b["state"].items() for m, v in state.items())
 
 
 def test_two_processes_draw_what_one_draws(tiny_run, tmp_path):
     """Under torchrun 28 images in batches of 8: each process draws two batches, the first alone writes and speaks."""
-    options = [tiny_run / "shapes-vae-ar-gmm", "--n", "28", "--batch_size", "8", "--device", "cpu"]
-    for name, processes in (("one", 0), ("two", 2)):
-        said = call("sample.py", *options, "--npz", tmp_path / f"{name}.npz", "--out", tmp_path / f"{name}.png", torchrun=processes)
-        assert said.count("28 samples in") == 1
+    options = [str(tiny_run / "shapes-vae-ar-gmm"), "--n", "28", "--batch_size", "8", "--device", "cpu"]
+    files = lambda name: ["--npz", str(tmp_path / f"{name}.npz"), "--out", str(tmp_path / f"{name}.png")]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                                # as many as torchrun's processes have: equal to the last bit
+    try:
+        sample.main([*options, *files("one")])
+    finally:
+        torch.set_num_threads(threads)
+    assert call("sample.py", *options, *files("two"), torchrun=2).count("28 samples in") == 1
     one, two = (np.load(tmp_path / f"{name}.npz") for name in ("one", "two"))
     assert np.array_equal(one["arr_0"], two["arr_0"]) and np.array_equal(one["labels"], two["labels"])
     assert len(np.unique(one["arr_0"].reshape(28, -1), axis=0)) == 28                       # no batch twice
