@@ -546,10 +546,9 @@ class CategoricalHead(nn.Module):
         Guidance mixes logits: u + cfg * (c - u). Then temperature, then the top_k likeliest ids (0: all), then the
         smallest set whose probability reaches top_p (LlamaGen's order). With groups, all of it digit by digit.
         """
+        if h_uncond is not None and cfg != 1.0:             # proj is linear: mixed before it, logits are made only once
+            h = h_uncond + cfg * (h - h_uncond)
         logits = self.digit_logits(h)                                                       # (..., groups, base)
-        if h_uncond is not None and cfg != 1.0:
-            logits_u = self.digit_logits(h_uncond)
-            logits = logits_u + cfg * (logits - logits_u)
         if temperature != 1:
             logits = logits / max(temperature, 1e-5)
         if top_k:
