@@ -205,9 +205,6 @@ def parse_args(argv=None):
     g.add_argument("--dtype", choices=["fp32", "bf16"],
                    help="bf16: autocast (default: on CUDA, and for stage 2 on CPUs that multiply it natively)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: on CUDA)")
-    g.add_argument("--shard", action="store_true",
-                   help="under torchrun: each process keeps the optimizer's state of its share of the weights alone (ZeRO "
-                        "stage 1), for models that hardly fit")
     g.add_argument("--log_every", type=int, default=50, help="steps between printed lines")
     g.add_argument("--eval_every", type=int, default=500, help="steps between validation losses, each with a checkpoint")
     g.add_argument("--save_every", type=int, default=100, help="steps between checkpoints")
@@ -714,24 +711,15 @@ def save_atomically(state, path):
 # ---------------------------------------------------------------------------------------------------
 # The loop
 
-def make_optimizers(model, args, lr, matrices, shard=False):
-    """AdamW for everything, or Muon (Jordan et al. 2024) for the matrices inside the transformer blocks where asked.
-
-    shard: ZeRO stage 1 (https://arxiv.org/abs/1910.02054). A process updates its share of the weights and sends it to the
-    others: of AdamW's 8 bytes for each weight it keeps 8 / N.
-    """
-    def make(kind, params, **options):
-        if not shard:
-            return kind(params, **options)
-        from torch.distributed.optim import ZeroRedundancyOptimizer                        # here: to import it takes a second
-        return ZeroRedundancyOptimizer(params, kind, **options)
+def make_optimizers(model, args, lr, matrices):
+    """AdamW for everything, or Muon (Jordan et al. 2024) for the matrices inside the transformer blocks where asked."""
     muon = [p for n, p in model.named_parameters() if matrices and p.ndim == 2 and "blocks." in n]
     rest = [p for p in model.parameters() if all(p is not q for q in muon)]
     decay, plain = [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim <= 1]
     groups = [dict(params=decay, weight_decay=args.weight_decay), dict(params=plain, weight_decay=0.0)]
-    optimizers = [make(torch.optim.AdamW, groups, lr=lr, betas=(0.9, 0.95), fused=True)]
+    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
     if muon:                                                # its update is scaled to the size of AdamW's: one --lr serves both
-        optimizers.append(make(torch.optim.Muon, muon, lr=lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon(muon, lr=lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
@@ -755,7 +743,7 @@ def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finis
     ema = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(1 - 20 / max(steps, 40) if args.ema is None else args.ema))
     transformer = args.tokenizer.startswith("titok") if stage == 1 else not args.joint      # small convolutions gain no speed
     muon = transformer if stage == 1 else args.optimizer == "muon"
-    optimizers = make_optimizers(raw, args, lr, muon, world.shard)
+    optimizers = make_optimizers(raw, args, lr, muon)
     first = 0
     if checkpoint is not None:
         raw.load_state_dict(checkpoint["model"])
@@ -775,9 +763,6 @@ def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finis
                f"{batch_size} {log_unit}, {world.device.type} x {world.size}, {'bf16' if use_bf16 else 'fp32'}")
 
     def save(step, done=False):
-        if world.shard:
-            for opt in optimizers:
-                opt.consolidate_state_dict(to=0)
         if world.rank == 0:
             state = dict(stage=stage, step=step, done=done, flags=vars(args), model=raw.state_dict(), ema=ema.state_dict(),
                          optimizers=[o.state_dict() for o in optimizers])
@@ -1117,7 +1102,6 @@ def main(argv=None):
     if size > 1:                                            # started by torchrun
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     world = SimpleNamespace(rank=int(os.environ.get("RANK", 0)), size=size, device=device, dtype=given.dtype,
-                            shard=given.shard and size > 1,
                             native_bf16=native_bf16(device),
                             compile=device.type == "cuda" if given.compile is None else given.compile)
     data_name = Path(given.data or "shapes").name.split(".")[0] or "data"

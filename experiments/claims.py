@@ -771,7 +771,7 @@ def mnist_nats(args, device):
     flags = SimpleNamespace(steps=args.steps, batch_size=args.batch_size, lr=args.lr, seed=0, tokenizer="pixels", frames=1,
                             joint=False, optimizer="muon", warmup=50, weight_decay=0.02, grad_clip=1.0, ema=None,
                             log_every=100, eval_every=max(50, args.steps // 20), save_every=100)
-    world = SimpleNamespace(rank=0, size=1, shard=False, device=device, dtype=None, native_bf16=train.native_bf16(device),
+    world = SimpleNamespace(rank=0, size=1, device=device, dtype=None, native_bf16=train.native_bf16(device),
                             compile=device.type == "cuda")
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, source = train.read_checkpoint(folder), OnDevice(sets["train"], device)
