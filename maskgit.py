@@ -214,7 +214,7 @@ class CategoricalHead(nn.Module):
         Guidance mixes logits: u + cfg * (c - u). Then temperature, then the top_k likeliest ids (0: all), then the
         smallest set whose probability reaches top_p (LlamaGen's order). With groups, all of it digit by digit.
         """
-        if h_uncond is not None and cfg != 1.0:             # proj is linear: mixed before it, logits are made only once
+        if h_uncond is not None and cfg != 1.0:             # proj is affine: mixed before it, logits are made only once
             h = h_uncond + cfg * (h - h_uncond)
         logits = self.digit_logits(h)                                                       # (..., groups, base)
         if temperature != 1:

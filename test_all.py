@@ -4175,7 +4175,7 @@ def test_two_processes_follow_one(tmp_path):
         assert all(abs(one[s] - two[s]) <= 2e-3 * (1 + abs(one[s])) for s in one), (name, one, two)
 
 
-def test_two_processes_draw_what_one_draws(tiny_run, tmp_path):
+def test_two_processes_draw_what_one_draws(tiny_run, tmp_path, monkeypatch):
     """Under torchrun 28 images in batches of 8: each process draws two batches, the first alone writes and speaks."""
     options = [str(tiny_run / "shapes-vae-ar-gmm"), "--n", "28", "--batch_size", "8", "--device", "cpu"]
     files = lambda name: ["--npz", str(tmp_path / f"{name}.npz"), "--out", str(tmp_path / f"{name}.png")]
@@ -4190,6 +4190,12 @@ def test_two_processes_draw_what_one_draws(tiny_run, tmp_path):
     assert np.array_equal(one["arr_0"], two["arr_0"]) and np.array_equal(one["labels"], two["labels"])
     assert len(np.unique(one["arr_0"].reshape(28, -1), axis=0)) == 28                       # no batch twice
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    run, draw, drawn = train.load_run(options[0]), sample.draw_tokens, []
+    monkeypatch.setattr(sample, "draw_tokens", lambda run, cond, *rest, **tricks: drawn.append(len(cond)) or draw(run, cond, *rest, **tricks))
+    monkeypatch.setattr(sample.dist, "all_gather_object", lambda parts, mine: parts.__setitem__(slice(None), [mine, {}]))
+    run.share = 1, 2
+    sample.draw_samples(run, torch.arange(28) % 10, batch_size=8)
+    assert drawn == [8, 4], "the second of two processes draws the second and the fourth batch, not those of the other"
     with pytest.raises(data.BadInput, match="without torchrun"):
         evaluate.report(SimpleNamespace(probe=True), (0, 2))
 

@@ -374,7 +374,7 @@ def native_bf16(device):
     return device.type == "cpu" and any(getattr(torch.cpu, n)() for n in names if hasattr(torch.cpu, n))
 
 
-load_once = functools.lru_cache(maxsize=4)(data.load)       # both stages read the same images (and maps), of two splits
+load_once = functools.lru_cache(maxsize=4)(data.load)       # both stages read the same images, and their maps
 
 
 def open_data(args, split, device):
@@ -742,8 +742,7 @@ def fit(stage, model, source, val, args, folder, world, checkpoint, extra, finis
             p.data = p.data.contiguous(memory_format=torch.channels_last)
     ema = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(1 - 20 / max(steps, 40) if args.ema is None else args.ema))
     transformer = args.tokenizer.startswith("titok") if stage == 1 else not args.joint      # small convolutions gain no speed
-    muon = transformer if stage == 1 else args.optimizer == "muon"
-    optimizers = make_optimizers(raw, args, lr, muon)
+    optimizers = make_optimizers(raw, args, lr, matrices=transformer if stage == 1 else args.optimizer == "muon")
     first = 0
     if checkpoint is not None:
         raw.load_state_dict(checkpoint["model"])
