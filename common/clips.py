@@ -52,7 +52,7 @@ class Stills:
 # ---- Frame prediction ----------------------------------------------------------------------------
 
 def known_tokens(run, n):
-    """How many tokens the first n frames of a clip are. Raises BadInput where no token ends after n frames."""
+    """How many tokens the first n frames of a clip are. BadInput where no token ends after n frames."""
     frames = run.args.frames
     stride = run.tokenizer.time_stride
     if n % stride != 1 % stride or not 1 <= n < frames:

@@ -1,5 +1,5 @@
 """
-Draw from a loaded run: its sampling defaults, tokens, images, and the picture at the end of stage 2.
+Draw from a loaded run: its sampling defaults, tokens, images, edited images, the picture after stage 2.
 
 A run is what common.runs.load_run returns: folder, args, tokenizer, generator, classes, device. Programs may
 add `bf16` (draw under autocast) and `share` (which part of the work this process does under torchrun).
@@ -13,9 +13,14 @@ Shapes:  N images, B in a batch, T tokens, D numbers in a token, P E length and 
 import contextlib
 import os
 import sys
+from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
+import data
 from common import captions, pictures
 from data import BadInput
 
@@ -103,8 +108,8 @@ def refuse_not_finite(run, tokens):
     """A model that diverged draws NaN, which a decoder turns into black or grey squares without a word."""
     if tokens.is_floating_point() and not tokens.isfinite().all():
         bad = (~tokens.isfinite()).flatten(1).any(1).sum().item()
-        raise BadInput(f"{run.folder}: {bad} of {len(tokens)} samples have tokens that are not finite. Without --cfg "
-                       "and --temperature this means that the model diverged: train it anew with a lower --lr")
+        raise BadInput(f"{run.folder}: {bad} of {len(tokens)} samples have tokens that are not finite. Unless "
+                       "--cfg or --temperature did it, the model diverged: train it anew with a lower --lr")
 
 
 def draw_captions(run, texts, **options):
@@ -178,11 +183,64 @@ def save_samples(path, run):
         print(f"no picture: {e}")
 
 
+# ---- Editing: some tokens are given, the rest is drawn -------------------------------------------
+
+def edit(run, path, mask, labels, seed=0, **options):
+    """An image file and --mask -> the image and its mask (2, 3, H, W), edited images (N, 3, H, W).
+
+    The tokens of the image outside the mask stay. Those inside are drawn, one image for each of labels (N,).
+    """
+    if len(run.tokenizer.grid) != 2:
+        raise BadInput("--mask: the tokens of this run have no place in the image")
+    rows, columns = run.tokenizer.grid
+    repaint = parse_mask(mask, rows, columns)                                         # (T,)
+    if not repaint.any():
+        raise BadInput(f"--mask {mask}: covers no token of the {rows} x {columns} grid")
+    first = repaint.nonzero()[0, 0]
+    if run.args.generator == "ar" and (~repaint[first:]).any():
+        print("note: this model is causal: what it paints does not see given tokens that come later "
+              "(--generator maskgit does)")
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"--image {path}: there is no such file")
+    side = run.args.image_size
+    image = data.read_image(str(path), path.read_bytes, side)[None].float() / 127.5 - 1
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        known = run.tokenizer.encode(image.to(run.device))                            # (1, T[, D])
+    known = known.expand(len(labels), *known.shape[1:])
+    known_mask = ~repaint.to(run.device).expand(len(labels), -1)
+    images = draw_samples(run, labels, seed=seed, known=known, known_mask=known_mask, **options)
+    painted = F.interpolate(repaint.view(1, 1, rows, columns).float(), (side, side), mode="nearest")
+    return torch.cat([image, torch.where(painted > 0, 0.4, image)]), images
+
+
+def parse_mask(text, rows, columns):
+    """--mask -> (T,) bool over the grid of tokens, True where to repaint: a name, a box or a PNG."""
+    y = ((torch.arange(rows) + 0.5) / rows).view(-1, 1).expand(rows, columns)
+    x = ((torch.arange(columns) + 0.5) / columns).expand(rows, columns)
+    centre = ((y - 0.5).abs() < 0.26) & ((x - 0.5).abs() < 0.26)
+    named = dict(left=x < 0.5, right=x > 0.5, top=y < 0.5, bottom=y > 0.5, centre=centre, border=~centre,
+                 all=torch.ones_like(centre))
+    if text in named:
+        return named[text].flatten()
+    try:
+        if text.lower().endswith(".png"):
+            with Image.open(text) as picture:
+                small = picture.convert("L").resize((columns, rows), Image.Resampling.BOX)
+            return torch.from_numpy(np.array(small)).flatten() > 127
+        y0, x0, y1, x1 = (float(v) for v in text.split(","))
+    except (OSError, ValueError):
+        raise BadInput(f"--mask {text}: {', '.join(named)}, a box y0,x0,y1,x1 in fractions of the image, or "
+                       "a readable .png") from None
+    return ((y > y0) & (y < y1) & (x > x0) & (x < x1)).flatten()
+
+
 # ---- Several processes ---------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def processes():
-    """Joins the processes if torchrun started this program -> (rank, size), else (0, 1). Only rank 0 prints."""
+    """Joins the processes, if torchrun started this program -> (rank, size), or (0, 1). Rank 0 prints."""
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
