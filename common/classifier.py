@@ -44,7 +44,7 @@ class SmallCNN(nn.Module):
         self.classify = nn.Linear(n_features, num_classes)
 
     def features(self, images):
-        """images (B, 3, H, W) in [-1, 1] -> (B, 128) float32: mean 0, variance 1 over the training images."""
+        """images (B, 3, H, W) in [-1, 1] -> (B, 128) float32: mean 0, variance 1 over training images."""
         if images.shape[-1] > 64:                                 # a large image costs no more than 64 pixels
             images = F.adaptive_avg_pool2d(images, 64)
         x = self.stages(images.contiguous(memory_format=torch.channels_last))         # (B, 128, H/8, W/8)
@@ -56,7 +56,7 @@ class SmallCNN(nn.Module):
 
 
 class ClipCNN(nn.Module):
-    """SmallCNN with a third dimension, time: (B, 3, F, H, W) -> num_classes logits. From 8 pixels, 1 frame."""
+    """SmallCNN with a third dimension, time: (B, 3, F, H, W) -> num_classes logits. From 8 pixels."""
 
     def __init__(self, num_classes, n_features=128):
         super().__init__()
@@ -71,7 +71,7 @@ class ClipCNN(nn.Module):
         self.classify = nn.Linear(n_features, num_classes)
 
     def features(self, clips):
-        """clips (B, 3, F, H, W) in [-1, 1] -> (B, 128) float32: mean 0, variance 1 over the training clips."""
+        """clips (B, 3, F, H, W) in [-1, 1] -> (B, 128) float32: mean 0, variance 1 over training clips."""
         if clips.shape[-1] > 32:
             clips = F.adaptive_avg_pool3d(clips, (clips.shape[2], 32, 32))
         return self.norm(self.embed(self.stages(clips).mean((2, 3, 4))).float())
@@ -93,9 +93,9 @@ def new_classifier(image_set, device):
 def train_classifier(train_set, val_set, seed=0, steps=600, batch_size=128, lr=4e-3):
     """Train a SmallCNN, or a ClipCNN, on data.ImageSets -> the network in eval mode, its accuracy.
 
-    The accuracy is of the validation images, in [0, 1]. A fixed number of steps, so the result depends on the seed
-    and the data only, not on how fast the machine is. A batch holds a fourth as many clips: each is a lesson of
-    many frames.
+    The accuracy is of the validation images, in [0, 1]. The number of steps is fixed, so the result depends on
+    the seed and the data only, not on how fast the machine is. A batch holds a fourth as many clips: each is
+    a lesson of many frames.
     """
     device = train_set.device
     bf16 = runs.native_bf16(device)
@@ -127,9 +127,9 @@ def classifier_for(args, folder, device, train_set=None, val_set=None, seed=0):
     """The classifier of a run's data -> SmallCNN or ClipCNN on device in eval mode, its accuracy in [0, 1].
 
     args: the flags of a run, and folder: its run folder. Trained once, then read from
-    <parent of folder>/cache/classifier-<key>.pt. The key covers data, seed and source of the classifier, so an
-    edited one is trained anew, and so is a damaged file, with a printed line. The flag --seed stays out of it,
-    for what measures must not change.
+    <parent of folder>/cache/classifier-<key>.pt. The key covers data, seed and source of the classifier, so
+    an edited one is trained anew, and so is a damaged file, with a printed line. The flag --seed stays out of
+    it, for what measures must not change.
     """
     if train_set is None:
         train_set = runs.open_split(args, "train", device)

@@ -49,11 +49,11 @@ def ssim(a, b):
 def ms_ssim(a, b):
     """SSIM over several scales: images (B, 3, H, W) in [-1, 1] -> (B,), 0 to 1.
 
-    Wang, Simoncelli, Bovik 2003: prod_j (contrast and structure at scale j)^w_j, with the brightness too at the
-    last. From scale to scale the image is halved by averaging 2 x 2 pixels. Five scales need 176 pixels, since
-    the window has 11 at each. A smaller image has fewer scales, whose w_j are scaled to the sum 1: 88 pixels
-    have four, 44 three, 22 two, and less than 22 one, which is SSIM. Compare only values of as many scales.
-    A negative mean, whose power would not be real, counts as 0.
+    Wang, Simoncelli, Bovik 2003: prod_j (contrast and structure at scale j)^w_j, with the brightness too at
+    the last. From scale to scale the image is halved by averaging 2 x 2 pixels. Five scales need 176 pixels,
+    since the window has 11 at each. A smaller image has fewer scales, whose w_j are scaled to the sum 1:
+    88 pixels have four, 44 three, 22 two, and less than 22 one, which is SSIM. Compare only values of as
+    many scales. A negative mean, whose power would not be real, counts as 0.
     """
     weights = [0.0448, 0.2856, 0.3001, 0.2363, 0.1333]
     weights = weights[:max(1, min(5, (min(a.shape[-2:]) // 11).bit_length()))]
@@ -119,10 +119,11 @@ def frechet_distance(f1, f2):
 
 
 def precision_recall(real, fake, k=3):
-    """Precision and recall of Kynkaanniemi et al. 2019 (1904.06991): real (N, F), fake (M, F) -> floats, 0 to 1.
+    """Precision and recall of two clouds of features: real (N, F), fake (M, F) -> floats in [0, 1].
 
-    The manifold of a cloud is the union of balls around its points, each reaching to the k-th neighbour.
-    Precision: the share of fake inside the manifold of real. Recall: the share of real inside that of fake.
+    Kynkaanniemi et al. 2019 (1904.06991). The manifold of a cloud is the union of balls around its
+    points, each reaching to the k-th neighbour. Precision: the share of fake inside the manifold of real. Recall: the
+    share of real inside that of fake.
     """
     real = real.detach().cpu().double()
     fake = fake.detach().cpu().double()
@@ -214,7 +215,7 @@ def read_shape(cover, sizes, tilts):
 # ---- Captions of the drawn world: are they obeyed? -----------------------------------------------
 
 def unseen_captions(run, n):
-    """n captions of the drawn world that describe no training image -> texts, {name: (n,) int64} asked for."""
+    """n captions of the drawn world that describe no training image -> texts, {name: (n,) int64} of them."""
     seen = set(captions.of_images(run.args, runs.open_split(run.args, "train", run.device), "train"))
     texts = {}
     start = data.VAL_INDEX
@@ -270,7 +271,7 @@ def import_clean_fid():
 
 
 def clean_fid(module, images, val_set, index, device):
-    """The FID of samples (N, 3, H, W) to the real images at index (M,), with clean-fid's Inception network."""
+    """The FID of samples (N, 3, H, W) to the real images at index (M,), by clean-fid's Inception network."""
     features = {}
     with tempfile.TemporaryDirectory() as folder:
         real = (val_set.batch(i)[0] for i in index.split(250))
@@ -284,7 +285,7 @@ def clean_fid(module, images, val_set, index, device):
         except OSError as e:
             raise data.BadInput(f"--fid: clean-fid could not download its Inception network ({e})") from None
         for name in ("real", "fake"):
-            array = module.get_folder_features(str(Path(folder, name)), inception, num_workers=0, device=device,
-                                               mode="clean", verbose=False)
+            array = module.get_folder_features(str(Path(folder, name)), inception, num_workers=0,
+                                               device=device, mode="clean", verbose=False)
             features[name] = torch.from_numpy(array)
     return frechet_distance(features["fake"], features["real"])
