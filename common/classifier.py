@@ -93,9 +93,9 @@ def new_classifier(image_set, device):
 def train_classifier(train_set, val_set, seed=0, steps=600, batch_size=128, lr=4e-3):
     """Train a SmallCNN, or a ClipCNN, on data.ImageSets -> the network in eval mode, its accuracy.
 
-    The accuracy is of the validation images, in [0, 1]. The number of steps is fixed, so the result depends on
-    the seed and the data only, not on how fast the machine is. A batch holds a fourth as many clips: each is
-    a lesson of many frames.
+    The accuracy is of the validation images, in [0, 1]. The number of steps is fixed, so the result depends
+    on the seed and the data only, not on how fast the machine is. A batch holds a fourth as many clips: each
+    is a lesson of many frames.
     """
     device = train_set.device
     bf16 = runs.native_bf16(device)

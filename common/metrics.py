@@ -121,8 +121,8 @@ def frechet_distance(f1, f2):
 def precision_recall(real, fake, k=3):
     """Precision and recall of two clouds of features: real (N, F), fake (M, F) -> floats in [0, 1].
 
-    Kynkaanniemi et al. 2019 (1904.06991). The manifold of a cloud is the union of balls around its
-    points, each reaching to the k-th neighbour. Precision: the share of fake inside the manifold of real. Recall: the
+    Kynkaanniemi et al. 2019 (1904.06991). The manifold of a cloud is the union of balls around its points,
+    each reaching to the k-th neighbour. Precision: the share of fake inside the manifold of real. Recall: the
     share of real inside that of fake.
     """
     real = real.detach().cpu().double()
