@@ -14,6 +14,7 @@ Inception-v3, which is a large download and knows little about 32-pixel shapes.
 
 Shapes:  B or N images, F numbers in a feature vector, H W pixels; images in [-1, 1]
 """
+import json
 import math
 import tempfile
 from pathlib import Path
@@ -289,3 +290,49 @@ def clean_fid(module, images, val_set, index, device):
                                                device=device, mode="clean", verbose=False)
             features[name] = torch.from_numpy(array)
     return frechet_distance(features["fake"], features["real"])
+
+
+# ---- Rows: what was measured on a run ------------------------------------------------------------
+# A row is (key in metrics.json, name, number or (number, standard error), unit, remark).
+
+def print_rows(rows):
+    """Rows -> a printed table."""
+    lines = []
+    for _, name, value, unit, remark in rows:
+        value, *error = value if isinstance(value, tuple) else (value,)
+        lines.append((name, f"{value:.3f}" + "".join(f" +- {e:.3f}" for e in error), unit, remark))
+    wide = [max(len(line[column]) for line in lines) for column in range(3)]
+    for name, number, unit, remark in lines:
+        print(f"{name:{wide[0]}}  {number:>{wide[1]}}  {unit:{wide[2]}}  {remark}")
+
+
+def save_rows(folder, rows, keep=lambda key: True, **more):
+    """Write rows and more entries to metrics.json in a run folder. Entries of it that keep() names stay."""
+    path = Path(folder) / "metrics.json"
+    before = {key: value for key, value in read_metrics(path).items() if keep(key)}
+    entries = {}
+    for key, _, value, _, _ in rows:
+        value, *error = value if isinstance(value, tuple) else (value,)
+        entries[key] = value
+        entries.update({f"{key}_error": e for e in error})
+    entries.update(more)
+    entries = {key: value for key, value in before.items() if key not in entries} | entries
+    try:
+        path.write_text(json.dumps(entries, indent=1) + "\n")
+    except OSError as e:
+        raise data.BadInput(f"could not write {path} ({e})") from None
+    print(f"wrote {path}")
+
+
+def read_metrics(path):
+    """metrics.json -> its entries, {} where it is absent or, with a printed line, damaged."""
+    if not path.exists():
+        return {}
+    try:
+        entries = json.loads(path.read_text())
+        if not isinstance(entries, dict):
+            raise ValueError("not a table")
+        return entries
+    except (OSError, ValueError) as e:
+        print(f"{path}: damaged ({e}); it is written anew")
+        return {}
