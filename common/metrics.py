@@ -333,6 +333,6 @@ def read_metrics(path):
         if not isinstance(entries, dict):
             raise ValueError("not a table")
         return entries
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         print(f"{path}: damaged ({e}); it is written anew")
         return {}

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 import ar_transformer
-import compression
 import data
 import evaluate
 import lfq
@@ -29,6 +28,7 @@ import titok
 import train
 import vae
 import vq
+from common import classifier, metrics
 from tests.helpers import (ENV, IDS, RARELY, TINY, call, command, golden, llamagen, log_of, magvit_shapes,
                            official_mar, official_vae, open_magvit2, titok_golden, vq_golden)
 
@@ -66,7 +66,7 @@ def test_a_run_leaves_its_files_and_samples(tiny_run, tmp_path):
     ([*IDS, "--codebook", "ema", "--vocab_size", "32", "--tok_name", "ve", "--generator", "mar", "--attention", "causal",
       "--flip", "--name", "vc"], "vc")])
 def test_every_combination_trains_loads_and_samples(words, name, tiny_run, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate.train_classifier, "__defaults__", (0, 12, 32, 4e-3))       # of --perceptual: 12 steps are enough
+    monkeypatch.setattr(classifier.train_classifier, "__defaults__", (0, 12, 32, 4e-3))       # of --perceptual: 12 steps are enough
     train.main([*TINY, *RARELY, "--runs", str(tiny_run), *words])
     assert (tiny_run / name / "samples.png").stat().st_size > 0 and (tiny_run / name / "curve.png").exists()
     run = train.load_run(tiny_run / name)
@@ -235,15 +235,6 @@ def test_sample_draws_from_open_magvit2s_files(tmp_path, monkeypatch, capsys):
     assert truth.std() > 0.05 and np.array_equal(drawn, data.to_uint8(truth).permute(0, 2, 3, 1).numpy())
 
 
-def test_the_rule_that_judges_captions_reads_real_pictures():
-    index = torch.arange(data.VAL_INDEX, data.VAL_INDEX + 60)
-    images, s = data.draw(index, 32)[0], data.scene(index)
-    told = evaluate.read_scene(images)
-    assert (told["shape"] == s["label"]).float().mean() >= 0.97 and (told["colour"] == s["colour"]).float().mean() >= 0.97
-    assert (told["background"] == s["background"]).all()
-    assert (evaluate.read_scene(images.roll(1, 1))["colour"] == s["colour"]).float().mean() < 0.5, "other colours are not noticed"
-
-
 @pytest.mark.parametrize("words, folder", [(IDS, "shapes-vq-text-ar-categorical"), ([], "shapes-vae-text-ar-gmm")])
 def test_captions_are_trained_drawn_and_judged(words, folder, tiny_run, tmp_path, capsys, monkeypatch):
     train.main([*TINY, *RARELY, "--runs", str(tiny_run), "--condition", "text", *words])
@@ -255,16 +246,15 @@ def test_captions_are_trained_drawn_and_judged(words, folder, tiny_run, tmp_path
     sample.main([str(tiny_run / folder), "--prompt", *texts, "--n", "6", "--out", str(tmp_path / "x.png"), "--npz", str(tmp_path / "x.npz")])
     with np.load(tmp_path / "x.npz") as f:
         assert f["arr_0"].shape == (6, 16, 16, 3) and list(f["texts"]) == [texts[0]] * 3 + [texts[1]] * 3
-    unseen, wanted = evaluate.unseen_captions(run, 20)
+    unseen, wanted = metrics.unseen_captions(run, 20)
     assert not set(unseen) & set(data.captions(torch.arange(200)))
     first = data.captions(torch.arange(data.VAL_INDEX, data.VAL_INDEX + 20))
     with monkeypatch.context() as m:                        # what was trained on is not asked for
-        m.setattr(train, "captions_of", lambda *a: first)
-        assert not set(evaluate.unseen_captions(run, 20)[0]) & set(first)
+        m.setattr(metrics.captions, "of_images", lambda *a: first)
+        assert not set(metrics.unseen_captions(run, 20)[0]) & set(first)
     for text, k, c in zip(unseen, wanted["shape"], wanted["colour"]):
         assert data.SHAPES[k] in text and list(data.COLOURS)[c] in text
-    args = argparse.Namespace(n=20, seed=0, batch_size=20, cfg=None, temperature=None)
-    rows = {key: value for key, _, value, _, _ in evaluate.measure_captions(args, run, "cpu")}
+    rows = {key: value for key, _, value, _, _ in metrics.measure_captions(run, 20, seed=0, batch_size=20)}
     assert all(0 <= v <= 100 for v in rows.values()) and rows["caption_all_three"] <= rows["caption_shape"]
     for words, sentence in [(["--class", "star"], "ask with --prompt"), (["--prompt"], "expected at least one")]:
         with pytest.raises(SystemExit, match=sentence if sentence[0] == "a" else None):
@@ -301,41 +291,6 @@ def test_editing_keeps_what_lies_outside_the_mask(words, tiny_run, tmp_path, cap
                             (["--steps", "17"], f"only {T} tokens"), (["--beam", "2"], "--beam: not for --generator maskgit")]:
         with pytest.raises(SystemExit, match=sentence):
             sample.main([str(tiny_run / "edit"), *map(str, words)])
-
-
-def test_compress_and_decompress_from_the_command_line(tiny_run, tmp_path, capsys, monkeypatch):
-    words = ["--tokenizer", "lfq", "--head", "categorical", "--vocab_size", "64"]
-    train.main([*TINY, *RARELY, *words, "--runs", str(tiny_run)])
-    tok, ar = str(tiny_run / "shapes-lfq"), str(tiny_run / "shapes-lfq-ar-categorical")
-    clip = data.to_uint8(data.draw_clips(torch.arange(1), 30, 3)[0][0].transpose(0, 1))
-    a, b, c = (str(tmp_path / name) for name in ("a.webp", "b.lfq", "c.webp"))
-    compression.write_clip(a, clip, 50)
-    assert torch.equal(compression.read_clip(a)[0], clip)
-    sizes = []
-    for coder in ([], ["--entropy_coder", ar]):
-        sample.main(["compress", a, b, "--run", tok, *coder])
-        assert "3 x 30 x 30 pixels" in capsys.readouterr().out
-        sizes.append(Path(b).stat().st_size)
-        words = ["decompress", b, c, "--run", ar]           # a run of stage 2 has the tokenizer in it
-        call("sample.py", *words) if coder else sample.main(words)                          # once in a process of its own
-        back, ms = compression.read_clip(c)
-        tokenizer = train.load_run(tok).tokenizer
-        assert ms == 50 and torch.equal(back, compression.from_ids(tokenizer, *compression.to_ids(tokenizer, clip)))
-    assert sizes[0] == 40 + 3 * 4 * 4 * 6 / 8 > sizes[1]    # the default LFQ has a stride of 8
-    Path(tmp_path / "cut.lfq").write_bytes(Path(b).read_bytes()[:-1])
-    monkeypatch.setitem(sys.modules, "av", None)
-    for words, sentence in ((["decompress", tmp_path / "cut.lfq", c, "--run", tok], "cut.lfq: .*copy it again"),
-                            (["decompress", b, c, "--run", tok], "name the run that coded it with --entropy_coder"),
-                            (["decompress", b, tmp_path / "c.png", "--run", ar], "3 frames do not fit into a PNG"),
-                            (["decompress", b, tmp_path / "c.mp4", "--run", ar], "pip install av"),
-                            (["decompress", b, tmp_path / "c.xyz", "--run", ar], "ending must be"),
-                            (["decompress", b, tmp_path / "no" / "c.gif", "--run", ar], "could not write"),
-                            (["compress", a, b, "--run", tiny_run / "shapes-vae"], "--run .*ids"),
-                            (["compress", a, b, "--run", tok, "--entropy_coder", tok], "--entropy_coder .*must be a run of --generator ar"),
-                            (["compress", tok, b, "--run", tok], "no such file"),
-                            (["compress", Path(tok) / "log.csv", b, "--run", tok], "not a readable image")):
-        with pytest.raises(data.BadInput, match=sentence):
-            sample.main([str(w) for w in words])
 
 
 def test_samples_are_a_function_of_the_seed(tiny_run):
@@ -399,8 +354,6 @@ def test_two_processes_draw_what_one_draws(tiny_run, tmp_path, monkeypatch):
     run.share = 1, 2
     sample.draw_samples(run, torch.arange(28) % 10, batch_size=8)
     assert drawn == [8, 4], "the second of two processes draws the second and the fourth batch, not those of the other"
-    with pytest.raises(data.BadInput, match="without torchrun"):
-        evaluate.report(SimpleNamespace(probe=True), (0, 2))
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
