@@ -16,7 +16,7 @@ import titok
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = [p for p in ("vae vq lfq titok perceptual_gan flow_adapter gmm_head diffusion_head ar_transformer maskgit "
                       "mar").split() if (ROOT / f"{p}.py").exists()]
-PROGRAMS = ["train", "sample", "evaluate", "compression"]
+PROGRAMS = ["train", "sample", "evaluate"]
 
 
 def golden(name):
