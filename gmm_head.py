@@ -56,7 +56,8 @@ def guided_normal(mc, sc, mu, su, cfg):
 
     Its precision, in units of 1 / sc^2, is lam = cfg - (cfg - 1) sc^2 / su^2. Where the unconditional
     Gaussian is so narrow that lam <= 0, the product grows without bound and is no density. That channel then
-    stays unguided, N(mc, sc). So it does up to lam = 0.01, where the mean would move by 100 (cfg - 1)(mc - mu).
+    stays unguided, N(mc, sc). So it does up to lam = 0.01, where the mean would move by 100
+    (cfg - 1)(mc - mu).
     """
     ratio = (sc / su) ** 2
     lam = cfg - (cfg - 1) * ratio
@@ -106,7 +107,7 @@ class GMMHead(nn.Module):
         return logits.log_softmax(-1), mu, square_plus(s).clamp(min=self.min_scale)
 
     def mixture(self, h):
-        """h (..., C) -> the mixture: log_pi (..., K), normalised, mu (..., K, D), sigma (..., K, D), float32."""
+        """h (..., C) -> the mixture: log_pi (..., K), mu (..., K, D), sigma (..., K, D), float32."""
         return self.split(self.proj(h))
 
     @staticmethod
@@ -130,8 +131,8 @@ class GMMHead(nn.Module):
         return -self.log_prob(h, x)
 
     @torch.no_grad()
-    def sample(self, h, h_uncond=None, cfg=1.0, temperature=1.0, guidance="importance", n_tries=None,
-               top_p=1.0, clip=None):
+    def sample(self, h, h_uncond=None, cfg=1.0, temperature=1.0, top_p=1.0, clip=None,
+               guidance="importance", n_tries=None):
         """Draw one token per position: h (..., C) -> x (..., D), log p(x | h) (...).
 
         temperature multiplies sigma, in both mixtures under guidance (GIVT: "variance scaling"). Temperature
@@ -152,7 +153,7 @@ class GMMHead(nn.Module):
             log_pu, mu_u, sigma_u = uncond
             c = log_pi, mu, temperature * sigma
             u = log_pu, mu_u, temperature * sigma_u
-            x = self.draw_guided(c, u, cfg, guidance, n_tries, top_p, clip)
+            x = self.draw_guided(c, u, cfg, guidance, top_p, clip, n_tries)
         else:
             x = self.draw(model, temperature, top_p=top_p, clip=clip)
         return x, self.density(model, x)
@@ -185,7 +186,7 @@ class GMMHead(nn.Module):
         Component j of c meets ONE Gaussian with the moments of u near it (u's components, weighted by how
         much they overlap j). guided_normal gives the piece's mean and sigma. Its weight makes the density
         right at that mean: pi'_j = pi_j (p_c / p_u)^(cfg - 1) N_j / N'_j. The order of the components plays
-        no role. Builds (..., K, K, D): 270 MB for 256 x 64 tokens with K = D = 16. Sampling then takes 1.2 GB.
+        no role. Builds (..., K, K, D): 270 MB for 256 x 64 tokens with K = D = 16, 1.2 GB in all.
         """
         log_pi, mc, sc = c
         log_pu, mu, su = u
@@ -205,14 +206,14 @@ class GMMHead(nn.Module):
         return (log_pi + (cfg - 1) * (log_c - log_u) + ratio).log_softmax(-1), mean, std
 
     @staticmethod
-    def draw_guided(c, u, cfg, guidance="importance", n_tries=None, top_p=1.0, clip=None):
+    def draw_guided(c, u, cfg, guidance="importance", top_p=1.0, clip=None, n_tries=None):
         """Draw from p_c^cfg p_u^(1 - cfg), given two mixtures (log_pi, mu, sigma) -> x (..., D).
 
-        guidance="closed" draws from guide()'s mixture. "importance" draws n_tries (8) tokens from it and keeps
-        one with probability in proportion to target / guide(). That mends most of what guide() approximates,
-        but not all: the mean is off by .007, .016, .054 sigma at cfg 1.5, 2, 4 (the median over tokens of
-        trained heads; a few are off by far more). "rejection" is the paper's way, DB-CFG, with a valid
-        envelope: see draw_rejection (128 tries). "official" is DB-CFG as released (1000 tries).
+        guidance="closed" draws from guide()'s mixture. "importance" draws n_tries (8) tokens from it and
+        keeps one with probability in proportion to target / guide(). That mends most of what guide()
+        approximates, but not all: the mean is off by .007, .016, .054 sigma at cfg 1.5, 2, 4 (the median over
+        tokens of trained heads; a few are off by far more). "rejection" is the paper's way, DB-CFG, with a
+        valid envelope: see draw_rejection (128 tries). "official" is DB-CFG as released (1000 tries).
 
         Measured for K = D = 8 with pairs of mixtures as one network gives them (u's components moved,
         narrowed, reweighted): error of the mean in the target's sigmas at cfg 2 | 4 (0.026 is sampling
@@ -317,8 +318,9 @@ def first_accepted(proposals, accepted, fallback):
 class ChannelGMMHead(GMMHead):
     """One mixture per channel, p(x | h) = prod_d sum_k pi_dk Normal(x_d; mu_dk, sigma_dk).
 
-    GIVT uses it for dense prediction. A token of D channels is treated as D tokens of one channel, so GMMHead's density, draw and guidance serve
-    as they are. The Linear's 3DK outputs are the authors' [3D, K]: D rows of logits, D of means, D of scales.
+    GIVT uses it for dense prediction. A token of D channels is treated as D tokens of one channel, so
+    GMMHead's density, draw and guidance serve as they are. The Linear's 3DK outputs are the authors' [3D, K]:
+    D rows of logits, D of means, D of scales.
     """
 
     def __init__(self, n_embd, token_dim, n_mix=16, min_scale=1e-3):
@@ -379,7 +381,7 @@ class FullGaussianHead(nn.Module):
 
     @staticmethod
     def density(gaussian, x):
-        """log p(x) in nats: x (..., D) -> (...). With z = L^-1 (x - mean), -z^2/2 - log det L - D log(2 pi)/2."""
+        """log p(x) in nats: x (..., D) -> (...). -z^2/2 - log det L - D log(2 pi)/2, z = L^-1 (x - mean)."""
         mean, factor = gaussian
         z = torch.linalg.solve_triangular(factor, (x.float() - mean).unsqueeze(-1), upper=False).squeeze(-1)
         log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -478,7 +480,7 @@ def one_channel(pi, mu, sigma, n=None):
 
 
 def draw_panel(ax, title, label, log_p, samples):
-    """log_p (6001,) on a grid, drawn in grey, against histograms of samples [(name, x)] -> its mean, its std."""
+    """log_p (6001,) on a grid, drawn in grey, against histograms of samples [(name, x)] -> mean, std."""
     grid, bins = torch.linspace(-12, 12, 6001), torch.linspace(-4, 4, 81)
     p = log_p.exp() / torch.trapezoid(log_p.exp(), grid)
     ax.fill_between(grid, p, color="0.85", label=label)
