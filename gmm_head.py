@@ -170,8 +170,9 @@ class GMMHead(nn.Module):
             log_pi = nucleus(log_pi, top_p)
         k = choose(log_pi, n)                                                         # (*n, ...)
         mu = pick(mu, k)                                                              # (*n, ..., D)
+        sigma = pick(sigma, k)
         noise = torch.randn_like(mu) if clip is None else truncated_noise(mu, clip)
-        return mu + temperature * pick(sigma, k) * noise
+        return mu + temperature * sigma * noise
 
     @staticmethod
     def mode(mixture):

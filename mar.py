@@ -35,12 +35,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# n_layer is half encoder, half decoder. mask_min, mask_std: see MAR; the small ones train every number of masked
-# tokens equally often. The paper's three are for 256 tokens of 16 numbers.
+# n_layer is half encoder, half decoder. mask_min, mask_std: see MAR. The first three mask any number of
+# tokens equally often; tiny is the default on a CPU, medium on a GPU. The paper's are for 256 tokens.
 SIZES = {
-    "tiny": dict(n_layer=4, n_head=4, n_embd=128, n_buffer=4, mask_min=0.0, mask_std=9.0),  # default on a CPU
+    "tiny": dict(n_layer=4, n_head=4, n_embd=128, n_buffer=4, mask_min=0.0, mask_std=9.0),
     "small": dict(n_layer=6, n_head=4, n_embd=192, n_buffer=8, mask_min=0.0, mask_std=9.0),
-    "medium": dict(n_layer=12, n_head=6, n_embd=384, n_buffer=16, mask_min=0.0, mask_std=9.0),  # default on a GPU
+    "medium": dict(n_layer=12, n_head=6, n_embd=384, n_buffer=16, mask_min=0.0, mask_std=9.0),
     "mar-b": dict(n_layer=24, n_head=12, n_embd=768, n_buffer=64),
     "mar-l": dict(n_layer=32, n_head=16, n_embd=1024, n_buffer=64),
     "mar-h": dict(n_layer=40, n_head=16, n_embd=1280, n_buffer=64),
@@ -58,14 +58,14 @@ HEAD_SIZES = {                                              # of the diffusion h
 # ---- Orders, and how many tokens are masked --------------------------------------------------------
 
 def mask_rate(u, low=0.7, std=0.25):
-    """Training: quantile u in [0, 1] of N(1, std^2) cut to [low, 1] -> share of tokens to mask (paper: mean 0.867)."""
+    """Training: quantile u in [0, 1] of N(1, std^2) cut to [low, 1] -> share to mask (paper: mean 0.867)."""
     rate = NormalDist(1, std)
     start = rate.cdf(low)
     return rate.inv_cdf(start + u * (rate.cdf(1.0) - start))
 
 
 def masked_counts(n, steps):
-    """Sampling: how many of n tokens are masked before each step, 0 at the end -> list of steps + 1 falling ints.
+    """Sampling: how many of n tokens are masked before each step, 0 at the end -> list of steps + 1 ints.
 
     n cos(pi/2 k/steps), and at least one token is drawn per step (MaskGIT, MAR). Few are drawn at first, when
     little is known, and many at last.
@@ -77,7 +77,7 @@ def masked_counts(n, steps):
 
 
 def draw_order(kind, B, T, device, known_mask=None):
-    """The order in which tokens are written -> (B, T) int64, a permutation per row. Known positions come first."""
+    """The order in which tokens are written -> (B, T) int64, a permutation per row, known positions first."""
     if kind == "random":
         keys = torch.rand(B, T, device=device)
     else:
@@ -99,7 +99,7 @@ def guidance(cfg, schedule, done):
 
 
 def tricks_at(tricks, progress):
-    """Sampling tricks at a moment from 0 (first step) to 1 (last): functions of the progress become values."""
+    """Sampling tricks at a moment from 0 (first step) to 1 (last): functions of progress become values."""
     return {k: v(progress) if callable(v) else v for k, v in tricks.items()}
 
 
@@ -147,7 +147,7 @@ class ViTAttention(nn.Module):
         self.proj = nn.Linear(n_embd, n_embd)
 
     def forward(self, x, mask=None, causal=False, cache=None, start=0):
-        """x (B, S, C) -> (B, S, C). mask (B, 1, 1, S): True where attended. causal: no position sees a later one.
+        """x (B, S, C) -> (B, S, C). mask (B, 1, 1, S): True where attended. causal: none sees a later one.
 
         With cache (2, B, n_head, T, head_dim), x is the one row at position start, S = 1: its key and value
         are written into the cache, and earlier ones are read from it.
@@ -192,7 +192,7 @@ class ViTBlock(nn.Module):
 
 
 def vit_init(model):
-    """MAR's initialisation: Xavier for every Linear (qkv as one matrix), N(0, 0.02^2) for tables and positions."""
+    """MAR's initialisation: Xavier for every Linear (qkv as one matrix), N(0, 0.02^2) for the rest."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -204,7 +204,7 @@ def vit_init(model):
 
 
 def check_sizes(seq_len, grid, n_head, n_embd, order):
-    """Refuse what cannot be built, in a sentence. Positions are learned one by one: the grid has to hold them."""
+    """Refuse what cannot be built. Positions are learned one by one: the grid only has to hold them."""
     if grid is not None and math.prod(grid) != seq_len:
         raise ValueError(f"grid {grid} holds {math.prod(grid)} tokens, not seq_len = {seq_len}")
     if n_embd % n_head:
@@ -266,7 +266,7 @@ class MAR(nn.Module):
         self.head = head                                    # last, so that it keeps its own initialisation
 
     def hidden(self, tokens, labels, mask, n_visible=None):
-        """tokens (B, T[, D]), labels (B,) (num_classes: "no class"), mask (B, T) True where masked -> h (B, T, C).
+        """tokens (B, T[, D]), labels (B,) (num_classes: "no class"), mask (B, T) -> h (B, T, C).
 
         h at a masked position predicts its token, whose value is not looked at. n_visible: how many tokens
         are not masked, if that is the same in every row. The encoder then drops the masked ones (MAE: with
@@ -323,7 +323,7 @@ class MAR(nn.Module):
     @torch.no_grad()
     def sample(self, cond, steps=None, cfg=1.0, temperature=1.0, known=None, known_mask=None, on_step=None,
                cfg_schedule="linear", **tricks):
-        """cond (B,) int64 labels -> tokens (B, T[, D]) in `steps` <= T sets (default: 64, or T where that is less).
+        """cond (B,) int64 labels -> tokens (B, T[, D]) in `steps` <= T sets (default: 64, at most T).
 
         cfg: guidance scale, 1 is off. cfg_schedule: "linear" | "constant", see guidance(). known (B, T[, D])
         with known_mask (B, T), True where a token is given: any positions, any number per row. They are kept,
@@ -346,7 +346,7 @@ class MAR(nn.Module):
         guided = cfg != 1.0
         labels = torch.cat([cond, torch.full_like(cond, self.num_classes)]) if guided else cond
         for i, (before, after) in enumerate(zip(counts, counts[1:])):
-            positions = order[:, T - before:T - after]  # (B, n): n depends on the step, never on what was drawn
+            positions = order[:, T - before:T - after]  # (B, n): n never depends on what was drawn
             h = self.hidden(twice(tokens, guided), labels, twice(mask, guided),
                             T - before if fewest == most else None)
             h = take(h, twice(positions, guided))                                     # (B or 2B, n, C)
@@ -379,7 +379,7 @@ def blank_tokens(model, B, device):
 
 
 def twice(x, guided):
-    """x for the rows with the class and again for those without, where there is guidance: (B, ...) -> (2B, ...)."""
+    """Under guidance, x for the rows with the class and again for those without: (B, ...) -> (2B, ...)."""
     return torch.cat([x, x]) if guided else x
 
 
@@ -429,7 +429,7 @@ class CausalMAR(nn.Module):
         return self.norm(x)
 
     def forward(self, tokens, cond):
-        """tokens (B, T[, D]), cond (B,) int64 -> mean loss per token (), logs. One order per row, teacher forcing."""
+        """tokens (B, T[, D]), cond (B,) int64 -> mean loss per token (), logs; an order per row."""
         if self.training and self.label_drop > 0:
             drop = torch.rand(cond.shape, device=cond.device) < self.label_drop
             cond = torch.where(drop, self.num_classes, cond)
@@ -544,11 +544,11 @@ def truncate(logits, top_k=0, top_p=1.0):
 
 
 # ---- Demo: two kinds of pictures made of ids --------------------------------------------------------
-# Bars-and-stripes (3 x 3: 14 pictures) has an exact optimum and samples that are right or wrong. Drawn shapes,
+# Bars-and-stripes (3 x 3: 14 pictures) has an exact optimum, and samples are right or wrong. Drawn shapes,
 # 12 x 12 black and white pixels read as 36 ids of 2 x 2 pixels each, show how a picture comes about.
 
 def bars_and_stripes(n, device, side=4):
-    """n pictures uniform over the 2 (2^side - 1) distinct ones with full rows or full columns -> (n, side^2)."""
+    """n pictures, uniform over the 2 (2^side - 1) with full rows or full columns -> (n, side^2)."""
     bits = torch.arange(1 << side, device=device)[:, None] >> torch.arange(side, device=device) & 1
     rows = bits[:, :, None].expand(-1, -1, side)
     pictures = torch.cat([rows, rows.transpose(1, 2)[1:-1]]).flatten(1)             # blank and full only once
@@ -572,7 +572,7 @@ def fit_ids(model, batches, steps, lr=2e-3):
 
 @torch.no_grad()
 def nats_per_picture(model, x, cond):
-    """-log p(x | one order) in nats, averaged over pictures: x (B, T) ids, cond (B,) -> (). At least their entropy.
+    """-log p(x | order) in nats, mean over pictures: x (B, T) ids, cond (B,) -> (), at least their entropy.
 
     A causal model tells all T factors in one pass. MAR needs a pass for each, since what it sees changes.
     """
@@ -591,7 +591,7 @@ def nats_per_picture(model, x, cond):
 
 
 def compare_orders(device, steps=1200):
-    """Train four models on bars-and-stripes -> {name: {sampling steps: share of samples that are pictures}}."""
+    """Train four models on bars-and-stripes -> {name: {steps: share of samples that are right}}."""
     zeros = torch.zeros(1000, dtype=torch.long, device=device)
     pictures = bars_and_stripes(1000, device, 3).unique(dim=0)                        # (14, 9)
     arms = {
@@ -692,14 +692,14 @@ def plot(rows, names, right, path):
            xticks=(1, 2, 3, 4, 6, 9), title="bars-and-stripes 3 x 3: order, attention, steps")
     ax.legend(fontsize=9, loc="upper left")
     ax.grid(alpha=0.3)
-    fig.suptitle("mar.py: tokens in random order, more and more per step (left; blue is masked).\nTokens of one "
-                 "step do not see each other: fewer steps, more mistakes (right)", fontsize=11)
+    fig.suptitle("mar.py: tokens in random order, more and more per step (left; blue is masked).\nTokens of "
+                 "one step do not see each other: fewer steps, more mistakes (right)", fontsize=11)
     fig.savefig(path, dpi=80)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Order, attention and steps on two kinds of toy pictures.")
-    parser.add_argument("--n_buffer", type=int, default=4, help="buffer positions (published: 64 for 256 tokens)")
+    parser.add_argument("--n_buffer", type=int, default=4, help="buffer positions (published: 64)")
     parser.add_argument("--steps", type=int, default=700, help="training steps on the drawn shapes")
     args = parser.parse_args()
     import data

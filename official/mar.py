@@ -3,7 +3,7 @@ The authors' weights of MAR (Li et al. 2024, arxiv.org/abs/2406.11838): its VAE,
 MAR-H.
 
     from official import mar
-    vae = mar.load_vae("kl16.ckpt")                        # also LDM's kl-f* autoencoders; image_size=384 where it is
+    vae = mar.load_vae("kl16.ckpt")                         # or LDM's kl-f*; image_size=384 for larger images
     model = mar.load_mar("mar_base.pth")                   # tokens of vae, 256 of 16 numbers
     images = vae.decode(model.sample(torch.tensor([207]), cfg=2.9, diffusion_steps=100))
 
@@ -25,7 +25,8 @@ def load_weights(path):
         try:
             from safetensors.torch import load_file
         except ImportError:
-            raise ValueError(f"{path} needs the optional package safetensors: pip install safetensors") from None
+            raise ValueError(f"{path} needs the optional package safetensors: "
+                             "pip install safetensors") from None
         return load_file(path)
     return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -49,7 +50,7 @@ def fill(model, weights, what, strict=True):
 # ---- KL-16 -----------------------------------------------------------------------------------------
 
 def load_vae(x, image_size=None, groups=32):
-    """Weights with LDM's key names (MAR's kl16.ckpt, LDM's kl-f*), a path or a state dict -> VAE in eval mode.
+    """Weights with LDM's key names (MAR's kl16.ckpt, LDM's kl-f*), a path or state dict -> VAE in eval mode.
 
     All sizes but image_size are read off the shapes. image_size: side of the images in pixels; the default is
     16 tokens a side, so 256 for KL-16. latent_scale becomes MAR's 0.2325 = 1 / std over ImageNet, with no
