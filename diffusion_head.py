@@ -233,7 +233,7 @@ class DiffusionHead(nn.Module):
         return k0 * x0 + kx * x, log_tilde + (v + 1) / 2 * (log_beta - log_tilde), x0
 
     def terms(self, x, h, t, noise):
-        """The loss terms for given randomness: x (..., D), h (..., C), t (...), noise (..., D) -> some (...).
+        """The loss terms for given randomness: x (..., D), h (..., C), t (...), noise (..., D) -> each (...).
 
         diffusion, t in 0 .. 999: (mse, vb). mse trains eps. vb, in bits, is the part of the likelihood bound
         that trains the variance v: there eps is detached. In a new model vb is about 700 at t = 999.
@@ -409,7 +409,7 @@ def explosion(label, counts, steps=100):
     return std
 
 
-def plot(columns, costs, curves, floor, counts, std, data_std, gains, path):
+def plot_clouds(columns, costs, curves, floor, counts, std, data_std, gains, path):
     """Four classes' clouds in columns (title, (4 n, 2)); below, the curves of costs and counts -> a PNG."""
     import matplotlib
     matplotlib.use("Agg")
@@ -486,7 +486,7 @@ def main():
     columns += [(f"after step {i}", strip[i]) for i in (1, 50, 75, 88, 95, 100)]
     columns += [("flow, heun 25", flow), ("guidance 3", guided)]
     gains = [f"1 / a = {1 / head.table[t, 0]:,.0f} at t = {t}" for t in (999, 980)]
-    plot(columns, costs, curves, floor, counts, std, data.std(), gains, "diffusion_head.png")
+    plot_clouds(columns, costs, curves, floor, counts, std, data.std(), gains, "diffusion_head.png")
     print(f"wrote diffusion_head.png   ({time.perf_counter() - start:.0f} s)")
 
 

@@ -666,7 +666,7 @@ def draw_shapes(device, n_buffer, steps, images, labels):
     return rows
 
 
-def plot(rows, names, right, path):
+def plot_orders(rows, names, right, path):
     """Pictures of draw_shapes on the left, the shares of compare_orders on the right -> a PNG."""
     import matplotlib
     matplotlib.use("Agg")
@@ -707,7 +707,7 @@ def main():
     right = compare_orders(device)
     _, labels, masks, _ = data.draw(torch.arange(8000, device=device), 12)
     rows = draw_shapes(device, args.n_buffer, args.steps, masks > 0, labels)
-    plot(rows, data.SHAPES, right, "mar.png")
+    plot_orders(rows, data.SHAPES, right, "mar.png")
     print("wrote mar.png")
 
 

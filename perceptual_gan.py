@@ -22,10 +22,9 @@ Shapes:  B batch, F frames, H W pixels, x' = decode(encode(x))
     python perceptual_gan.py   # what each term does to texture, writes perceptual_gan.png; about 30 s
 
 Try it yourself:
-  1. --gan_weight 0.5, LlamaGen's, who train 1000 times longer: what do the pictures lose, and which number
-  tells? 2. Give the third model adaptive=True and gan_weight=0.5, and print model.balance: which fixed weight
-  is that? 3. Take .detach() away in duel(): the discriminator's loss then moves the tokenizer too. Which way,
-  how far?
+  1. --gan_weight 0.5, LlamaGen's, who train 1000 times longer: what do the pictures lose?
+  2. Give the third model adaptive=True and gan_weight=0.5 and print model.balance: which fixed weight is that?
+  3. Take .detach() away in duel(): the discriminator's loss then moves the tokenizer too. Which way?
 """
 import argparse
 import copy
@@ -244,7 +243,7 @@ class AdversarialTokenizer(nn.Module):
         if adaptive and last_layer is None:
             matrices = [n for n, p in tokenizer.named_parameters() if n.startswith("decoder.") and p.ndim > 1]
             if not matrices:
-                raise ValueError("adaptive: this tokenizer has no decoder.*, so name the weight of last_layer")
+                raise ValueError("adaptive: this tokenizer has no decoder.*, so name the weight, last_layer")
             self.last_layer = matrices[-1]
 
     def train(self, mode=True):
@@ -303,7 +302,7 @@ class AdversarialTokenizer(nn.Module):
         discriminator_real and discriminator_fake, its mean logits; adaptive; and the tokenizer's own.
         """
         recon, auxiliary, logs = self.tokenizer.reconstruct(images)
-        if getattr(self.tokenizer, "channels", 3) == 1:         # a grey tokenizer would be found by its lack of colour
+        if getattr(self.tokenizer, "channels", 3) == 1:         # grey must not be found by its lack of colour
             images = images.mean(1, keepdim=True).expand_as(images)
         x = as_frames(images)
         x_hat = as_frames(recon)

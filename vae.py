@@ -199,7 +199,7 @@ class VAE(nn.Module):
                 nn.init.zeros_(module.proj_out.weight)
 
     def posterior(self, images):
-        """q(z | image), a Gaussian per token: images (B, 3, H, W) -> mean, std (B, T, D), raw units."""
+        """q(z | image), a Gaussian per token: images (B, 3, H, W) -> mean, std, each (B, T, D), raw units."""
         moments = self.quant_conv(self.encoder(self.pixels(images))).float()          # (B, 2D, h, w)
         mean, logvar = moments.flatten(2).transpose(1, 2).chunk(2, dim=-1)            # (B, T, D) each
         if self.beta == 0:                                  # an autoencoder knows no uncertainty
@@ -330,7 +330,7 @@ def fit_autoencoder(model, images, steps, batch_size=32, lr=4e-3):
     return time.perf_counter() - start
 
 
-def show(rows, path):
+def show_strips(rows, path):
     """A row of pictures for each (text, images (n, 3, H, W) in [-1, 1]) -> a PNG."""
     import matplotlib
     matplotlib.use("Agg")
@@ -376,7 +376,7 @@ def main():
               f"{seconds:.0f} s")
         rows.append((f"{name}: reconstructed", x_hat))
         rows.append((f"{name}: decoded N(0, 1) noise", prior))
-    show(rows, "vae.png")
+    show_strips(rows, "vae.png")
     print("wrote vae.png")
 
 

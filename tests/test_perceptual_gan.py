@@ -11,6 +11,7 @@ import evaluate
 import perceptual_gan
 import vae
 import vq
+from official.lpips import load_lpips
 from tests.helpers import close, golden
 
 
@@ -109,7 +110,7 @@ def slow_lpips(vgg, lins, a, b):
 
 def test_lpips_equals_a_slow_loop_over_vgg16(tmp_path, monkeypatch):
     vgg, lins = vgg_files(tmp_path, monkeypatch)
-    lpips = perceptual_gan.LPIPS.from_files(tmp_path / "vgg16.pth", tmp_path / "lins.pth")
+    lpips = load_lpips(tmp_path / "vgg16.pth", tmp_path / "lins.pth")
     a, b = torch.rand(2, 2, 3, 16, 16) * 2 - 1
     with torch.no_grad():
         d = lpips(a, b)
@@ -130,7 +131,7 @@ def test_lpips_equals_a_slow_loop_over_vgg16(tmp_path, monkeypatch):
 def test_lpips_reads_whole_checkpoints_and_names_what_is_missing(tmp_path, monkeypatch):
     vgg, lins = vgg_files(tmp_path, monkeypatch)
     a, b = torch.rand(2, 2, 3, 16, 16) * 2 - 1
-    load = perceptual_gan.LPIPS.from_files
+    load = load_lpips
     vqgan = {f"loss.perceptual_loss.{k}": v for k, v in lins.items()} | {"encoder.conv_in.weight": torch.zeros(1)}
     vqgan |= {"loss.perceptual_loss.net.slice1." + k.removeprefix("features."): v for k, v in vgg.items() if k[0] == "f"}
     torch.save({"state_dict": vqgan}, tmp_path / "vqgan.ckpt")
