@@ -21,10 +21,9 @@ Shapes:  B batch, T tokens, D numbers in a token or V ids, C width, P buffer pos
     python mar.py              # order, attention and steps on exact toys; writes mar.png; about 50 s
 
 Try it yourself:
-  1. Leave out self.pos_ahead[...] in CausalMAR, twice. What do the nats of random order become? Of raster
-  order? 2. In masked_counts let every step draw equally many tokens. Are 4 steps better or worse than with
-  the cosine? 3. Run with --n_buffer 1 and --n_buffer 64. What do the 63 positions cost in time, and what do
-  they buy?
+  1. Leave out self.pos_ahead[...] in CausalMAR, twice. What do the nats of random and raster order become?
+  2. In masked_counts let every step draw equally many. Are 4 steps better or worse than with the cosine?
+  3. Run with --n_buffer 1 and --n_buffer 64. What do the 63 positions cost in time, and what do they buy?
 """
 import argparse
 import math

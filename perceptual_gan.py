@@ -23,7 +23,7 @@ Shapes:  B batch, F frames, H W pixels, x' = decode(encode(x))
 
 Try it yourself:
   1. --gan_weight 0.5, LlamaGen's, who train 1000 times longer: what do the pictures lose?
-  2. Give the third model adaptive=True and gan_weight=0.5 and print model.balance: which fixed weight is that?
+  2. Give the third model adaptive=True and gan_weight=0.5 and print model.balance: which weight is that?
   3. Take .detach() away in duel(): the discriminator's loss then moves the tokenizer too. Which way?
 """
 import argparse
