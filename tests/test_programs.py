@@ -276,7 +276,7 @@ def test_the_adversarial_losses_go_around_every_tokenizer(name):
     loss, logs = model(images)
     loss.backward()
     assert torch.isfinite(loss) and 0 < logs["adaptive"] < 1e4
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.critic.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.discriminator.parameters())
     assert tokenizer.get_parameter(model.last_layer).grad.abs().sum() > 0
     assert model.decode(model.encode(images)).shape == images.shape
 
