@@ -342,7 +342,7 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
 
     finish(ema.module.eval())                               # the averaged weights are what is used
     if dist.rank == 0:
-        drawing.never_fail(pictures.save_curve, folder / "curve.png", rows, runs.unit_of_loss(args, stage))
+        pictures.attempt(pictures.save_curve, folder / "curve.png", rows, runs.unit_of_loss(args, stage))
     save(steps, done=True)                                  # last: if killed before, --resume goes on
     runs.wait_for_all(dist)                                 # until process 0 has written the checkpoint
 
