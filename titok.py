@@ -37,7 +37,7 @@ SIZES = {                                                   # enc and dec: width
 }
 VIT = dict(s=(512, 8, 8), b=(768, 12, 12), l=(1024, 24, 16))
 for kind, names in (
-        (dict(vocab_size=4096, code_dim=12, legacy=True), ("l-32", "b-64", "s-128")),                 # in two stages
+        (dict(vocab_size=4096, code_dim=12), ("l-32", "b-64", "s-128")),                 # in two stages
         (dict(vocab_size=8192, code_dim=64, l2_norm=False), ("bl-64-vq8k", "bl-128-vq8k", "sl-256-vq8k")),
         (dict(token_dim=16), ("ll-32-vae", "bl-64-vae", "bl-128-vae"))):                               # of TiTokVAE
     for name in names:
@@ -90,15 +90,12 @@ def waves(side, n_embd):
 
 class LatentEncoder(nn.Module):
     """images (B, 3, H, W) -> z (B, T, c_out): patches and T learned latents in one sequence, of which the latents stay.
-
-    legacy: the first three published models reshape (T, C) to (C, T) where they should transpose, so that the T
-    outputs are shuffled among themselves before the last layer. Their weights have learned to live with it.
     """
 
-    def __init__(self, image_size, patch, n_tokens, c_out, n_embd, n_layer, n_head, legacy=False):
+    def __init__(self, image_size, patch, n_tokens, c_out, n_embd, n_layer, n_head):
         super().__init__()
         start = lambda n: nn.Parameter(n_embd ** -0.5 * torch.randn(n, n_embd))
-        self.n_tokens, self.legacy = n_tokens, legacy
+        self.n_tokens = n_tokens
         self.patch_embed = nn.Conv2d(3, n_embd, patch, stride=patch)
         self.cls, self.pos, self.latents = start(1), start((image_size // patch) ** 2), start(n_tokens)
         self.norm_pre, self.norm_post = nn.LayerNorm(n_embd), nn.LayerNorm(n_embd)
@@ -115,8 +112,6 @@ class LatentEncoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = self.norm_post(x[:, -self.n_tokens:])                                           # (B, T, C)
-        if self.legacy:
-            x = x.reshape(B, -1, self.n_tokens).transpose(1, 2)
         return self.out(x).float()
 
 
@@ -273,14 +268,14 @@ class TiTok(nn.Module):
     token_dim = None                                        # tokens are ids
 
     def __init__(self, image_size=32, n_tokens=32, vocab_size=512, code_dim=12, patch=4, enc=(128, 2, 4), dec=(128, 3, 4),
-                 l2_norm=True, beta=0.25, ema=0.99, restart=0.1, stage="pixels", proxy=None, proxy_vocab=None, legacy=False):
+                 l2_norm=True, beta=0.25, ema=0.99, restart=0.1, stage="pixels", proxy=None, proxy_vocab=None):
         super().__init__()
         self.vocab_size = vocab_size
-        self.build(image_size, n_tokens, code_dim, code_dim, patch, enc, dec, proxy, proxy_vocab, legacy)
+        self.build(image_size, n_tokens, code_dim, code_dim, patch, enc, dec, proxy, proxy_vocab)
         self.quantizer = VectorQuantizer(vocab_size, code_dim, l2_norm, beta, 0.0, ema, restart)
         self.set_stage(stage)
 
-    def build(self, image_size, n_tokens, c_out, c_in, patch, enc, dec, proxy, proxy_vocab, legacy):
+    def build(self, image_size, n_tokens, c_out, c_in, patch, enc, dec, proxy, proxy_vocab):
         """The two transformers, and what they say of themselves."""
         if image_size % patch:
             raise ValueError(f"image_size {image_size} is not a multiple of patch {patch}")
@@ -289,7 +284,7 @@ class TiTok(nn.Module):
             raise ValueError(f"the proxy has a grid of {tuple(proxy.grid)} ids, this TiTok {side} x {side} patches")
         self.grid, self.seq_len = (n_tokens,), n_tokens
         self.proxy, proxy_vocab = proxy, proxy_vocab if proxy is None else proxy.vocab_size
-        self.encoder = LatentEncoder(image_size, patch, n_tokens, c_out, *enc, legacy)
+        self.encoder = LatentEncoder(image_size, patch, n_tokens, c_out, *enc)
         self.decoder = LatentDecoder(image_size, patch, n_tokens, c_in, *dec, proxy_vocab)
         for part in (self.encoder, self.decoder):           # about 2 dB more after 300 steps of a small model than with the
             for module in part.modules():                   # authors' N(0, 0.02^2), from which z hardly sees the image
@@ -359,61 +354,6 @@ class TiTok(nn.Module):
         """ids (B, T) int64 -> images (B, 3, H, W) in [-1, 1]."""
         return self.decode_raw(self.quantizer.codes(tokens)).clamp(-1, 1)
 
-    @classmethod
-    def from_official(cls, state_dict, n_head=None, l2_norm=None):
-        """The authors' weights (tokenizer_titok_*): a state dict or a path -> TiTok or TiTokVAE in eval mode.
-
-        Sizes are read off the shapes; n_head is width / 64 and l2_norm true for the two-stage models, unless said
-        otherwise. Their pixels are in [0, 1]: that is put into the first and the last layer, so that images come and go
-        in [-1, 1] as everywhere here. Refuses unknown or missing keys by name.
-        """
-        if not isinstance(state_dict, dict):
-            state_dict = load_weights(state_dict)
-        sd = {k: v.float() for k, v in state_dict.items()}
-        for key in ("encoder.patch_embed.weight", "encoder.conv_out.weight", "decoder.decoder_embed.weight", "latent_tokens",
-                    "decoder.ffn.0.weight", "decoder.positional_embedding"):
-            if key not in sd:
-                raise ValueError(f"not a TiTok: the key {key} is missing")
-        pixel = {k.replace("pixel_decoder.", "decoder.").replace("pixel_quantize.", "quantize."): sd.pop(k)
-                 for k in list(sd) if k.startswith(("pixel_decoder.", "pixel_quantize."))}
-        two_stage, patch = "decoder.ffn.2.weight" in sd, sd["encoder.patch_embed.weight"].shape[-1]
-        size = dict(image_size=patch * math.isqrt(len(sd["decoder.positional_embedding"]) - 1), patch=patch,
-                    n_tokens=len(sd["latent_tokens"]), legacy=two_stage)
-        for ours, part in (("enc", "encoder"), ("dec", "decoder")):
-            width = sd[f"{part}.ln_pre.weight"].shape[0]
-            layers = len({k.split(".")[2] for k in sd if k.startswith(f"{part}.transformer.")})
-            size[ours] = (width, layers, n_head or width // 64)
-        if two_stage:
-            side = size["image_size"] // patch
-            proxy = MaskGITVQGAN.from_official(pixel, (side, side)) if pixel else None
-            size |= dict(stage="finetune" if pixel else "proxy", proxy=proxy, proxy_vocab=len(sd["decoder.ffn.2.bias"]))
-        D = sd["decoder.decoder_embed.weight"].shape[1]
-        if len(sd["encoder.conv_out.weight"]) == 2 * D:
-            model = TiTokVAE(token_dim=D, **size)
-        elif "quantize.embedding.weight" not in sd:
-            raise ValueError("not a TiTok of ids: the key quantize.embedding.weight is missing")
-        else:
-            model = TiTok(vocab_size=len(sd["quantize.embedding.weight"]), code_dim=D, **size, ema=0,
-                          l2_norm=two_stage if l2_norm is None else l2_norm)
-        names = titok_names(model)                          # theirs: ours
-        missing, unknown = [k for k in names if k not in sd], [k for k in sd if k not in names]
-        if missing or unknown:
-            raise ValueError(f"the tokenizer's weights do not fit: missing {missing[:3]}, unknown {unknown[:3]}")
-        ours = {k: v for k, v in model.state_dict().items() if k.startswith(("proxy.", "latent_"))}
-        ours |= {name: sd[key] for key, name in names.items() if name}
-        for part, pos in (("encoder", "pos"), ("decoder", "canvas")):                       # only these sums matter
-            place = sd[f"{part}.positional_embedding"]
-            ours[f"{part}.cls"] = sd[f"{part}.class_embedding"] + place[:1]
-            ours[f"{part}.{pos}"] = place[1:] + (sd["decoder.mask_token"][0] if part == "decoder" else 0)
-        ours["encoder.latents"] = sd["latent_tokens"] + sd["encoder.latent_token_positional_embedding"]
-        weight = ours["encoder.patch_embed.weight"] = sd["encoder.patch_embed.weight"] / 2  # of (x + 1) / 2
-        ours["encoder.patch_embed.bias"] = sd["encoder.patch_embed.bias"] + weight.sum((1, 2, 3))
-        if not two_stage:                                   # 2 y - 1
-            ours["decoder.smooth.weight"] = 2 * sd["decoder.conv_out.weight"]
-            ours["decoder.smooth.bias"] = 2 * sd["decoder.conv_out.bias"] - 1
-        model.load_state_dict({k: v.reshape(model.state_dict()[k].shape) for k, v in ours.items()})   # 1x1 convolutions
-        return model.eval()
-
 
 class TiTokVAE(TiTok):
     """T real vectors per image: the same transformers around a Gaussian per token, with the methods of vae.VAE.
@@ -425,10 +365,10 @@ class TiTokVAE(TiTok):
     vocab_size = None                                       # tokens are continuous
 
     def __init__(self, image_size=32, n_tokens=32, token_dim=12, patch=4, enc=(128, 2, 4), dec=(128, 3, 4), beta=1e-2,
-                 stage="pixels", proxy=None, proxy_vocab=None, legacy=False):
+                 stage="pixels", proxy=None, proxy_vocab=None):
         nn.Module.__init__(self)
         self.token_dim, self.beta = token_dim, beta
-        self.build(image_size, n_tokens, 2 * token_dim, token_dim, patch, enc, dec, proxy, proxy_vocab, legacy)
+        self.build(image_size, n_tokens, 2 * token_dim, token_dim, patch, enc, dec, proxy, proxy_vocab)
         self.n_pixels = 3 * image_size**2
         self.register_buffer("latent_mean", torch.zeros(n_tokens, token_dim))               # set by measure(), for each
         self.register_buffer("latent_scale", torch.ones(n_tokens, token_dim))               # token: they differ in meaning
@@ -481,138 +421,6 @@ class TiTokVAE(TiTok):
         self.latent_scale.copy_((mean.var(0) + (std**2).mean(0)).rsqrt())
 
 
-def titok_names(model):
-    """The authors' keys -> ours, None where from_official puts them together."""
-    names = {"latent_tokens": None, "decoder.mask_token": None, "decoder.decoder_embed.weight": "decoder.embed.weight",
-             "decoder.decoder_embed.bias": "decoder.embed.bias", "encoder.latent_token_positional_embedding": None,
-             "decoder.latent_token_positional_embedding": "decoder.pos"}
-    if model.vocab_size:
-        names["quantize.embedding.weight"] = "quantizer.codebook"
-    for part, module in (("encoder", model.encoder), ("decoder", model.decoder)):
-        names |= {f"{part}.class_embedding": None, f"{part}.positional_embedding": None}
-        for i in range(len(module.blocks)):
-            theirs, ours = f"{part}.transformer.{i}", f"{part}.blocks.{i}"
-            names |= {f"{theirs}.attn.in_proj_{kind}": f"{ours}.wqkv.{kind}" for kind in ("weight", "bias")}
-            for a, b in (("ln_1", "norm1"), ("ln_2", "norm2"), ("attn.out_proj", "wo"), ("mlp.c_fc", "fc1"),
-                         ("mlp.c_proj", "fc2")):
-                names |= {f"{theirs}.{a}.{kind}": f"{ours}.{b}.{kind}" for kind in ("weight", "bias")}
-        for end in ("pre", "post"):
-            names |= {f"{part}.ln_{end}.{kind}": f"{part}.norm_{end}.{kind}" for kind in ("weight", "bias")}
-    for kind in ("weight", "bias"):
-        names |= {f"encoder.conv_out.{kind}": f"encoder.out.{kind}", f"encoder.patch_embed.{kind}": None}
-        if model.decoder.proxy_vocab:
-            names |= {f"decoder.ffn.{i}.{kind}": f"decoder.out.{i}.{kind}" for i in (0, 2)}
-        else:
-            names |= {f"decoder.ffn.0.{kind}": f"decoder.out.{kind}", f"decoder.conv_out.{kind}": None}
-    return names
-
-
-# ---------------------------------------------------------------------------------------------------
-# The proxy of the published two stages: MaskGIT's VQGAN. (For a small world of one's own, vq.VQ does the same.)
-
-class PixelBlock(nn.Module):
-    """A residual block as MaskGIT wrote it: where the width changes, the shortcut starts from h, not from x, and what is
-    added to h is a 1x1 convolution of h itself. Published weights need it so."""
-
-    def __init__(self, c_in, c_out):
-        super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(32, c_in, eps=1e-6), nn.GroupNorm(32, c_out, eps=1e-6)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
-        self.nin_shortcut = nn.Conv2d(c_out, c_out, 1, bias=False) if c_in != c_out else None
-
-    def forward(self, x):                                   # (B, c_in, h, w) -> (B, c_out, h, w)
-        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-        return h + (x if self.nin_shortcut is None else self.nin_shortcut(h))
-
-
-class MaskGITVQGAN(nn.Module):
-    """MaskGIT's tokenizer (2202.04200, section 3.1), for published weights: no attention, pixels in [0, 1] inside."""
-
-    token_dim = None
-
-    def __init__(self, grid=(16, 16), vocab_size=1024, code_dim=256, ch=128, ch_mult=(1, 1, 2, 2, 4), n_res=2, encoder=True):
-        super().__init__()
-        self.grid, self.seq_len, self.vocab_size = tuple(grid), math.prod(grid), vocab_size
-        lowest, last = ch * ch_mult[-1], len(ch_mult) - 1
-        end = lambda c, out, k: [nn.GroupNorm(32, c, eps=1e-6), nn.SiLU(), nn.Conv2d(c, out, k, padding=k // 2)]
-        down, c = [nn.Conv2d(3, ch, 3, padding=1, bias=False)], ch
-        for level, mult in enumerate(ch_mult):
-            for _ in range(n_res):
-                down.append(PixelBlock(c, ch * mult))
-                c = ch * mult
-            down += [nn.AvgPool2d(2)] if level < last else []
-        down += [PixelBlock(c, c) for _ in range(n_res)] + end(c, code_dim, 1)
-        self.encoder = nn.Sequential(*down) if encoder else None                            # a TiTok file has only the rest
-        self.quantizer = VectorQuantizer(vocab_size, code_dim, l2_norm=False)
-        up = [nn.Conv2d(code_dim, lowest, 3, padding=1)] + [PixelBlock(lowest, lowest) for _ in range(n_res)]
-        for level in reversed(range(len(ch_mult))):
-            for _ in range(n_res):
-                up.append(PixelBlock(c, ch * ch_mult[level]))
-                c = ch * ch_mult[level]
-            up += [nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)] if level else []
-        self.decoder = nn.Sequential(*up, *end(c, 3, 3))
-
-    def latents(self, images):
-        """images (B, 3, H, W) in [-1, 1] -> z (B, T, D), not yet rounded."""
-        return self.encoder((images + 1) / 2).float().flatten(2).transpose(1, 2)
-
-    def decode_raw(self, q):
-        """Codes q (B, T, D) -> images (B, 3, H, W), not clamped."""
-        return 2 * self.decoder(q.transpose(1, 2).unflatten(2, self.grid)).float() - 1
-
-    @torch.no_grad()
-    def encode(self, images):
-        """images (B, 3, H, W) in [-1, 1] -> ids (B, T) int64."""
-        return self.quantizer.nearest(self.latents(images))
-
-    @torch.no_grad()
-    def decode(self, tokens):
-        """ids (B, T) int64 -> images (B, 3, H, W) in [-1, 1]."""
-        return self.decode_raw(self.quantizer.codes(tokens)).clamp(-1, 1)
-
-    @classmethod
-    def from_official(cls, state_dict, grid=(16, 16)):
-        """The PyTorch port of the weights (maskgit-vqgan-imagenet-f16-256.bin): a state dict or a path -> in eval mode.
-
-        Decoder and codebook alone, as TiTok's files have them, are enough. Refuses unknown or missing keys by name.
-        """
-        if not isinstance(state_dict, dict):
-            state_dict = load_weights(state_dict)
-        sd = {k: v.float() for k, v in state_dict.items()}
-        for key in ("decoder.norm_out.weight", "quantize.embedding.weight"):
-            if key not in sd:
-                raise ValueError(f"not a MaskGIT VQGAN: the key {key} is missing")
-        ch, (vocab_size, code_dim) = len(sd["decoder.norm_out.weight"]), sd["quantize.embedding.weight"].shape
-        count = lambda start: len({k[len(start):].split(".")[0] for k in sd if k.startswith(start)})
-        levels, n_res = count("decoder.up."), count("decoder.mid.")
-        mult = tuple(len(sd.get(f"decoder.up.{i}.block.0.conv1.weight", "")) // ch for i in range(levels))
-        model = cls(grid, vocab_size, code_dim, ch, mult, n_res, encoder="encoder.conv_in.weight" in sd)
-        blocks = {"encoder": [f"down.{i}.block.{j}" for i in range(levels) for j in range(n_res)], "decoder": []}
-        for i in reversed(range(levels)):
-            blocks["decoder"] += [f"up.{i}.block.{j}" for j in range(n_res)] + ([f"up.{i}.upsample_conv"] if i else [])
-        mid, expected = [f"mid.{j}" for j in range(n_res)], {"quantize.embedding.weight": "quantizer.codebook"}
-        for part in ("encoder", "decoder") if model.encoder is not None else ("decoder",):
-            order = blocks[part] + mid if part == "encoder" else mid + blocks[part]
-            layers = [(i, layer) for i, layer in enumerate(getattr(model, part)) if list(layer.parameters())]
-            for (i, layer), name in zip(layers, ["conv_in", *order, "norm_out", "conv_out"], strict=True):
-                expected |= {f"{part}.{name}.{k}": f"{part}.{i}.{k}" for k in layer.state_dict()}
-        missing, unknown = ([k for k in a if k not in b] for a, b in ((expected, sd), (sd, expected)))
-        if missing or unknown:
-            raise ValueError(f"the VQGAN's weights do not fit: missing {missing[:3]}, unknown {unknown[:3]}")
-        model.load_state_dict({expected[k]: v for k, v in sd.items()})
-        return model.eval()
-
-
-def load_weights(path):
-    """A .pt, .pth, .ckpt or .safetensors file -> state dict on the CPU. Never runs code from the file."""
-    if str(path).endswith(".safetensors"):
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise ValueError(f"{path} needs the optional package safetensors: pip install safetensors") from None
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 # ---------------------------------------------------------------------------------------------------

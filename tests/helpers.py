@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 import ar_transformer
-import mar
-import titok
+from official import titok as official_titok
 from official.mar import load_mar
 
 
@@ -95,7 +94,7 @@ def titok_golden(name, **options):
     """Arrays of golden/tokenizers/titok_<name>.npz, the authors' weights, the model made of them, images in [-1, 1]."""
     g = golden(f"tokenizers/titok_{name}")
     sd = {k.removeprefix("sd."): v for k, v in g.items() if k.startswith("sd.")}
-    return g, sd, titok.TiTok.from_official(sd, n_head=4, **options), 2 * g["image"] - 1
+    return g, sd, official_titok.load_tokenizer(sd, n_head=4, **options), 2 * g["image"] - 1
 
 
 def llamagen(name, **options):

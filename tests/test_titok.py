@@ -1,7 +1,5 @@
 """Tests of titok."""
-import argparse
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,128 +8,7 @@ import data
 import titok
 import vae
 import vq
-from tests.helpers import close, golden, titok_golden, tokens_of
-
-
-@torch.no_grad()
-def test_titok_first_stage_is_the_authors_with_its_legacy_reshape():
-    g, sd, model, images = titok_golden("legacy_vq_stage1")
-    assert (model.seq_len, model.grid, model.vocab_size, model.token_dim, model.stage) == (8, (8,), 64, None, "proxy")
-    z = model.encoder(images)
-    close(F.normalize(z, dim=-1), F.normalize(tokens_of(g["z"]), dim=-1)), close(z, tokens_of(g["z"]))
-    q, ids, loss, logs = model.quantizer(z)
-    close(q, tokens_of(g["z_quantized"])), close(loss, g["quantizer_loss"]), close(logs["commit"], g["commitment_loss"])
-    assert torch.equal(ids, g["indices"][:, 0]) and torch.equal(model.encode(images), ids)
-    close(model.decoder(q), tokens_of(g["decoded"]))
-    model.proxy = argparse.Namespace(encode=lambda images: g["proxy_codes"])
-    loss, logs = model(images)
-    close(logs["proxy_nats"], g["stage1_ce"]), close(loss, g["stage1_ce"] + g["quantizer_loss"])
-    model.encoder.legacy = False
-    assert (model.encoder(images) - z).abs().max() > 0.1, "transposing is not what their weights are used to"
-
-
-@torch.no_grad()
-def test_titok_of_pixels_is_the_authors():
-    g, sd, model, images = titok_golden("vq_pixels")
-    assert (model.seq_len, model.vocab_size, model.stage, model.quantizer.l2_norm) == (8, 128, "pixels", False)
-    z = model.encoder(images)
-    q, ids, loss, logs = model.quantizer(z)
-    close(z, tokens_of(g["z"])), close(q, tokens_of(g["z_quantized"])), close(loss, g["quantizer_loss"])
-    assert torch.equal(model.encode(images), g["indices"][:, 0])
-    close((model.decode_raw(q) + 1) / 2, g["decoded"])
-    assert torch.allclose(model.decode(ids), (2 * g["decoded"] - 1).clamp(-1, 1), atol=1e-4)
-    loss_, logs = model(images)
-    close(logs["mse"], 4 * F.mse_loss(g["decoded"], g["image"]), 1e-4), close(loss_, logs["mse"] + loss)
-
-
-@torch.no_grad()
-def test_titok_vae_is_the_authors(monkeypatch):
-    g, sd, model, images = titok_golden("vae")
-    assert isinstance(model, titok.TiTokVAE) and (model.token_dim, model.vocab_size, model.seq_len) == (16, None, 8)
-    mean, std = model.posterior(images)
-    close(model.encoder(images), tokens_of(g["moments"])), close(mean, tokens_of(g["mean"]))
-    close(std, tokens_of(g["logvar"]).mul(0.5).exp()), close(model.kl(mean, std), g["kl"])
-    close((model.decode_raw(mean) + 1) / 2, g["decoded_mode"])
-    monkeypatch.setattr(torch, "randn_like", lambda x: tokens_of(g["noise"]))
-    close(model.reparameterise(mean, std), tokens_of(g["sample"]))
-    recon, auxiliary, logs = model.reconstruct(images)
-    close((recon + 1) / 2, g["decoded_sample"]), close(logs["kl"], g["kl"].mean())
-    close(auxiliary, model.beta * g["kl"].sum(1).mean() / images[0].numel())
-
-
-def maskgit_vqgan(levels=2, n_res=1, c=32, encoder=True):
-    """MaskGIT's VQGAN in the authors' layout, with weights made by the golden file's recipe -> state dict."""
-    import zlib
-    def fill(part, shapes):
-        for name, shape in shapes.items():
-            w = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32) * 0.05
-            sd[f"{part}.{name}"] = torch.from_numpy(w + float(len(shape) == 1 and name.endswith("weight")))
-    def block(name, a, b):
-        shapes = {f"{name}.norm1.weight": (a,), f"{name}.norm1.bias": (a,), f"{name}.conv1.weight": (b, a, 3, 3),
-                  f"{name}.norm2.weight": (b,), f"{name}.norm2.bias": (b,), f"{name}.conv2.weight": (b, b, 3, 3)}
-        return shapes | ({f"{name}.nin_shortcut.weight": (b, b, 1, 1)} if a != b else {})
-    end = lambda c, out, k: {"norm_out.weight": (c,), "norm_out.bias": (c,), "conv_out.weight": (out, c, k, k), "conv_out.bias": (out,)}
-    sd = {}
-    if encoder:
-        fill("encoder", {"conv_in.weight": (c, 3, 3, 3)} | block("down.0.block.0", c, c) | block("down.1.block.0", c, 2 * c)
-             | block("mid.0", 2 * c, 2 * c) | end(2 * c, 8, 1))
-    fill("decoder", {"conv_in.weight": (2 * c, 8, 3, 3), "conv_in.bias": (2 * c,), "up.1.upsample_conv.weight": (2 * c, 2 * c, 3, 3),
-                     "up.1.upsample_conv.bias": (2 * c,)} | block("mid.0", 2 * c, 2 * c) | block("up.1.block.0", 2 * c, 2 * c)
-         | block("up.0.block.0", 2 * c, c) | end(c, 3, 3))
-    return sd
-
-
-@torch.no_grad()
-def test_maskgit_vqgan_is_the_authors():
-    g = golden("tokenizers/maskgit_vqgan_tiny")
-    sd = maskgit_vqgan() | {"quantize.embedding.weight": g["codebook"]}
-    model, images = titok.MaskGITVQGAN.from_official(sd, grid=(8, 8)), 2 * g["image"] - 1
-    close(model.latents(images), tokens_of(g["h"]))
-    q, ids, loss, _ = model.quantizer(model.latents(images))
-    assert torch.equal(ids, g["indices"]) and torch.equal(model.encode(images), ids)
-    close(q, tokens_of(g["z_q"])), close(loss, g["loss"]), close((model.decode_raw(q) + 1) / 2, g["recon"])
-    close(model.encoder[0](g["odd_image"]), g["odd_conv"])
-    with pytest.raises(ValueError, match="decoder.up.1.upsample_conv.bias"):
-        titok.MaskGITVQGAN.from_official({k: v for k, v in sd.items() if k != "decoder.up.1.upsample_conv.bias"})
-    with pytest.raises(ValueError, match="encoder.extra"):
-        titok.MaskGITVQGAN.from_official(sd | {"encoder.extra": torch.zeros(1)})
-
-
-def test_titok_mixes_the_proxys_codes_as_the_authors_and_trains_both_decoders_only():
-    g = golden("tokenizers/titok_stage2_softcode")
-    stage1 = titok_golden("legacy_vq_stage1")[1]
-    with torch.no_grad():
-        codes = titok.VectorQuantizer(*g["codebook"].shape, l2_norm=False)
-        codes.codebook.copy_(g["codebook"])
-        proxy = argparse.Namespace(quantizer=codes, decode_raw=lambda q: q, grid=(2, 2), vocab_size=64)
-        holder = argparse.Namespace(decoder=lambda q: tokens_of(g["logits"]), proxy=proxy)
-        holder.decoder = type("Decoder", (), dict(__call__=lambda self, q: tokens_of(g["logits"]), proxy_vocab=64))()
-        close(titok.TiTok.decode_raw(holder, g["logits"]), tokens_of(g["soft"]))
-        hard = F.one_hot(torch.arange(4)[None], 64).float() * 1e4
-        holder.decoder = type("Decoder", (), dict(__call__=lambda self, q: hard, proxy_vocab=64))()
-        close(titok.TiTok.decode_raw(holder, g["logits"]), g["codebook"][None, :4])
-    pixel = maskgit_vqgan(encoder=False) | {"quantize.embedding.weight": torch.randn(1024, 8)}
-    pixel = {"pixel_" + k if k.startswith("decoder") else k.replace("quantize", "pixel_quantize"): v for k, v in pixel.items()}
-    model = titok.TiTok.from_official(stage1 | pixel, n_head=4)
-    images = data.draw(torch.arange(2), 64)[0]
-    assert model.stage == "finetune" and model.proxy.encoder is None
-    with torch.no_grad():
-        assert model.decode(model.encode(images)).shape == (2, 3, 8, 8), "the tiny proxy doubles 4 x 4 patches only once"
-        close(model.decode_raw(model.quantizer.codes(model.encode(images))), model.reconstruct(images)[0])
-    F.mse_loss(model.train().reconstruct(images)[0], images[:, :, ::8, ::8]).backward()
-    learns = {k for k, v in model.named_parameters() if v.grad is not None and v.grad.abs().max() > 0}
-    assert learns == {k for k, _ in model.named_parameters() if k.startswith(("decoder.", "proxy.decoder."))}
-
-
-def test_titok_from_official_names_the_key_that_does_not_fit(tmp_path):
-    _, sd, _, images = titok_golden("vq_pixels")
-    torch.save(sd, tmp_path / "tokenizer.bin")
-    assert titok.TiTok.from_official(tmp_path / "tokenizer.bin", n_head=4).encode(images).shape == (2, 8)
-    for key in ("latent_tokens", "encoder.transformer.1.attn.in_proj_bias", "decoder.mask_token", "quantize.embedding.weight"):
-        with pytest.raises(ValueError, match=key):
-            titok.TiTok.from_official({k: v for k, v in sd.items() if k != key}, n_head=4)
-    with pytest.raises(ValueError, match="decoder.extra"):
-        titok.TiTok.from_official(sd | {"decoder.extra": torch.zeros(1)}, n_head=4)
+from tests.helpers import close
 
 
 @pytest.mark.parametrize("name, published, proxy", [
@@ -157,14 +34,6 @@ def test_titok_of_the_paper_has_its_parameter_count(name, published, proxy):
     if published:
         whole = encoder + decoder + (-T * E if proxy else 0 if "vae" in name else size["vocab_size"] * D)   # as counted there
         assert round(whole / 1e6, 1) == published
-
-
-def test_maskgit_vqgan_has_its_parameter_count():
-    with torch.device("meta"):
-        model = titok.MaskGITVQGAN()
-    count = lambda *parts: round(sum(p.numel() for part in parts for p in part.parameters()) / 1e6, 1)
-    assert (count(model.encoder), count(model.decoder), count(model)) == (23.8, 30.5, 54.5)
-    assert count(model.decoder, model.quantizer) == 30.7    # what a TiTok file brings along
 
 
 def small_titok(cls=titok.TiTok, **options):
