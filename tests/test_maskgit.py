@@ -140,7 +140,7 @@ def test_maskgit_one_token_per_pass_comes_close_to_bars_and_stripes():
     model = maskgit.MaskGIT(maskgit.CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=4, n_embd=64, label_drop=0,
                             smoothing=0)
     zeros = torch.zeros(256, dtype=torch.long)
-    mar.fit_ids(model, lambda step: (mar.bars_and_stripes(256, "cpu"), zeros), 400, 5e-3)
+    mar.fit_ids(model, lambda step: (mar.bars_and_stripes(256, "cpu"), zeros), 400, 3e-3)
     model.eval()
     few = total_variation(model, 2)
     many = total_variation(model, 16)
