@@ -108,8 +108,8 @@ def refuse_not_finite(run, tokens):
     """A model that diverged draws NaN, which a decoder turns into black or grey squares without a word."""
     if tokens.is_floating_point() and not tokens.isfinite().all():
         bad = (~tokens.isfinite()).flatten(1).any(1).sum().item()
-        raise BadInput(f"{run.folder}: {bad} of {len(tokens)} samples have tokens that are not finite. Unless "
-                       "--cfg or --temperature did it, the model diverged: train it anew with a lower --lr")
+        raise BadInput(f"{run.folder}: {bad} of {len(tokens)} samples have tokens that are not finite. "
+                       "Unless --cfg or --temperature did it, the model diverged: train it anew with a lower --lr")
 
 
 def draw_captions(run, texts, **options):
