@@ -109,7 +109,7 @@ def refuse_not_finite(run, tokens):
     if tokens.is_floating_point() and not tokens.isfinite().all():
         bad = (~tokens.isfinite()).flatten(1).any(1).sum().item()
         raise BadInput(f"{run.folder}: {bad} of {len(tokens)} samples have tokens that are not finite. "
-                       "Unless --cfg or --temperature did it, the model diverged: train it anew with a lower --lr")
+                       "Unless --cfg or --temperature did it, the model diverged: train it with a lower --lr")
 
 
 def draw_captions(run, texts, **options):

@@ -7,12 +7,12 @@ stand in front of them, where otherwise the class is:
 
     image --VAE--> tokens (N, P, E) --prefix--> ARTransformer --p(token)--> tokens (N, T, D) --VAE--> map
 
-A map that is drawn is one guess. The mean of 8 guesses is what most of them say, and the spread of 16 says where
-the model is not sure. Images and maps are those of the drawn world: "segment", one channel for the ground and
-one for each of the ten classes, or "depth", the signed distance to the outline in half image widths, cut off at
--1 and 1.
+A map that is drawn is one guess. The mean of 8 guesses is what most of them say, and the spread of 16 says
+where the model is not sure. Images and maps are those of the drawn world: "segment", one channel for the
+ground and one for each of the ten classes, or "depth", the signed distance to the outline in half image
+widths, cut off at -1 and 1.
 
-    python -m recipes.maps --task segment              # 3 trainings, a picture, a table; 11 min on 2 CPU cores
+    python -m recipes.maps --task segment              # trains, draws, measures; 11 min on 2 CPU cores
     python -m recipes.maps --task depth --size tiny
     python -m recipes.maps --task segment --beam 4     # when it is trained: picture and table again
 
