@@ -166,6 +166,21 @@ def save_captions(path, run, texts, each=8, **options):
     return images
 
 
+def save_reconstructions(path, args, tokenizer, val_set):
+    """The picture at the end of stage 1: validation images, evenly spread, or clips, and what becomes of them."""
+    torch.manual_seed(args.seed)
+    n = 12 if args.frames == 1 else 4
+    index = torch.linspace(0, len(val_set) - 1, n, device="cpu").long()
+    x, labels = val_set.batch(index)
+    recon = tokenizer.decode(tokenizer.encode(x))
+    rows = [("validation images", x), ("reconstructed", recon)]
+    if args.frames > 1:
+        rows = []
+        for clip, again, k in zip(x, recon, labels.tolist()):
+            rows += [(str(val_set.classes[k]), pictures.film(clip)), ("reconstructed", pictures.film(again))]
+    pictures.attempt(pictures.save_rows, path, rows, path.parent.name)
+
+
 def save_samples(path, run):
     """The picture at the end of stage 2, or a sentence if the model diverged: the run shall end well."""
     kind = kind_of(run)
