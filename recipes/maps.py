@@ -30,13 +30,13 @@ import argparse
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 import data
 import sample
 import train
-import vae
 from common import drawing, pictures, runs, tokens
 from common.metrics import mean_iou
 from data import BadInput
@@ -84,7 +84,7 @@ REFUSALS = [                                                # what is asked, the
     (lambda own, given: given.frames not in (None, 1), "--frames: maps are of images; leave it out"),
     (lambda own, given: given.gan or given.perceptual,
      "--gan, --perceptual: their losses mean nothing on maps; leave them out"),
-    (lambda own, given: min(own.n, own.pictures, own.at_once, own.beam or 1) < 1,
+    (lambda own, given: min(own.n, own.pictures, own.at_once, 1 if own.beam is None else own.beam) < 1,
      "--n, --pictures, --at_once, --beam: must be at least 1"),
     (lambda own, given: own.n < 10, "--n: at least 10 maps are needed for a number"),
 ]
@@ -109,25 +109,33 @@ def main(argv=None):
 
 def train_all(own, given, dist, tok_folder, map_folder, folder):
     """Three trainings, each unless it is done: the VAE of images, the VAE of maps, the transformer."""
-    image_given = argparse.Namespace(**vars(given) | dict(generator="none"))
-    image_args = runs.resolve(image_given, tok_folder, folder)
-    if given.steps is None and runs.read_checkpoint(folder) is None:
+    if given.resume and not any((path / "ckpt.pt").exists() for path in (tok_folder, map_folder, folder)):
+        raise BadInput(f"--resume: there is no run in {tok_folder}, {map_folder} or {folder}; leave it out")
+    if given.steps is None and (given.overwrite or runs.read_checkpoint(folder) is None):
         device = runs.pick_device(given.device)
         given.steps = CPU_STEPS.get(own.task) if device.type == "cpu" else None
-    args = runs.resolve(given, map_folder, folder)
+    image_args = resolve(given, tok_folder, folder, {})
+    args = resolve(given, map_folder, folder, dict(channels=CHANNELS[own.task]))
     runs.refuse(args, dist)
-    stages = runs.stages_to_train(args, map_folder, folder)
-    image_stages = runs.stages_to_train(image_args, tok_folder, folder)
-    if not stages:
+    if image_args.stage1_done and not runs.stages_to_train(args, map_folder, folder):
         return
     images = load_sets(args, "class")
     maps = load_sets(args, own.task)
-    if 1 in image_stages:
+    for path, train_set in ((tok_folder, images[0]), (map_folder, maps[0]), (folder, maps[0])):
+        runs.refuse_other_data(args, path, train_set)
+    if not image_args.stage1_done:
         train.train_tokenizer(image_args, dist, tok_folder, *images)
-    if 1 in stages:
+    if not args.stage1_done:
         train_map_tokenizer(own, args, dist, map_folder, *maps)
-    if 2 in stages:
+    if not args.stage2_done:
         train_generator(own, args, dist, tok_folder, map_folder, folder, images, maps)
+
+
+def resolve(given, tok_folder, folder, tok_options):
+    """runs.resolve for one of the two tokenizers; tok_options: what it has that train.py's has not."""
+    begun = any((path / "ckpt.pt").exists() for path in (tok_folder, folder))
+    changed = dict(tok_options=tok_options, resume=given.resume and begun)
+    return runs.resolve(argparse.Namespace(**vars(given) | changed), tok_folder, folder)
 
 
 def load_sets(args, task):
@@ -139,43 +147,30 @@ def load_sets(args, task):
     return sets
 
 
-def build_map_tokenizer(args, task):
-    """A VAE with the channels of the maps."""
-    size = vae.SIZES[args.tok_size]
-    size = size | dict(image_size=args.image_size, beta=args.beta, channels=CHANNELS[task])
-    if args.token_dim:
-        size["token_dim"] = args.token_dim
-    return vae.VAE(**size)
-
-
-def build_generator(args, tokenizer, num_classes, source):
-    """The transformer with the tokens of an image, of the VAE `source`, as its prefix."""
-    return runs.build_generator(args, tokenizer, num_classes, prefix=(source.seq_len, source.token_dim))
-
-
 def train_map_tokenizer(own, args, dist, folder, train_set, val_set):
-    """Stage 1 of the maps."""
+    """Stage 1 of the maps: a VAE with their channels."""
     torch.manual_seed(args.seed)
-    tokenizer = build_map_tokenizer(args, own.task)
+    tokenizer = runs.build_tokenizer(args)
 
     def finish(model):
         arrays = tokens.encode_all(model, train_set)
         model.measure(arrays["mean"], arrays["std"])
         if dist.rank == 0:
             torch.manual_seed(args.seed)
-            x, _ = val_set.batch(torch.linspace(0, len(val_set) - 1, 12).long())
+            x, _ = val_set.batch(torch.linspace(0, len(val_set) - 1, 12, device="cpu").long())
             recon = model.decode(model.encode(x))
             rows = [("validation maps", visible(x, own.task)), ("reconstructed", visible(recon, own.task))]
-            pictures.save_rows(folder / "reconstructions.png", rows, folder.name)
+            pictures.attempt(pictures.save_rows, folder / "reconstructions.png", rows, folder.name)
 
-    train.fit(1, tokenizer, train_set, val_set, args, dist, folder, finish,
-              dict(classes=train_set.classes, task=own.task))
+    extra = dict(classes=train_set.classes, fingerprint=runs.fingerprint(train_set), task=own.task)
+    train.fit(1, tokenizer, train_set, val_set, args, dist, folder, finish, extra)
 
 
 def train_generator(own, args, dist, tok_folder, map_folder, folder, images, maps):
     """Stage 2: the tokens of the maps, given those of their images."""
     source = runs.load_run(tok_folder, args.device)
     tokenizer = load(map_folder, args.device).tokenizer
+    runs.refuse_other_tokenizer(args, folder, tokenizer)
     pairs = []
     for split, image_set, map_set in zip(("train", "val"), images, maps):
         name = f"tokens-{split}.pt"
@@ -183,20 +178,29 @@ def train_generator(own, args, dist, tok_folder, map_folder, folder, images, map
         of_images = tokens.cached(source.tokenizer, image_set, tok_folder / name, dist)
         pairs.append(Pairs(of_maps, of_images))
     classes = images[0].classes
+    args.options = prefix_of(source.tokenizer)
     torch.manual_seed(args.seed)
-    generator = build_generator(args, tokenizer, len(classes), source.tokenizer)
+    generator = runs.build_generator(args, tokenizer, len(classes))
 
     def finish(model):
         if dist.rank == 0:
-            run = runs.Run(folder=folder, args=args, tokenizer=tokenizer, generator=model, classes=classes,
-                           device=torch.device(args.device))
-            run.source = source.tokenizer
-            run.task = own.task
-            save_maps(folder / "samples.png", run, seed=args.seed)
+            run = SimpleNamespace(folder=folder, args=args, tokenizer=tokenizer, generator=model, task=own.task,
+                                  classes=classes, device=args.device, source=source.tokenizer)
+            pictures.attempt(save_maps, folder / "samples.png", run, own.pictures, args.seed)
 
-    extra = dict(classes=classes, task=own.task, tokenizer=on_cpu(tokenizer), grid=list(tokenizer.grid),
-                 source=on_cpu(source.tokenizer), source_flags=vars(source.args))
+    extra = dict(classes=classes, fingerprint=runs.fingerprint(maps[0]), task=own.task,
+                 tokenizer=on_cpu(tokenizer), grid=list(tokenizer.grid), source=on_cpu(source.tokenizer),
+                 source_flags=saved_flags(source.args))
     train.fit(2, generator, *pairs, args, dist, folder, finish, extra)
+
+
+def prefix_of(source):
+    """The transformer's option that makes the tokens of an image, of the VAE `source`, its prefix."""
+    return dict(prefix=(source.seq_len, source.token_dim))
+
+
+def saved_flags(args):
+    return {name: value for name, value in vars(args).items() if name != "device"}
 
 
 class Pairs:
@@ -220,34 +224,36 @@ def on_cpu(model):
 
 
 def load(folder, device="cpu"):
-    """A run folder of this recipe -> Run, with .task and .source, the tokenizer of images (None: stage 1).
+    """A run folder of this recipe -> what runs.load_run gives, and .task and .source, the tokenizer of images.
 
-    Runs of the first edition's train.py --task, which kept the same weights under other flags, load too.
+    source and generator are None of a stage 1 run. Runs of the first edition's train.py --task load too.
     """
+    folder = Path(folder)
+    device = torch.device(device)
     checkpoint = runs.read_checkpoint(folder)
     task = checkpoint and (checkpoint.get("task") or checkpoint["flags"].get("task"))
     if task not in CHANNELS:
         raise BadInput(f"{folder}: no run of python -m recipes.maps")
     if not checkpoint["done"]:
         raise BadInput(f"{folder}: this run stopped at step {checkpoint['step']}; finish it with --resume")
-    args = argparse.Namespace(**runs.DEFAULTS["any"] | checkpoint["flags"])
-    tokenizer = build_map_tokenizer(args, task)
+    default = runs.DEFAULTS["any"]
+    channels = dict(tok_options=dict(channels=CHANNELS[task]))
+    args = argparse.Namespace(**default | checkpoint["flags"] | channels)
+    tokenizer = runs.build_tokenizer(args)
     generator, source = None, None
     if checkpoint["stage"] == 1:
         tokenizer.load_state_dict(runs.averaged(checkpoint))
-    else:
-        source = runs.build_tokenizer(argparse.Namespace(**runs.DEFAULTS["any"] | checkpoint["source_flags"]))
+    else:                                                   # a stage 2 checkpoint is complete in itself
+        tokenizer.load_state_dict(checkpoint["tokenizer"])
+        source = runs.build_tokenizer(argparse.Namespace(**default | checkpoint["source_flags"]))
         source.load_state_dict(checkpoint["source"])
         source = source.to(device).eval()
-        tokenizer.load_state_dict(checkpoint["tokenizer"])
-        generator = build_generator(args, tokenizer, len(checkpoint["classes"]), source)
+        args.options = prefix_of(source)
+        generator = runs.build_generator(args, tokenizer, len(checkpoint["classes"]))
         generator.load_state_dict(runs.averaged(checkpoint))
         generator = generator.to(device).eval()
-    run = runs.Run(folder=Path(folder), args=args, tokenizer=tokenizer.to(device).eval(), generator=generator,
-                   classes=checkpoint["classes"], device=torch.device(device))
-    run.task = task
-    run.source = source
-    return run
+    return SimpleNamespace(folder=folder, args=args, tokenizer=tokenizer.to(device).eval(), source=source,
+                           generator=generator, classes=checkpoint["classes"], device=device, task=task)
 
 
 # ---- Draw ----------------------------------------------------------------------------------------
@@ -281,7 +287,7 @@ def visible(maps, task):
 def save_maps(path, run, n=10, seed=0, **options):
     """Picture of n validation images: image, truth, prediction, one sample, and where 16 samples disagree."""
     images, truth = (validation_set(run, task) for task in ("class", run.task))
-    index = torch.linspace(0, len(images) - 1, n).long()
+    index = torch.linspace(0, len(images) - 1, n, device="cpu").long()
     x = images.batch(index)[0].cpu()
     cond = image_tokens(run, x)
     many = draw_maps(run, cond.repeat_interleave(16, 0), cfg=1.0, temperature=1.0, seed=seed)
@@ -308,7 +314,8 @@ def measure_maps(run, n=1000, seed=0, batch_size=250, **options):
     VOC counts it. RMSE of distances in half image widths. "The image hidden" asks the same model without it.
     """
     images, truth = (validation_set(run, task) for task in ("class", run.task))
-    index = torch.randperm(len(truth), generator=torch.Generator().manual_seed(seed))[:n]
+    order = torch.Generator().manual_seed(seed)
+    index = torch.randperm(len(truth), generator=order, device="cpu")[:n]
     parts = index.split(batch_size)
     cond = torch.cat([image_tokens(run, images.batch(i)[0]) for i in parts])
     true = torch.cat([truth.batch(i)[0].cpu() for i in parts])
@@ -327,7 +334,7 @@ def measure_maps(run, n=1000, seed=0, batch_size=250, **options):
             ("_tokenizer", "true maps, encoded and decoded", copy)]
     rows = []
     if run.task == "segment":
-        ground = torch.eye(true.shape[1])[0].view(1, -1, 1, 1).expand_as(true)
+        ground = torch.eye(true.shape[1], device="cpu")[0].view(1, -1, 1, 1).expand_as(true)
         arms.insert(2, ("_ground", "ground everywhere", ground))
         for key, text, x in arms:
             iou = mean_iou(x.argmax(1), true.argmax(1), true.shape[1])

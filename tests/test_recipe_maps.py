@@ -5,12 +5,14 @@ import pytest
 import torch
 
 import data
+import sample
+import train
 from common import drawing, runs
 from recipes import maps
 
 WORDS = ["--n_shapes", "100", "--image_size", "16", "--tok_steps", "12", "--tok_batch_size", "8",
-         "--steps", "12", "--batch_size", "8", "--size", "tiny", "--warmup", "4", "--log_every", "12", "--eval_every", "12",
-         "--device", "cpu", "--dtype", "fp32", "--n", "12", "--pictures", "2"]
+         "--steps", "12", "--batch_size", "8", "--size", "tiny", "--warmup", "4", "--log_every", "12",
+         "--eval_every", "12", "--device", "cpu", "--dtype", "fp32", "--n", "12", "--pictures", "2"]
 
 
 @pytest.mark.parametrize("task", ["segment", "depth"])
@@ -38,9 +40,31 @@ def test_maps_of_images_are_trained_drawn_and_measured(task, tmp_path_factory, c
     maps.main(["--task", task, "--runs", str(folder), *WORDS, "--beam", "2"])           # no training again
     assert "stage" not in capsys.readouterr().out
     assert json.loads((run_folder / "metrics.json").read_text())["beam"] == 2
-    for name in (f"shapes-vae-{task}", run_folder.name):
-        with pytest.raises(data.BadInput, match="recipes.maps"):
-            runs.load_run(folder / name)                    # for sample.py and evaluate.py these are no runs
+    with pytest.raises(data.BadInput, match="makes maps of images: python -m recipes.maps"):
+        sample.main([str(run_folder), "--device", "cpu"])
+    again = runs.load_run(run_folder)                       # the checkpoint tells all
+    for ours, theirs in ((run.generator, again.generator), (run.tokenizer, again.tokenizer)):
+        theirs = theirs.state_dict()
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("changed", [dict(), dict(done=False), dict(task=None)])
+def test_only_finished_runs_on_maps_are_loaded(changed, tmp_path, tiny_run):
+    checkpoint = runs.read_checkpoint(tiny_run / "shapes-vae") | changed
+    torch.save(checkpoint | ({"task": "depth"} if "done" in changed else {}), tmp_path / "ckpt.pt")
+    sentence = "finish it with --resume" if "done" in changed else "no run of python -m"
+    with pytest.raises(data.BadInput, match=sentence):
+        maps.load(tmp_path)
+
+
+def test_a_training_stopped_between_the_tokenizers_goes_on(tmp_path, capsys):
+    words = ["--task", "depth", "--runs", str(tmp_path), *WORDS]
+    with pytest.raises(data.BadInput, match="--resume: there is no run in .*shapes-vae-depth"):
+        maps.main([*words, "--resume"])
+    train.main(["--tokenizer", "vae", "--generator", "none", "--runs", str(tmp_path), *WORDS[:-4]])
+    capsys.readouterr()
+    maps.main([*words, "--resume"])
+    assert capsys.readouterr().out.count("stage 1: ") == 1  # of the maps only
 
 
 def test_a_prediction_is_the_mean_of_its_votes(monkeypatch):
