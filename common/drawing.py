@@ -165,7 +165,7 @@ def save_captions(path, run, texts, images):
 
 
 def save_reconstructions(path, args, tokenizer, val_set):
-    """The picture at the end of stage 1: validation images or clips, evenly spread, and what becomes of them."""
+    """The picture at the end of stage 1: validation images or clips, and what becomes of them."""
     torch.manual_seed(args.seed)
     n = 12 if args.frames == 1 else 4
     index = torch.linspace(0, len(val_set) - 1, n, device="cpu").long()

@@ -184,8 +184,9 @@ def train_generator(own, args, dist, tok_folder, map_folder, folder, images, map
 
     def finish(model):
         if dist.rank == 0:
-            run = SimpleNamespace(folder=folder, args=args, tokenizer=tokenizer, generator=model, task=own.task,
-                                  classes=classes, device=args.device, source=source.tokenizer)
+            run = SimpleNamespace(folder=folder, args=args, tokenizer=tokenizer, generator=model,
+                                  classes=classes, device=args.device, source=source.tokenizer,
+                                  task=own.task)
             pictures.attempt(save_maps, folder / "samples.png", run, own.pictures, args.seed)
 
     extra = dict(classes=classes, fingerprint=runs.fingerprint(maps[0]), task=own.task,
@@ -224,7 +225,7 @@ def on_cpu(model):
 
 
 def load(folder, device="cpu"):
-    """A run folder of this recipe -> what runs.load_run gives, and .task and .source, the tokenizer of images.
+    """A run folder of this recipe -> what runs.load_run gives, .task, and .source, the tokenizer of images.
 
     source and generator are None of a stage 1 run. Runs of the first edition's train.py --task load too.
     """
