@@ -26,6 +26,7 @@ import math
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -183,7 +184,8 @@ def draw_captions(run, args, out, gif, options):
     texts = args.prompt or captions.some(run, args.n or 8)
     each = max(1, (args.n or 8) // len(texts)) if args.prompt else 8
     start = time.perf_counter()
-    images = drawing.save_captions(out, run, texts, each, **options)
+    images = drawing.draw_captions(run, texts, each, **options)
+    drawing.save_captions(out, run, texts, images)
     print(f"{len(texts)} captions, {each} images of each, in {time.perf_counter() - start:.1f} s")
     return images, dict(texts=np.repeat(texts, each))
 
@@ -213,6 +215,8 @@ NUMBERS = [                                                 # flags, what their 
 REFUSALS = [                                                # what is asked of which run, the sentence
     (lambda a, run: run.generator is None,
      "{a.run}: a tokenizer alone cannot draw; name the run folder of a generator"),
+    (lambda a, run: "prefix" in getattr(run.args, "options", {}),
+     "{a.run}: this run makes maps of images: python -m recipes.maps draws and measures them"),
     (lambda a, run: run.args.frames > 1 and (a.mask or (a.image and not a.known_frames)),
      "--image, --mask: a clip is continued, not repainted; give --known_frames 5, say"),
     (lambda a, run: run.args.frames == 1 and a.known_frames is not None,
@@ -377,9 +381,9 @@ def official_run(args, device):
         data="", image_size=args.image_size, frames=1, generator=name,
         head="diffusion" if name == "mar" else "categorical", condition="text" if reads_captions else "class",
         text_encoder=args.text_encoder, text_len=getattr(generator, "n_prefix", None))
-    return runs.Run(folder=Path(args.official).with_suffix(""), args=run_args, tokenizer=tokenizer.to(device),
-                    generator=generator.to(device), classes=[str(k) for k in range(generator.num_classes)],
-                    device=device)
+    classes = [str(k) for k in range(generator.num_classes)]
+    return SimpleNamespace(folder=Path(args.official).with_suffix(""), args=run_args, classes=classes,
+                           tokenizer=tokenizer.to(device), generator=generator.to(device), device=device)
 
 
 def load_file(flag, path, load, **options):

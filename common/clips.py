@@ -40,7 +40,7 @@ class Stills:
     def batch(self, index):
         """index (B,) -> clips (B, 3, F, H, W), or four frames of each (4 B, 3, H, W); labels."""
         x, labels = self.clips.batch(index)
-        if torch.rand(()) >= 0.5:                           # on the CPU, so all processes decide alike
+        if torch.rand((), device="cpu") >= 0.5:             # on the CPU, so all processes decide alike
             return x, labels
         B, _, n_frames, H, W = x.shape
         chosen = torch.rand(B, n_frames, device=x.device).argsort(1)[:, :STILLS]      # (B, 4), each once
@@ -73,7 +73,7 @@ def predict(run, clips, n, labels=None, cfg=None, **options):
     known = F.pad(tokens, (0, run.tokenizer.seq_len - k))                             # (N, T)
     mask = (torch.arange(run.tokenizer.seq_len, device=run.device) < k).expand(len(known), -1)
     if labels is None:
-        labels = torch.full((len(known),), run.generator.num_classes)                 # "no class"
+        labels = torch.full((len(known),), run.generator.num_classes, device="cpu")   # "no class"
         cfg = 1.0
     return drawing.draw_samples(run, labels, cfg, known=known, known_mask=mask, **options)
 
@@ -121,7 +121,7 @@ def validation_clips(run, n=None):
     for i, k in enumerate(clips.labels.tolist()):
         turns.append((seen.get(k, 0), k, i))
         seen[k] = seen.get(k, 0) + 1
-    x, labels = clips.batch(torch.tensor([i for _, _, i in sorted(turns)[:n]]))
+    x, labels = clips.batch(torch.tensor([i for _, _, i in sorted(turns)[:n]], device="cpu"))
     return x, [str(run.classes[k]) for k in labels.tolist()]
 
 
@@ -154,7 +154,7 @@ def go_on(run, path, n_known, gif=None, image=None, cls=None, n=None, **options)
         clips, names = validation_clips(run, n)
     labels = None if cls is None else drawing.labels_of(run.classes, cls, len(clips))
     drawn = save_prediction(path, run, clips, names, n_known, gif, labels=labels, **options)
-    return drawn, torch.full((len(drawn),), -1) if labels is None else labels
+    return drawn, torch.full((len(drawn),), -1, device="cpu") if labels is None else labels
 
 
 # ---- Metrics: a row is (key in metrics.json, name, number, unit, remark) -------------------------
@@ -168,10 +168,10 @@ def single_frames(run, clips, split):
     labels = clips.labels
     classes = clips.classes
     if run.args.data == "shapes":
-        index = torch.arange(len(clips)) + (data.VAL_INDEX if split == "val" else 0)
+        index = torch.arange(len(clips), device="cpu") + (data.VAL_INDEX if split == "val" else 0)
         labels = data.scene(index, run.args.seed, video=True)["label"]
         classes = data.SHAPES
-    chosen = torch.linspace(0, clips.frames - 1, 4).long()
+    chosen = torch.linspace(0, clips.frames - 1, 4, device="cpu").long()
     frames = as_frames(clips.images[:, :, chosen])
     return data.ImageSet(frames, labels.repeat_interleave(4), classes, clips.device)
 

@@ -108,13 +108,13 @@ def refuse_not_finite(run, tokens):
     """A model that diverged draws NaN, which a decoder turns into black or grey squares without a word."""
     if tokens.is_floating_point() and not tokens.isfinite().all():
         bad = (~tokens.isfinite()).flatten(1).any(1).sum().item()
-        raise BadInput(f"{run.folder}: {bad} of {len(tokens)} samples have tokens that are not finite. Unless "
-                       "--cfg or --temperature did it, the model diverged: train it anew with a lower --lr")
+        raise BadInput(f"{run.folder}: {bad} of {len(tokens)} samples have tokens that are not finite. "
+                       "Unless --cfg or --temperature did it, the model diverged: train it with a lower --lr")
 
 
-def draw_captions(run, texts, **options):
-    """texts, a list of N str -> an image of each (N, 3, H, W)."""
-    cond = captions.encode(run.args, texts)
+def draw_captions(run, texts, each=1, **options):
+    """texts, a list of str -> images (N, 3, H, W), `each` of the first text, then of the second ..."""
+    cond = captions.encode(run.args, [text for text in texts for _ in range(each)])
     return draw_samples(run, cond.float() if cond.is_floating_point() else cond, **options)
 
 
@@ -125,7 +125,7 @@ def labels_of(classes, cls=None, n=None):
     """
     if cls is None:
         n = n or 8 * len(classes)
-        return torch.arange(n) * len(classes) // n
+        return torch.arange(n, device="cpu") * len(classes) // n
     if cls in classes:
         k = list(classes).index(cls)
     elif cls.isdigit() and int(cls) < len(classes):
@@ -134,7 +134,7 @@ def labels_of(classes, cls=None, n=None):
         more = ", ..." if len(classes) > MOST_ROWS else ""
         shown = ", ".join(map(str, classes[:MOST_ROWS])) + more
         raise BadInput(f"--class {cls}: the classes are {shown}, or 0 to {len(classes) - 1}")
-    return torch.full((n or 16,), k)
+    return torch.full((n or 16,), k, device="cpu")
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -158,16 +158,14 @@ def save_strips(path, run, clips, labels, each=1):
     pictures.save_rows(path, rows, f"{run.folder.name}: samples")
 
 
-def save_captions(path, run, texts, each=8, **options):
-    """Picture: a row per caption -> the images drawn, `each` of every caption."""
-    images = draw_captions(run, [text for text in texts for _ in range(each)], **options)
-    rows = list(zip(texts, images.split(each)))[:MOST_ROWS]
-    pictures.save_rows(path, rows, f"{run.folder.name}: samples")
-    return images
+def save_captions(path, run, texts, images):
+    """Picture: a row per caption, images (N, 3, H, W) in the order of the texts, as many of each."""
+    rows = list(zip(texts, images.split(len(images) // len(texts))))
+    pictures.save_rows(path, rows[:MOST_ROWS], f"{run.folder.name}: samples")
 
 
 def save_reconstructions(path, args, tokenizer, val_set):
-    """The picture at the end of stage 1: validation images, evenly spread, or clips, and what becomes of them."""
+    """The picture at the end of stage 1: validation images or clips, and what becomes of them."""
     torch.manual_seed(args.seed)
     n = 12 if args.frames == 1 else 4
     index = torch.linspace(0, len(val_set) - 1, n, device="cpu").long()
@@ -185,15 +183,19 @@ def save_samples(path, run):
     """The picture at the end of stage 2, or a sentence if the model diverged: the run shall end well."""
     kind = kind_of(run)
     seed = run.args.seed
-    labels = torch.arange(min(len(run.classes), MOST_ROWS))
+    labels = torch.arange(min(len(run.classes), MOST_ROWS), device="cpu")
     try:
         if kind == "captions":
-            save_captions(path, run, captions.some(run, 8), seed=seed)
+            texts = captions.some(run, 8)
+            images = draw_captions(run, texts, each=8, seed=seed)
+            pictures.attempt(save_captions, path, run, texts, images)
         elif kind == "clips":
-            save_strips(path, run, draw_samples(run, labels, seed=seed), labels)
+            clips = draw_samples(run, labels, seed=seed)
+            pictures.attempt(save_strips, path, run, clips, labels)
         else:
             labels = labels.repeat_interleave(8)
-            save_grid(path, run, draw_samples(run, labels, seed=seed), labels)
+            images = draw_samples(run, labels, seed=seed)
+            pictures.attempt(save_grid, path, run, images, labels)
     except BadInput as e:
         print(f"no picture: {e}")
 
@@ -232,8 +234,8 @@ def edit(run, path, mask, labels, seed=0, **options):
 
 def parse_mask(text, rows, columns):
     """--mask -> (T,) bool over the grid of tokens, True where to repaint: a name, a box or a PNG."""
-    y = ((torch.arange(rows) + 0.5) / rows).view(-1, 1).expand(rows, columns)
-    x = ((torch.arange(columns) + 0.5) / columns).expand(rows, columns)
+    y = ((torch.arange(rows, device="cpu") + 0.5) / rows).view(-1, 1).expand(rows, columns)
+    x = ((torch.arange(columns, device="cpu") + 0.5) / columns).expand(rows, columns)
     centre = ((y - 0.5).abs() < 0.26) & ((x - 0.5).abs() < 0.26)
     named = dict(left=x < 0.5, right=x > 0.5, top=y < 0.5, bottom=y > 0.5, centre=centre, border=~centre,
                  all=torch.ones_like(centre))

@@ -1,4 +1,4 @@
-"""Tests of common/drawing.py: tokens, images and pictures of a run, edited images, work shared by processes."""
+"""Tests of common/drawing.py: tokens, images and pictures of a run, edited images, shared work."""
 import argparse
 import math
 from types import SimpleNamespace
@@ -49,12 +49,12 @@ class Plain(torch.nn.Module):
 def fixed_run(folder, value=None):
     args = argparse.Namespace(condition="class", frames=1, generator="ar", head="gmm", image_size=8, seed=0)
     classes = [f"class {k}" for k in range(300)]
-    return SimpleNamespace(folder=folder, args=args, tokenizer=Plain(), generator=Fixed(value), classes=classes,
-                           device=torch.device("cpu"))
+    return SimpleNamespace(folder=folder, args=args, tokenizer=Plain(), generator=Fixed(value),
+                           classes=classes, device=torch.device("cpu"))
 
 
 def untrained_run(folder, kind, text=False):
-    """Random weights for images of 16 pixels: 2 x 2 vectors or 4 x 4 ids, from MaskGIT or, of captions, ARTransformer."""
+    """Random weights: 2 x 2 vectors or 4 x 4 ids of 16 pixels, by MaskGIT or, of captions, ARTransformer."""
     torch.manual_seed(0)
     if kind == "ids":
         tokenizer = vq.VQ(**vq.SIZES["fine"] | dict(image_size=16))
@@ -64,12 +64,15 @@ def untrained_run(folder, kind, text=False):
         head = gmm_head.GMMHead(64, tokenizer.token_dim)
     for p in head.parameters():                             # a head starts where its input has no effect
         torch.nn.init.normal_(p, std=0.1)
-    model_class, more = (ar_transformer.ARTransformer, dict(text=(60, "bytes"))) if text else (maskgit.MaskGIT, {})
-    generator = model_class(head, tokenizer.seq_len, 10, tokenizer.token_dim, tokenizer.vocab_size, tokenizer.grid,
-                            n_layer=1, n_head=2, n_embd=64, **more)
-    args = argparse.Namespace(condition="text" if text else "class", frames=1, generator="ar" if text else "maskgit",
-                              head="categorical" if kind == "ids" else "gmm", image_size=16, seed=0,
-                              text_encoder="bytes", text_len=60)
+    sizes = dict(n_layer=1, n_head=2, n_embd=64)
+    given = (head, tokenizer.seq_len, 10, tokenizer.token_dim, tokenizer.vocab_size, tokenizer.grid)
+    if text:
+        generator = ar_transformer.ARTransformer(*given, **sizes, text=(60, "bytes"))
+    else:
+        generator = maskgit.MaskGIT(*given, **sizes)
+    args = argparse.Namespace(condition="text" if text else "class", frames=1, image_size=16, seed=0,
+                              generator="ar" if text else "maskgit", text_encoder="bytes", text_len=60,
+                              head="categorical" if kind == "ids" else "gmm")
     return SimpleNamespace(folder=folder, args=args, tokenizer=tokenizer.eval(), generator=generator.eval(),
                            classes=list(data.SHAPES), device=torch.device("cpu"))
 
@@ -152,7 +155,8 @@ def test_pictures_of_300_classes_stay_readable(tmp_path, monkeypatch):
                         shown.update(images=images, labels=labels))
     drawing.save_grid(tmp_path / "x.png", run, drawing.draw_samples(run, labels), labels, each=1)
     assert shown["labels"].tolist() == list(range(drawing.MOST_ROWS))
-    assert torch.allclose(shown["images"][:, 0, 0, 0] * 300, torch.arange(drawing.MOST_ROWS).float(), atol=1e-4)
+    greys = shown["images"][:, 0, 0, 0] * 300
+    assert torch.allclose(greys, torch.arange(drawing.MOST_ROWS).float(), atol=1e-4)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -167,11 +171,18 @@ def test_a_model_that_diverged_is_said_in_a_sentence(value, tmp_path, capsys):
 def test_each_of_two_processes_draws_every_other_batch(tmp_path, monkeypatch):
     run, drawn = fixed_run(tmp_path), []
     draw = drawing.draw_tokens
-    monkeypatch.setattr(drawing, "draw_tokens", lambda run, cond, *a, **k: drawn.append(len(cond)) or draw(run, cond, *a, **k))
-    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda parts, mine: parts.__setitem__(slice(None), [mine, {}]))
+
+    def counted(run, cond, *rest, **tricks):
+        drawn.append(len(cond))
+        return draw(run, cond, *rest, **tricks)
+
+    def gather(parts, mine):
+        parts[:] = [mine, {}]
+    monkeypatch.setattr(drawing, "draw_tokens", counted)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     run.share = 1, 2
     drawing.draw_samples(run, torch.arange(28) % 10, batch_size=8)
-    assert drawn == [8, 4], "the second of two processes draws the second and the fourth batch, not those of the other"
+    assert drawn == [8, 4], "the second of two processes draws the second and the fourth batch, no others"
 
 
 # ---- Editing
@@ -182,7 +193,11 @@ def test_editing_keeps_what_lies_outside_the_mask(kind, tmp_path, monkeypatch):
     original = data.draw(torch.arange(1), 16)[0]
     Image.fromarray(data.to_uint8(original)[0].permute(1, 2, 0).numpy()).save(tmp_path / "p.png")
     seen, draw = {}, drawing.draw_tokens
-    monkeypatch.setattr(drawing, "draw_tokens", lambda *a, **k: seen.update(k, drawn=draw(*a, **k)) or seen["drawn"])
+
+    def watched(*rest, **tricks):
+        seen.update(tricks, drawn=draw(*rest, **tricks))
+        return seen["drawn"]
+    monkeypatch.setattr(drawing, "draw_tokens", watched)
     given, images = drawing.edit(run, tmp_path / "p.png", "right", torch.arange(10))
     assert images.shape == (10, 3, 16, 16)
     assert (given[0] - original[0]).abs().max() < 0.01
@@ -221,8 +236,9 @@ def test_the_caption_has_an_effect_on_the_image(kind, tmp_path):
              "a large blue disc at the top on a dark red background " * 9]
     one, other = (drawing.draw_captions(run, [t] * 4) for t in texts)
     assert one.shape == (4, 3, 16, 16) and torch.isfinite(one).all() and not torch.equal(one, other)
-    images = drawing.save_captions(tmp_path / "x.png", run, texts, each=3)
-    assert len(images) == 6 and torch.equal(images, drawing.draw_captions(run, [texts[0]] * 3 + [texts[1]] * 3))
+    images = drawing.draw_captions(run, texts, each=3)
+    assert torch.equal(images, drawing.draw_captions(run, [texts[0]] * 3 + [texts[1]] * 3))
+    drawing.save_captions(tmp_path / "x.png", run, texts, images)
     assert (tmp_path / "x.png").stat().st_size > 0
 
 
