@@ -50,6 +50,7 @@ import vae
 import vq
 import mar_ablation
 from benchmark import machine_name
+from common import classifier, drawing, metrics, pictures, runs, tokens
 from head_modes import modes_of
 
 SCALE = {  # what "small" means on this machine; `sizes`: entries of the SIZES of the model files, made below
@@ -91,7 +92,7 @@ class Lab:
         once = functools.lru_cache(maxsize=None)(data.load)                                 # the worlds of all seeds stay;
         train.load_once = lambda name, size, split, device, seed, *rest: (                  # real images know no seed
             once(name, size, split, device, seed if name == "shapes" else 0, *rest))
-        train.save_samples = train.Log.plot = data.save_rows = lambda *_: None              # pictures cost a fifth of a run
+        train.save_samples = train.Log.plot = pictures.save_rows = lambda *_: None              # pictures cost a fifth of a run
 
     def name(self, flags, seed):
         world = "" if self.data == "shapes" else f"{Path(self.data).name.split('.')[0]}-"
@@ -103,7 +104,7 @@ class Lab:
         if generator is not None:
             self.train(seed, tokenizer)
         path, s = self.runs / folder, self.scale
-        checkpoint = train.read_checkpoint(path)
+        checkpoint = runs.read_checkpoint(path)
         if checkpoint is None or not checkpoint["done"]:
             words = (f"{tokenizer} --data {self.data} --image_size {s['image_size']} --n_shapes {s['n_shapes']} "
                      f"--tok_steps {s['tok_steps']} --tok_batch_size {s['tok_batch_size']} --tok_name {tok_name} --seed {seed} "
@@ -120,13 +121,13 @@ class Lab:
             (path / "seconds.json").write_text(json.dumps(self.clock() - start))
         kept = path / "seconds.json"                        # missing if the program was killed just before it
         self.spent[folder] = json.loads(kept.read_text()) if kept.exists() else 0.0
-        return train.load_run(path, self.device)
+        return runs.load_run(path, self.device)
 
     def read(self, name, command):
         """The result file of another experiment -> its contents. Its name and machine are reported in the place of ours."""
         path = ROOT / "experiments" / "results" / f"{name}.json"
         if not path.exists():
-            raise train.BadInput(f"{path} is missing: run `{command}` first, this claim reads what it measured")
+            raise data.BadInput(f"{path} is missing: run `{command}` first, this claim reads what it measured")
         result = json.loads(path.read_text())
         self.source = dict(scale=f"that of experiments/results/{name}.json", machine=result["machine"], date=result["date"],
                            torch=result["torch"], threads=result.get("threads"), flags=[f"experiments: {command}"],
@@ -137,9 +138,9 @@ class Lab:
         """-> the classifier and its features of the validation images: of seed 0's world for all seeds."""
         if self.data not in self.rulers:
             args = SimpleNamespace(data=self.data, image_size=self.scale["image_size"], seed=0, flip=False, n_shapes=20_000)
-            net, _ = evaluate.classifier_for(SimpleNamespace(args=args, folder=self.runs / "any"), self.device)
-            val_set = train.open_data(args, "val", self.device)
-            self.rulers[self.data] = net, evaluate.look_at_real(net, val_set, torch.arange(len(val_set)))[0]
+            net, _ = classifier.classifier_for(args, self.runs / "any", self.device)
+            val_set = runs.open_split(args, "val", self.device)
+            self.rulers[self.data] = net, classifier.look_at_real(net, val_set, torch.arange(len(val_set)))[0]
         return self.rulers[self.data]
 
     def score(self, images, labels=None):
@@ -176,7 +177,7 @@ class Lab:
             if "diffusion_steps" in words:
                 words["diffusion_steps"] = sample.parse_steps(words["diffusion_steps"], run)
             labels, start = torch.arange(n) % len(run.classes), self.clock()
-            images = sample.draw_samples(run, labels, **words)
+            images = drawing.draw_samples(run, labels, **words)
             ms = 1000 * (self.clock() - start) / n
             return self.score(images, labels) | dict(ms_per_image=ms)
         return self.remember(run, ", ".join(f"{k} {v}" for k, v in sorted(options.items())), measure)
@@ -200,12 +201,12 @@ class Lab:
             run = self.train(seed, flags)
 
             def measure():
-                images, _ = train.open_data(run.args, "val", run.device).batch(torch.arange(500))
+                images, _ = runs.open_split(run.args, "val", run.device).batch(torch.arange(500))
                 with torch.no_grad():
                     recon = run.tokenizer.decode(run.tokenizer.encode(images)).float()
-                row = dict(psnr=evaluate.psnr(images, recon).mean().item())
+                row = dict(psnr=metrics.psnr(images, recon).mean().item())
                 if run.tokenizer.vocab_size:
-                    ids = train.encode_all(run.tokenizer, train.open_data(run.args, "train", run.device))["ids"]
+                    ids = tokens.encode_all(run.tokenizer, runs.open_split(run.args, "train", run.device))["ids"]
                     row["usage"] = 100 * len(ids.unique()) / run.tokenizer.vocab_size
                 return row
             rows.append(self.remember(run, "reconstructions", measure))
@@ -428,7 +429,7 @@ def vqvae_prior(lab):
     for seed in lab.seeds:
         run = lab.train(seed, VQ)
         def drawn(uniform):
-            ids = train.encode_all(run.tokenizer, train.open_data(run.args, "train", run.device))["ids"].flatten()
+            ids = tokens.encode_all(run.tokenizer, runs.open_split(run.args, "train", run.device))["ids"].flatten()
             torch.manual_seed(seed)
             count = (lab.scale["n"], run.tokenizer.seq_len)
             uniform_ids = torch.randint(run.tokenizer.vocab_size, count, device=run.device)
@@ -571,7 +572,7 @@ def compression(lab):
                         arm = arms.setdefault(f"{part['name']}, {codec}", [])
                         arm.append(dict(psnr=row[f"psnr{suffix}"], ms_ssim=row[f"ms_ssim{suffix}"], bpp=row["bpp"]))
     if not arms:
-        raise train.BadInput("results/compression.json has no row of H.265: run experiments/compression.py with its films")
+        raise data.BadInput("results/compression.json has no row of H.265: run experiments/compression.py with its films")
     tests = [test(metric, ours, theirs, "higher") for ours, theirs in zip(*[iter(arms)] * 2) for metric in ("ms_ssim", "psnr")]
     lab.source["seeds"] = [of["seed"] for of in r["seeds"]]
     return arms, tests, [("ms_ssim", "at equal rate"), ("psnr", "at equal rate")]
@@ -758,10 +759,10 @@ def mnist_nats(args, device):
     2 x 2 pixels, one of 16: still exact, and 14 times less work than a token per pixel (--block 1).
     """
     if len(args.data) != 1:
-        raise train.BadInput("mnist-nats: needs one path with --data: MNIST as class folders, .tar.gz or .npz, train/ and test/")
+        raise data.BadInput("mnist-nats: needs one path with --data: MNIST as class folders, .tar.gz or .npz, train/ and test/")
     folder, cpu = args.runs / f"mnist-nats-{args.block}-{args.size}-{args.steps}", torch.device("cpu")
     names = SimpleNamespace(data=args.data[0], image_size=28, seed=0, flip=False, n_shapes=None)
-    sets = {split: Binary(train.open_data(names, split, cpu).images, split == "val", args.block)
+    sets = {split: Binary(runs.open_split(names, split, cpu).images, split == "val", args.block)
             for split in ("train", "val")}
     torch.manual_seed(0)
     size = ar_transformer.SIZES[args.size]
@@ -771,14 +772,14 @@ def mnist_nats(args, device):
     flags = SimpleNamespace(steps=args.steps, batch_size=args.batch_size, lr=args.lr, seed=0, tokenizer="pixels", frames=1,
                             joint=False, optimizer="muon", warmup=50, weight_decay=0.02, grad_clip=1.0, ema=None,
                             log_every=100, eval_every=max(50, args.steps // 20), save_every=100)
-    world = SimpleNamespace(rank=0, size=1, device=device, dtype=None, native_bf16=train.native_bf16(device),
+    world = SimpleNamespace(rank=0, size=1, device=device, dtype=None, native_bf16=runs.native_bf16(device),
                             compile=device.type == "cuda")
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, source = train.read_checkpoint(folder), OnDevice(sets["train"], device)
+    checkpoint, source = runs.read_checkpoint(folder), OnDevice(sets["train"], device)
     if checkpoint is None or not checkpoint["done"]:
         some = train.validate(OnDevice(sets["val"], device), 50, flags, world, n=200)
         train.fit(2, model, source, some, flags, folder, world, checkpoint, {}, lambda model: None, "nats per token")
-    model.load_state_dict(train.averaged(train.read_checkpoint(folder)))
+    model.load_state_dict(runs.averaged(runs.read_checkpoint(folder)))
     model.to(device).eval()
     index, nats = torch.arange(min(args.n_test, len(sets["val"]))), []
     with torch.no_grad():
@@ -974,7 +975,7 @@ def fill_readme(path, text):
     """Put text between the two markers of README; refuses a README without them."""
     readme, begin, end = path.read_text(), "<!-- claims -->", "<!-- /claims -->"
     if readme.count(begin) != 1 or readme.count(end) != 1:
-        raise train.BadInput(f"{path}: needs the markers {begin} and {end} once each, around the place of the table")
+        raise data.BadInput(f"{path}: needs the markers {begin} and {end} once each, around the place of the table")
     before, rest = readme.split(begin)
     path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
 
@@ -1007,10 +1008,10 @@ def main(argv=None):
     g.add_argument("--n_test", type=int, default=10_000, help="test images of the last measurement")
     args = p.parse_args(argv)
     if args.names == ["mnist-nats"]:
-        return mnist_nats(args, train.pick_device(args.device))
+        return mnist_nats(args, runs.pick_device(args.device))
     for name in args.names:
         if name not in CLAIMS:
-            raise train.BadInput(f"{name}: not a claim; `python experiments/claims.py` lists them")
+            raise data.BadInput(f"{name}: not a claim; `python experiments/claims.py` lists them")
     if args.table:
         for name in CLAIMS:
             if (args.out / f"{name}.json").exists():
@@ -1018,12 +1019,12 @@ def main(argv=None):
     elif not args.names and not args.all:
         return show_list(args.out)
     else:
-        device = train.pick_device(args.device)
+        device = runs.pick_device(args.device)
         lab = Lab(SCALE["cuda" if device.type == "cuda" else "cpu"], args.seeds, args.runs, device, args.data)
         for name in CLAIMS if args.all else args.names:
             try:
                 run_claim(name, lab, args.out)
-            except train.BadInput as e:                     # a claim that reads another experiment's file, not there yet
+            except data.BadInput as e:                     # a claim that reads another experiment's file, not there yet
                 if not args.all:
                     raise
                 print(f"{name}: not run. {e}")
