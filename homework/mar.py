@@ -25,7 +25,7 @@ def test_homework_mar_mask_rate():
 def test_homework_mar_counts():
     counts = mar.masked_counts(256, 8)
     assert counts == [math.floor(256 * math.cos(math.pi / 2 * k / 8)) for k in range(8)] + [0], \
-        f"256 tokens in 8 steps: {counts}. Before step k, floor(256 cos(pi/2 k/8)) are unknown, and 0 at the end."
+        f"256 tokens in 8 steps: {counts}. Before step k, floor(256 cos(pi/2 k/8)) are masked, and 0 at the end."
     for n in (1, 2, 9, 64):
         counts = mar.masked_counts(n, n)
         assert counts == list(range(n, -1, -1)), \
@@ -40,16 +40,16 @@ def test_homework_mar_order():
     raster = mar.draw_order("raster", 2, 6, torch.device("cpu"))
     assert raster.tolist() == [list(range(6))] * 2, f"raster order is 0 .. 5 in each row, not {raster.tolist()}"
     order = mar.draw_order("random", 3000, 6, torch.device("cpu"))
-    assert torch.equal(order.sort(1).values, torch.arange(6).expand(3000, 6)), "each row must hold each place once"
+    assert torch.equal(order.sort(1).values, torch.arange(6).expand(3000, 6)), "each row must hold each position once"
     share = torch.stack([(order[:, i, None] == torch.arange(6)).float().mean(0) for i in range(6)])
-    check("how often each place comes at each turn", share, torch.full((6, 6), 1 / 6),
+    check("how often each position comes at each turn", share, torch.full((6, 6), 1 / 6),
           "All orders are equally likely.", 0.05)
     known = torch.rand(500, 6) < 0.4
     for kind in ("random", "raster"):
         order = mar.draw_order(kind, 500, 6, torch.device("cpu"), known)
         first = known.gather(1, order)
-        assert (first[:, 1:] <= first[:, :-1]).all(), f"known places must come first in a {kind} order"
-        assert torch.equal(order.sort(1).values, torch.arange(6).expand(500, 6)), "each row must hold each place once"
+        assert (first[:, 1:] <= first[:, :-1]).all(), f"known positions must come first in a {kind} order"
+        assert torch.equal(order.sort(1).values, torch.arange(6).expand(500, 6)), "each row must hold each position once"
 
 
 class Listener(nn.Module):
@@ -72,13 +72,13 @@ def test_homework_mar_loss():
     with patch.object(mar, "draw_order", lambda *_, **__: order):
         loss, logs = model(tokens, torch.arange(4))
         mask = asked["mask"]
-        assert mask.dtype == torch.bool and mask.sum(1).tolist() == [4] * 4, "mask_count() is 4: four of each row are hidden"
+        assert mask.dtype == torch.bool and mask.sum(1).tolist() == [4] * 4, "mask_count() is 4: four of each row are masked"
         assert torch.equal(mask, torch.zeros(4, 6).scatter(1, order[:, 2:], 1).bool(), ), \
-            "hidden are the LAST places of the order: those before them are what the model has already written"
+            "masked are the LAST positions of the order: those before them are what the model has already written"
         assert asked["n_visible"] in (2, None), f"n_visible is {asked['n_visible']}: 6 - 4 tokens are visible"
         check("the loss", loss, tokens[mask].mean(),
               f"The mean over MASKED tokens; over all of them it is {tokens.mean():.2f}.")
-        check("h that the head is given", model.head.h, model.head.x, "h and token must come from the same place.")
+        check("h that the head is given", model.head.h, model.head.x, "h and token must come from the same position.")
         assert torch.equal(asked["labels"], torch.arange(4)), "in eval mode the labels stay"
         model.train()(tokens, torch.arange(4))
         assert torch.equal(asked["labels"], torch.full((4,), 5)), \

@@ -9,16 +9,16 @@ import perceptual_gan
 from homework.kit import check, exercise
 
 
-@exercise("perceptual_gan.critic_loss", points=2)
-def test_homework_perceptual_gan_critic_loss():
+@exercise("perceptual_gan.discriminator_loss", points=2)
+def test_homework_perceptual_gan_discriminator_loss():
     real, fake = torch.randn(2, 1, 3, 3) * 2, torch.randn(4, 1, 2, 2) * 2
     mean = lambda values: sum(values) / len(values)
     r, f = real.flatten().tolist(), fake.flatten().tolist()
     hinge = (mean([max(0, 1 - v) for v in r]) + mean([max(0, 1 + v) for v in f])) / 2
-    check("hinge", perceptual_gan.critic_loss(real, fake), torch.tensor(hinge),
+    check("hinge", perceptual_gan.discriminator_loss(real, fake), torch.tensor(hinge),
           "Real logits are pushed above +1, fake ones below -1.")
     nats = -(mean([math.log(1 / (1 + math.exp(-v))) for v in r]) + mean([math.log(1 / (1 + math.exp(v))) for v in f])) / 2
-    check("non-saturating", perceptual_gan.critic_loss(real, fake, "non-saturating"), torch.tensor(nats),
+    check("non-saturating", perceptual_gan.discriminator_loss(real, fake, "non-saturating"), torch.tensor(nats),
           "Binary cross-entropy.")
 
 
@@ -26,7 +26,7 @@ def test_homework_perceptual_gan_critic_loss():
 def test_homework_perceptual_gan_generator_loss():
     fake = torch.randn(4, 1, 2, 2)
     check("hinge", perceptual_gan.generator_loss(fake), torch.tensor(-sum(fake.flatten().tolist()) / 16),
-          "Raise the critic's logit.")
+          "Raise the discriminator's logit.")
     nats = -sum(math.log(1 / (1 + math.exp(-v))) for v in fake.flatten().tolist()) / 16
     check("non-saturating", perceptual_gan.generator_loss(fake, "non-saturating"), torch.tensor(nats), "-log sigmoid(fake).")
 

@@ -11,6 +11,7 @@ import torch
 import ar_transformer
 import mar
 import titok
+from official.mar import load_mar
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,7 +116,7 @@ def open_magvit2():
 def official_mar():
     """The authors' tiny weights -> MAR with 16 tokens of 4 numbers, and their state dict."""
     sd = {k.removeprefix("sd/"): v for k, v in golden("mar/mar_weights").items()}
-    return mar.MAR.from_official(sd, n_head=4), sd
+    return load_mar(sd, n_head=4), sd
 
 
 TINY = ["--tokenizer", "vae", "--head", "gmm", "--n_shapes", "200", "--tok_steps", "24", "--tok_batch_size", "8", "--image_size", "16",

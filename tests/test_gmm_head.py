@@ -94,16 +94,16 @@ def test_gmm_replays_the_authors_rejection_sampler(name):
     pair, cfg = [g[k] for k in ("loc_c", "scale_c", "loc_u", "scale_u")], 1 + g["w"].item()
     normal = gmm_head.log_normal
     close(cfg * normal(g["xs"], *pair[:2]) + (1 - cfg) * normal(g["xs"], *pair[2:]), g["log_p"])
-    scale, log_bound = gmm_head.GMMHead.envelope(*pair, cfg, official=True)
+    scale, log_bound = gmm_head.envelope(*pair, cfg, official=True)
     close(scale, g["prop_scale"])
     finite = torch.isfinite(g["fac"])
     assert torch.allclose(log_bound[finite], g["fac"][finite].log(), atol=1e-4) and torch.isinf(log_bound[~finite]).all()
-    accepted = gmm_head.GMMHead.accept(g["prop_samples"], g["prop_uniform01"], *pair, cfg, scale, log_bound)
+    accepted = gmm_head.accept(g["prop_samples"], g["prop_uniform01"], *pair, cfg, scale, log_bound)
     assert torch.equal(accepted, g["accept"].bool())
     early = (g["first_accept"] >= 0) & (g["first_accept"] < len(accepted))                  # 40 of 200 proposals are recorded
-    ours = gmm_head.GMMHead.first_accepted(g["prop_samples"], accepted, torch.zeros(()))
+    ours = gmm_head.first_accepted(g["prop_samples"], accepted, torch.zeros(()))
     assert early.sum() > 12 and torch.equal(ours[early], g["sample"][early])
-    never = gmm_head.GMMHead.first_accepted(g["prop_samples"], torch.zeros_like(accepted), pair[0])
+    never = gmm_head.first_accepted(g["prop_samples"], torch.zeros_like(accepted), pair[0])
     assert torch.equal(never, pair[0]), "no accepted try: the fallback"
 
 
@@ -165,7 +165,7 @@ def test_gmm_order_of_components_does_not_matter():
 
 def test_gmm_nucleus_and_clip():
     log_pi = torch.randn(50, 6).log_softmax(-1)
-    kept, _, _ = gmm_head.GMMHead.nucleus((log_pi, None, None), 0.7)
+    kept = gmm_head.nucleus(log_pi, 0.7)
     for row, ours in zip(log_pi.exp().tolist(), kept.exp().tolist()):
         total, nucleus = 0.0, []
         for k in sorted(range(6), key=lambda k: -row[k]):
@@ -219,3 +219,32 @@ def test_gmm_full_covariance_is_the_authors_and_has_both_signs():
     assert torch.allclose(x.mean(0), expected, atol=0.05)
     x, _ = head.sample(raw, narrow, cfg=1.5)                # no density: unguided
     assert torch.allclose(x.T.cov(), truth.covariance_matrix, atol=0.05 * truth.covariance_matrix.max())
+
+
+@pytest.mark.parametrize("cfg", [1.0, 0.0, 1.5, 4.0])
+@pytest.mark.parametrize("head", [gmm_head.GMMHead(8, 3, 5), gmm_head.ChannelGMMHead(8, 3, 5), gmm_head.FullGaussianHead(8, 3)],
+                         ids=["vector", "channel", "full"])
+def test_gmm_temperature_0_is_the_mode_of_the_likeliest_component(head, cfg):
+    h, u = torch.randn(4, 6, 8), torch.randn(4, 6, 8)
+    x, log_p = head.sample(h, u, cfg, temperature=0)
+    again, _ = head.sample(h, u, cfg, temperature=0)
+    assert torch.equal(x, again) and torch.isfinite(x).all() and torch.allclose(log_p, head.log_prob(h, x), atol=1e-4)
+    if isinstance(head, gmm_head.FullGaussianHead):
+        mean = head.gaussian(h)[0] if cfg == 1 else head.guide(head.gaussian(h), head.gaussian(u), cfg)[0]
+        assert torch.equal(x, mean)
+        return
+    log_pi, mu, _ = head.mixture(h) if cfg == 1 else head.guide(head.mixture(h), head.mixture(u), cfg)
+    for place in range(24):
+        pi, means, ours = (v.flatten(0, 1)[place] for v in (log_pi, mu, x))
+        if isinstance(head, gmm_head.ChannelGMMHead):
+            assert all(ours[d] == means[d, max(range(5), key=lambda k: pi[d, k])] for d in range(3))
+        else:
+            assert torch.equal(ours, means[max(range(5), key=lambda k: pi[k])])
+
+
+@pytest.mark.parametrize("temperature", [1e-8, 1e-5, 1e-2])
+def test_gmm_guidance_is_finite_at_low_temperatures(temperature):
+    head, h, u = gmm_head.GMMHead(8, 4, 6), torch.randn(50, 8), torch.randn(50, 8)
+    for cfg in (0.0, 1.5, 8.0):
+        x, _ = head.sample(3 * h, 3 * u, cfg, temperature)
+        assert torch.isfinite(x).all()

@@ -11,60 +11,61 @@ import evaluate
 import perceptual_gan
 import vae
 import vq
+from official.lpips import load_lpips
 from tests.helpers import close, golden
 
 
-def official_critic(g):
-    critic = perceptual_gan.PatchCritic(ndf=8)
-    critic.load_state_dict({k[2:]: v for k, v in g.items() if k.startswith("w/")})
-    return critic
+def official_discriminator(g):
+    discriminator = perceptual_gan.PatchDiscriminator(ndf=8)
+    discriminator.load_state_dict({k[2:]: v for k, v in g.items() if k.startswith("w/")})
+    return discriminator
 
 
-def test_critic_and_its_losses_are_the_authors():
+def test_discriminator_and_its_losses_are_the_authors():
     g = golden("llamagen/patchgan")
-    critic = official_critic(g)
-    real, fake = critic(g["in/real"]), critic(g["in/fake"])                                 # each with its own statistics
+    discriminator = official_discriminator(g)
+    real, fake = discriminator(g["in/real"]), discriminator(g["in/fake"])                                 # each with its own statistics
     close(real, g["out/logits_real_train"]), close(fake, g["out/logits_fake_train"])
-    for key, value in critic.state_dict().items():
+    for key, value in discriminator.state_dict().items():
         if "running" in key:
             close(value, g[f"after/{key}"])
-    close(critic.eval()(g["in/real"]), g["out/logits_real_eval"])
-    close(perceptual_gan.critic_loss(real, fake), g["out/hinge_d_loss"], 1e-5)
-    close(perceptual_gan.critic_loss(real, fake, "non-saturating"), g["out/vanilla_d_loss"], 1e-5)
+    close(discriminator.eval()(g["in/real"]), g["out/logits_real_eval"])
+    close(perceptual_gan.discriminator_loss(real, fake), g["out/hinge_d_loss"], 1e-5)
+    close(perceptual_gan.discriminator_loss(real, fake, "non-saturating"), g["out/vanilla_d_loss"], 1e-5)
     close(perceptual_gan.generator_loss(fake), g["out/hinge_gen_loss"], 1e-5)
 
 
 @pytest.mark.parametrize("n_layers, sees", [(1, 16), (2, 34), (3, 70)])
-def test_critic_sees_patches_of_the_stated_size(n_layers, sees):
+def test_discriminator_sees_patches_of_the_stated_size(n_layers, sees):
     image = torch.randn(1, 3, 96, 96, requires_grad=True)
-    logits = perceptual_gan.PatchCritic(4, n_layers).eval()(image)
+    logits = perceptual_gan.PatchDiscriminator(4, n_layers).eval()(image)
     middle = logits.shape[-1] // 2
     gradient, = torch.autograd.grad(logits[0, 0, middle, middle], image)
     seen = gradient.abs().sum((0, 1))
     assert (seen.sum(0) > 0).sum() == (seen.sum(1) > 0).sum() == sees
 
 
-def test_critic_of_the_papers_has_its_parameter_count_and_start():
-    critic = perceptual_gan.PatchCritic.for_images(256)
-    assert sum(p.numel() for p in critic.parameters()) == 2_765_633
-    assert critic.main[-1].out_channels == 1 and critic(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 30, 30)
-    assert abs(critic.main[8].weight.std() - 0.02) < 1e-3 and abs(critic.main[8].weight.mean()) < 1e-3
-    assert abs(critic.main[9].weight.mean() - 1) < 5e-3 and abs(critic.main[9].weight.std() - 0.02) < 5e-3
+def test_discriminator_of_the_papers_has_its_parameter_count_and_start():
+    discriminator = perceptual_gan.PatchDiscriminator.for_images(256)
+    assert sum(p.numel() for p in discriminator.parameters()) == 2_765_633
+    assert discriminator.main[-1].out_channels == 1 and discriminator(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 30, 30)
+    assert abs(discriminator.main[8].weight.std() - 0.02) < 1e-3 and abs(discriminator.main[8].weight.mean()) < 1e-3
+    assert abs(discriminator.main[9].weight.mean() - 1) < 5e-3 and abs(discriminator.main[9].weight.std() - 0.02) < 5e-3
     for side, params, logits in ((32, 35_489, 14), (64, 167_841, 14), (128, 2_765_633, 14)):
-        critic = perceptual_gan.PatchCritic.for_images(side)
-        assert sum(p.numel() for p in critic.parameters()) == params
-        assert critic(torch.zeros(1, 3, side, side)).shape == (1, 1, logits, logits)
+        discriminator = perceptual_gan.PatchDiscriminator.for_images(side)
+        assert sum(p.numel() for p in discriminator.parameters()) == params
+        assert discriminator(torch.zeros(1, 3, side, side)).shape == (1, 1, logits, logits)
 
 
 def test_adversarial_losses_in_closed_form():
     real, fake = torch.randn(4, 1, 3, 3) * 2, torch.randn(4, 1, 3, 3) * 2
     bce, one, zero = F.binary_cross_entropy_with_logits, torch.ones(4, 1, 3, 3), torch.zeros(4, 1, 3, 3)
-    assert torch.allclose(perceptual_gan.critic_loss(real, fake, "non-saturating"), (bce(real, one) + bce(fake, zero)) / 2)
+    assert torch.allclose(perceptual_gan.discriminator_loss(real, fake, "non-saturating"), (bce(real, one) + bce(fake, zero)) / 2)
     assert torch.allclose(perceptual_gan.generator_loss(fake, "non-saturating"), bce(fake, one))
     hinge = [max(0, 1 - r) + max(0, 1 + f) for r, f in zip(real.flatten().tolist(), fake.flatten().tolist())]
-    assert abs(perceptual_gan.critic_loss(real, fake) - sum(hinge) / len(hinge) / 2) < 1e-5
-    assert perceptual_gan.critic_loss(real + 100, fake - 100) == 0 and perceptual_gan.generator_loss(fake) == -fake.mean()
-    assert torch.isfinite(perceptual_gan.critic_loss(1e4 * real, 1e4 * fake, "non-saturating"))
+    assert abs(perceptual_gan.discriminator_loss(real, fake) - sum(hinge) / len(hinge) / 2) < 1e-5
+    assert perceptual_gan.discriminator_loss(real + 100, fake - 100) == 0 and perceptual_gan.generator_loss(fake) == -fake.mean()
+    assert torch.isfinite(perceptual_gan.discriminator_loss(1e4 * real, 1e4 * fake, "non-saturating"))
 
 
 def vgg_files(tmp_path, monkeypatch):
@@ -109,7 +110,7 @@ def slow_lpips(vgg, lins, a, b):
 
 def test_lpips_equals_a_slow_loop_over_vgg16(tmp_path, monkeypatch):
     vgg, lins = vgg_files(tmp_path, monkeypatch)
-    lpips = perceptual_gan.LPIPS.from_files(tmp_path / "vgg16.pth", tmp_path / "lins.pth")
+    lpips = load_lpips(tmp_path / "vgg16.pth", tmp_path / "lins.pth")
     a, b = torch.rand(2, 2, 3, 16, 16) * 2 - 1
     with torch.no_grad():
         d = lpips(a, b)
@@ -130,7 +131,7 @@ def test_lpips_equals_a_slow_loop_over_vgg16(tmp_path, monkeypatch):
 def test_lpips_reads_whole_checkpoints_and_names_what_is_missing(tmp_path, monkeypatch):
     vgg, lins = vgg_files(tmp_path, monkeypatch)
     a, b = torch.rand(2, 2, 3, 16, 16) * 2 - 1
-    load = perceptual_gan.LPIPS.from_files
+    load = load_lpips
     vqgan = {f"loss.perceptual_loss.{k}": v for k, v in lins.items()} | {"encoder.conv_in.weight": torch.zeros(1)}
     vqgan |= {"loss.perceptual_loss.net.slice1." + k.removeprefix("features."): v for k, v in vgg.items() if k[0] == "f"}
     torch.save({"state_dict": vqgan}, tmp_path / "vqgan.ckpt")
@@ -199,17 +200,17 @@ class OneLayer(nn.Module):
 def test_adversarial_loss_is_the_authors_in_every_term(adaptive, step):
     g = golden("llamagen/vq_total_loss")
     tokenizer = OneLayer(g["in/feat"], g["in/last_layer"], g["in/codebook_losses"].sum().item())
-    model = perceptual_gan.AdversarialTokenizer(tokenizer, official_critic(g), MeanDifference(), start=10,
+    model = perceptual_gan.AdversarialTokenizer(tokenizer, official_discriminator(g), MeanDifference(), start=10,
                                                 adaptive=bool(adaptive), last_layer="weight")
     model.steps.fill_(step)
     loss, logs = model(g["in/real"])
-    ours, theirs = loss - logs["critic"], g[f"out/gen_loss_ada{adaptive}_step{step}"]
+    ours, theirs = loss - logs["discriminator"], g[f"out/gen_loss_ada{adaptive}_step{step}"]
     close(ours, theirs, 1e-5)
-    assert abs(logs["critic"] - g[f"out/disc_loss_ada{adaptive}_step{step}"]) < 1e-5
+    assert abs(logs["discriminator"] - g[f"out/disc_loss_ada{adaptive}_step{step}"]) < 1e-5
     recon = tokenizer.reconstruct(None)[0]
     close(logs["recon"], F.mse_loss(recon, g["in/real"]), 1e-6)
     close(logs["perceptual"], (recon - g["in/real"]).abs().mean(), 1e-6)
-    # What is left for the adversarial term is lambda * 0.5 * (adaptive weight) * -mean critic(x').
+    # What is left for the adversarial term is lambda * 0.5 * (adaptive weight) * -mean discriminator(x').
     rest = ours - logs["recon"] - logs["perceptual"] - tokenizer.auxiliary
     assert abs(rest - (step == 10) * 0.5 * logs.get("adaptive", 1.0) * logs["gan"]) < 1e-5
     assert model.steps == step + 1 and all(v.ndim == 0 and not v.requires_grad for v in logs.values())
@@ -226,7 +227,7 @@ def test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer():
     with torch.no_grad():
         assert model.adaptive_weight(w.sum(), w.sum()) == 1e4, "validation takes the last one"
     vae_ = vae.VAE(image_size=16, ch_mult=(1, 2))
-    model = perceptual_gan.AdversarialTokenizer(vae_, perceptual_gan.PatchCritic(4, 1), start=0, adaptive=True)
+    model = perceptual_gan.AdversarialTokenizer(vae_, perceptual_gan.PatchDiscriminator(4, 1), start=0, adaptive=True)
     assert model.tokenizer.get_parameter(model.last_layer) is vae_.decoder[-1].weight
     _, logs = model(torch.rand(2, 3, 16, 16))
     assert 0 < logs["adaptive"] == model.balance
@@ -241,27 +242,27 @@ def adversarial(kind="vae", **options):
     with torch.no_grad():                                   # blocks that start as the identity would have no gradient
         [p.add_(0.05 * torch.randn_like(p)) for p in tokenizer.parameters()]
     options = dict(start=0, perceptual=perceptual_gan.ClassifierFeatures(evaluate.SmallCNN(10).stages)) | options
-    return perceptual_gan.AdversarialTokenizer(tokenizer, perceptual_gan.PatchCritic(4, 2), **options)
+    return perceptual_gan.AdversarialTokenizer(tokenizer, perceptual_gan.PatchDiscriminator(4, 2), **options)
 
 
 @pytest.mark.parametrize("gan", ["hinge", "non-saturating"])
 def test_one_backward_pass_gives_each_network_its_own_gradient(gan):
     model, images = adversarial(gan=gan), data.draw(torch.arange(4), 16)[0]
     model(images)[0].backward()
-    tokenizer, critic = model.tokenizer, model.critic
+    tokenizer, discriminator = model.tokenizer, model.discriminator
     ours = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
     recon, auxiliary, _ = tokenizer.reconstruct(images)
-    gan_term = -critic(recon).mean() if gan == "hinge" else -F.logsigmoid(critic(recon)).mean()
+    gan_term = -discriminator(recon).mean() if gan == "hinge" else -F.logsigmoid(discriminator(recon)).mean()
     (F.mse_loss(recon, images) + model.perceptual(recon, images).mean() + 0.5 * gan_term).backward()
     theirs = {n: p.grad.clone() for n, p in model.named_parameters() if n.startswith("tokenizer.")}
     model.zero_grad()
-    real, fake = critic(images), critic(recon.detach())
+    real, fake = discriminator(images), discriminator(recon.detach())
     losses = (F.relu(1 - real), F.relu(1 + fake)) if gan == "hinge" else (-F.logsigmoid(real), -F.logsigmoid(-fake))
     (0.5 * 0.5 * sum(v.mean() for v in losses)).backward()
-    theirs |= {n: p.grad.clone() for n, p in model.named_parameters() if n.startswith("critic.")}
+    theirs |= {n: p.grad.clone() for n, p in model.named_parameters() if n.startswith("discriminator.")}
     none = [n for n, v in ours.items() if v.abs().max() == 0]
-    assert none == (["critic.main.8.bias"] if gan == "hinge" else []), "inside both margins the hinges pull it equally hard"
+    assert none == (["discriminator.main.8.bias"] if gan == "hinge" else []), "inside both margins the hinges pull it equally hard"
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.allclose(ours[name], theirs[name], atol=1e-6, rtol=1e-4), name
@@ -273,13 +274,13 @@ def test_one_optimiser_follows_llamagens_two():
     opt = torch.optim.Adam(one.parameters(), lr=1e-3)
     for x in images:
         opt.zero_grad(), one(x)[0].backward(), opt.step()
-    side = [torch.optim.Adam(part.parameters(), lr=1e-3) for part in (two.tokenizer, two.critic)]
-    for x in images:                                        # their loop: a step of the tokenizer, then one of the critic on
+    side = [torch.optim.Adam(part.parameters(), lr=1e-3) for part in (two.tokenizer, two.discriminator)]
+    for x in images:                                        # their loop: a step of the tokenizer, then one of the discriminator on
         recon = two.tokenizer.reconstruct(x)[0]             # the reconstruction made before it
         side[0].zero_grad()
-        (F.mse_loss(recon, x) - 0.5 * two.critic(recon).mean()).backward()
+        (F.mse_loss(recon, x) - 0.5 * two.discriminator(recon).mean()).backward()
         side[0].step(), side[1].zero_grad()
-        real, fake = two.critic(x), two.critic(recon.detach())
+        real, fake = two.discriminator(x), two.discriminator(recon.detach())
         (0.25 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())).backward()
         side[1].step()
     for name, value in two.state_dict().items():
@@ -287,18 +288,18 @@ def test_one_optimiser_follows_llamagens_two():
             assert torch.allclose(one.state_dict()[name], value, atol=1e-5), name
 
 
-def test_before_start_the_critic_has_no_say_and_learns_nothing():
+def test_before_start_the_discriminator_has_no_say_and_learns_nothing():
     images = data.draw(torch.arange(4), 16)[0]
     model, alone = adversarial(start=2), adversarial()
-    alone.critic = None
+    alone.discriminator = None
     alone(images)[0].backward()
     for step in range(3):
         model.zero_grad()
         loss, logs = model(images)
         loss.backward()
         gradients = [(p.grad - q.grad).abs().max() for p, q in zip(model.tokenizer.parameters(), alone.tokenizer.parameters())]
-        pushed = max(p.grad.abs().max() for p in model.critic.parameters())
-        assert (max(gradients) == 0) == (pushed == 0) == (logs["critic"] == 0) == (step < 2), step
+        pushed = max(p.grad.abs().max() for p in model.discriminator.parameters())
+        assert (max(gradients) == 0) == (pushed == 0) == (logs["discriminator"] == 0) == (step < 2), step
     model.eval()(images)
     assert model.steps == 3, "validation is no training step"
 
@@ -309,11 +310,11 @@ def test_perceptual_network_is_frozen_and_stays_in_eval_mode():
     before, images = {k: v.clone() for k, v in net.state_dict().items()}, torch.rand(4, 3, 16, 16)
     distance = model.perceptual(images, -images)
     model.train()(images)[0].backward()
-    assert model.training and model.critic.training and not any(m.training for m in model.perceptual.modules())
+    assert model.training and model.discriminator.training and not any(m.training for m in model.perceptual.modules())
     assert torch.equal(model.perceptual(images, -images), distance), "no batch statistics, no dropout, no drift"
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and len(list(net.parameters())) == 12
-    assert all(n.split(".")[0] in ("tokenizer", "critic") for n, _ in model.named_parameters())
-    assert {k.split(".")[0] for k in model.state_dict()} == {"tokenizer", "critic", "steps", "balance"}
+    assert all(n.split(".")[0] in ("tokenizer", "discriminator") for n, _ in model.named_parameters())
+    assert {k.split(".")[0] for k in model.state_dict()} == {"tokenizer", "discriminator", "steps", "balance"}
     assert all(b.dtype == torch.float64 for b in model.double().perceptual.buffers() if b.is_floating_point())
     shared = copy.deepcopy(model)                           # as torch's weight averaging does
     shared.load_state_dict(model.state_dict())
@@ -326,14 +327,14 @@ def test_adversarial_tokenizer_keeps_the_contract_of_a_tokenizer(kind, tmp_path)
     loss, logs = model(images, torch.zeros(4, dtype=torch.long))
     loss.backward()
     assert loss.ndim == 0 and all(v.ndim == 0 and not v.requires_grad for v in logs.values())
-    assert {"recon", "perceptual", "gan", "critic", "critic_real", "critic_fake"} <= set(logs)
+    assert {"recon", "perceptual", "gan", "discriminator", "discriminator_real", "discriminator_fake"} <= set(logs)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     tokens = model.eval().encode(images)
     assert tokens.shape[:2] == (4, model.seq_len) and model.decode(tokens).shape == images.shape
     with torch.no_grad():
         recon, auxiliary, _ = model.reconstruct(images)
         loss, logs = model(images)
-    terms = F.mse_loss(recon, images) + auxiliary + logs["perceptual"] + 0.5 * logs["gan"] + logs["critic"]
+    terms = F.mse_loss(recon, images) + auxiliary + logs["perceptual"] + 0.5 * logs["gan"] + logs["discriminator"]
     close(loss, terms, 1e-5)
     torch.save(model.tokenizer.state_dict(), tmp_path / "tokenizer.pt")
     other = adversarial(kind).tokenizer
@@ -350,14 +351,14 @@ def test_adversarial_tokenizer_takes_clips_and_grey_images():
         def reconstruct(self, images):
             return 0.5 * images, images.new_zeros(()), {}
     torch.manual_seed(0)
-    model = perceptual_gan.AdversarialTokenizer(Halve(), perceptual_gan.PatchCritic(4, 1), MeanDifference(), start=0)
+    model = perceptual_gan.AdversarialTokenizer(Halve(), perceptual_gan.PatchDiscriminator(4, 1), MeanDifference(), start=0)
     clips = torch.rand(2, 3, 5, 16, 16)
     frames = torch.stack([clips[b, :, f] for b in range(2) for f in range(5)])              # (10, 3, 16, 16)
     assert torch.equal(perceptual_gan.as_frames(clips), frames)
     (ours, logs), (theirs, _) = model(clips), model(frames)
     assert torch.allclose(ours, theirs, atol=1e-6)
     grey = perceptual_gan.AdversarialTokenizer(vae.VAE(image_size=16, ch_mult=(1, 2), channels=1, beta=0),
-                                               perceptual_gan.PatchCritic(4, 1), start=0)
+                                               perceptual_gan.PatchDiscriminator(4, 1), start=0)
     colour = torch.tensor([0.3, -0.1, -0.2])[:, None, None]                                 # changes no average
     x = torch.rand(2, 3, 16, 16).mean(1, keepdim=True).expand(-1, 3, -1, -1)
     assert torch.allclose(grey(x)[0], grey(x + colour)[0], atol=1e-5)
@@ -369,9 +370,9 @@ def test_adversarial_tokenizer_takes_clips_and_grey_images():
 
 def test_adversarial_training_step_is_one_graph():
     tokenizer = OneLayer(torch.randn(2, 4, 16, 16), torch.randn(3, 4, 1, 1))
-    model = perceptual_gan.AdversarialTokenizer(tokenizer, perceptual_gan.PatchCritic(4, 1), MeanDifference(), start=1)
+    model = perceptual_gan.AdversarialTokenizer(tokenizer, perceptual_gan.PatchDiscriminator(4, 1), MeanDifference(), start=1)
     compiled, images = torch.compile(model, fullgraph=True, backend="aot_eager"), torch.rand(2, 3, 16, 16)
-    losses = [compiled(images)[0] for _ in range(2)]        # the critic joins in at the second without a new graph
+    losses = [compiled(images)[0] for _ in range(2)]        # the discriminator joins in at the second without a new graph
     assert model.steps == 2
     losses[1].backward()
     ours = [p.grad.clone() for p in model.parameters()]
