@@ -56,7 +56,9 @@ def build(entry, device):
     """A line of SYSTEMS -> namespace with all that training_step needs, set up as in train.fit."""
     name, _, classes, flags = entry
     given = train.parse_args(flags.split())
-    args = argparse.Namespace(**train.resolve(given, train.STAGE2 + train.BOTH, None, device, None))
+    defaults = runs.defaults_of(given, device)
+    none = dict.fromkeys(runs.STAGE1 + runs.STAGE2 + runs.BOTH)
+    args = argparse.Namespace(**none | defaults | {k: v for k, v in vars(given).items() if v is not None})
     stage = 1 if args.generator == "none" else 2
     torch.manual_seed(args.seed)
     tokenizer = runs.build_tokenizer(args)
@@ -69,7 +71,7 @@ def build(entry, device):
         x = torch.randint(V, (B, T)) if V else torch.randn(B, T, D)
     raw = raw.to(device, memory_format=torch.channels_last)
     lr = train.learning_rate(0, 1000, args.warmup, lr)      # that of the first step: the weights stay random
-    optimizers = train.make_optimizers(raw, args, lr, matrices=stage == 2 and args.optimizer == "muon")
+    optimizers = train.make_optimizers(raw, args, lr)
     multiplied = [m for m in raw.modules() if not isinstance(m, nn.Embedding)]
     return SimpleNamespace(
         name=name, args=args, stage=stage, device=device, B=B, T=T, classes=classes, raw=raw,
@@ -173,7 +175,7 @@ def time_sampling(systems, device, rounds):
     jobs = {}
     for s in (s for s in systems if s.stage == 2):
         s.tokenizer.eval()
-        run = SimpleNamespace(args=s.args, generator=s.ema.module.eval(), source=None, device=device)
+        run = SimpleNamespace(args=s.args, generator=s.ema.module.eval(), device=device)
         for B in BATCHES:
             index = torch.arange(B)
             jobs[s.name, B, "tokens"] = partial(drawing.draw_tokens, run, index % s.classes)

@@ -9,7 +9,7 @@ Three tests, on what no model was trained on. images: drawn validation images, t
 frames, the image LFQ inflated to video and trained on. film: 27 frames of --test, by the same LFQ trained on crops of --film
 alone. Entropy coders are AR transformers on the training tokens ("no class" nine times in ten, for they are asked so).
 
-What is compared with what. LFQ: the whole file of `sample.py compress`, its 40 bytes too, fixed-length or arithmetic-coded,
+What is compared with what. LFQ: the whole file of recipes.compress, its 40 bytes too, fixed-length or arithmetic-coded,
 all pictures of a test in one file; every file is decoded again, and its ids must be those that went in. JPEG and WebP: at 32
 pixels a file is mostly header, so the images are laid side by side in one large sheet; the size as single files is reported
 too. H.265: x265's preset medium, the bare stream without a container; clips lie side by side in one film. Drawn things keep
@@ -38,10 +38,10 @@ sys.path.append(str(ROOT / "experiments"))
 import ar_transformer
 import data
 import lfq
-import perceptual_gan
 import train
 from benchmark import machine_name
 from common import metrics, pictures, runs
+from official.lpips import load_lpips
 from recipes import compress
 
 CHUNK = 9                                                   # frames of a clip: 3 frames of 8 x 8 ids at 32 pixels
@@ -328,7 +328,7 @@ def main():
     p.add_argument("--ar_steps", type=int, default=400, help="training steps of the entropy coder of images")
     p.add_argument("--clip_ar_steps", type=int, default=200, help="training steps of an entropy coder of clips")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="all is trained for each; the first is drawn")
-    p.add_argument("--lpips", nargs="+", help="LPIPS's weights, as for train.py")
+    p.add_argument("--lpips", nargs="+", help="LPIPS's weights: vgg16-397923af.pth of torchvision and vgg.pth of LPIPS")
     p.add_argument("--runs", default="runs", help="the trained models, a folder per seed: what is there is used")
     p.add_argument("--out", default=str(ROOT / "experiments/results/compression"), help="where .json and .png go")
     args = p.parse_args()
@@ -336,7 +336,7 @@ def main():
         raise data.BadInput("--film, --test: name two films, or leave the test out with --parts images clips")
     torch.set_num_threads(1)
     begun, used, seeds = time.perf_counter(), time.process_time(), []
-    lpips = perceptual_gan.LPIPS.from_files(*args.lpips).eval() if args.lpips else None
+    lpips = load_lpips(*args.lpips) if args.lpips else None
     for args.seed in args.seeds:
         args.folder, tests = Path(args.runs) / f"seed-{args.seed}", []
         seeds.append(dict(seed=args.seed, tests=tests))

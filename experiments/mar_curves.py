@@ -24,6 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
+import mar
 import sample
 import train
 from benchmark import machine_name
@@ -42,7 +43,7 @@ ANNEALED = {"ancestral, constant": (dict(), ("100", "50", "25", "15", "10", "5")
             "flow, heun, annealed": (dict(sampler="heun"), ("25:5", "10:3"))}
 
 
-class Ruler:
+class Scores:
     """Measures samples of runs on one data set: the classifier and its features of the validation images are kept, and
     what is measured lies in RUN/curves.json, so that a killed program goes on."""
 
@@ -71,21 +72,23 @@ class Ruler:
         return value
 
 
-def head_sizes(run, ruler, steps):
+def head_sizes(run, scores, steps):
     """Train a run for every head size -> {"width": [(width, metrics)], "depth": [...]}."""
     folder, curves = run.folder.resolve().parent / "mar-heads", {"width": [], "depth": []}
     folder.mkdir(parents=True, exist_ok=True)               # so that its .. is a place
     tokenizer = runs.read_checkpoint(run.folder.parent / f"{run.folder.name.split('-')[0]}-vae")
     if tokenizer is None:
         raise data.BadInput(f"--heads: the tokenizer of {run.folder} is not beside it")
-    for kind, values, fixed in (("width", WIDTHS, ("--head_depth", "3")), ("depth", DEPTHS, ("--head_width", "128"))):
+    for kind, values, fixed in (("width", WIDTHS, dict(depth=3)), ("depth", DEPTHS, dict(width=128))):
         for v in values:
             name = f"width-{v}" if kind == "width" else ("width-128" if v == 3 else f"depth-{v}")
-            words = ["--tokenizer", "vae", "--generator", "mar", "--head", "diffusion", "--size", "tiny", "--runs", folder, "--name", name,
-                     "--tok_name", f"../{run.folder.name.split('-')[0]}-vae", "--steps", steps, f"--head_{kind}", v, *fixed]
+            words = ["--tokenizer", "vae", "--generator", "mar", "--head", "diffusion", "--size", name, "--runs", folder, "--name", name,
+                     "--tok_name", f"../{run.folder.name.split('-')[0]}-vae", "--steps", steps]
+            mar.SIZES[name] = mar.SIZES["tiny"]             # a size of its own, for its head
+            mar.HEAD_SIZES[name] = {kind: v, **fixed}
             begun = runs.read_checkpoint(folder / name)
             train.main([str(w) for w in words] + ["--resume"] * bool(begun and not begun["done"]))
-            curves[kind].append((v, ruler(runs.load_run(folder / name, run.device), f"head {kind} {v}", diffusion_steps="25")))
+            curves[kind].append((v, scores(runs.load_run(folder / name, run.device), f"head {kind} {v}", diffusion_steps="25")))
     return curves
 
 
@@ -174,24 +177,24 @@ def main():
     run = runs.load_run(args.run)
     if run.generator is None or (run.args.generator, run.args.head) != ("mar", "diffusion"):
         raise data.BadInput(f"{args.run}: not a run with --generator mar --head diffusion")
-    ruler = Ruler(run, args.n)
+    scores = Scores(run, args.n)
     train_set = runs.open_split(run.args, "train", run.device)
-    floor, _ = classifier.look_at_real(ruler.net, train_set, torch.arange(args.n))
-    curves = head_sizes(run, ruler, args.head_steps) if args.heads else {}
-    curves["floor"] = metrics.frechet_distance(floor, ruler.real)
-    curves["denoising"] = [(v, ruler(run, f"{v} denoising steps", diffusion_steps=str(v))) for v in DENOISING]
-    curves["temperature"] = [(v, ruler(run, f"temperature {v}", temperature=v, diffusion_steps="25")) for v in TEMPERATURES]
-    curves["passes"] = [(v, ruler(run, f"{v} passes", steps=v, diffusion_steps="25")) for v in PASSES]
-    if f"largest of {args.many}" not in ruler.known:
-        ruler.keep(f"largest of {args.many}", largest(run, args.many))
-    curves["largest"] = ruler.known[f"largest of {args.many}"]
+    floor, _ = classifier.look_at_real(scores.net, train_set, torch.arange(args.n))
+    curves = head_sizes(run, scores, args.head_steps) if args.heads else {}
+    curves["floor"] = metrics.frechet_distance(floor, scores.real)
+    curves["denoising"] = [(v, scores(run, f"{v} denoising steps", diffusion_steps=str(v))) for v in DENOISING]
+    curves["temperature"] = [(v, scores(run, f"temperature {v}", temperature=v, diffusion_steps="25")) for v in TEMPERATURES]
+    curves["passes"] = [(v, scores(run, f"{v} passes", steps=v, diffusion_steps="25")) for v in PASSES]
+    if f"largest of {args.many}" not in scores.known:
+        scores.keep(f"largest of {args.many}", largest(run, args.many))
+    curves["largest"] = scores.known[f"largest of {args.many}"]
     arms = {}
     for arm, (options, choices) in ANNEALED.items():
         if arm.startswith("flow") and not args.flow:
             continue
         of = runs.load_run(args.flow) if arm.startswith("flow") else run
         arm = arm + f" ({of.args.steps:,} training steps)" * (of.args.steps != run.args.steps)
-        arms[arm] = [(text, ruler(of, f"{arm} {text}", diffusion_steps=text, **options)) for text in choices]
+        arms[arm] = [(text, scores(of, f"{arm} {text}", diffusion_steps=text, **options)) for text in choices]
     out = Path(__file__).parent / "results"
     facts = dict(machine=machine_name(run.device), torch=torch.__version__, date=str(date.today()), n=args.n, threads=torch.get_num_threads(),
                  defaults=drawing.default_of(run), generator_steps=run.args.steps, head_steps=args.head_steps)

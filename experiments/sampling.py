@@ -64,7 +64,7 @@ def main():
     args = p.parse_args()
     device = runs.pick_device()
     run = runs.load_run(args.run, device)
-    if run.generator is None or run.source is not None:
+    if run.generator is None or drawing.kind_of(run) != "classes":
         raise data.BadInput(f"{args.run}: not a run that draws images of classes")
     val_set = runs.open_split(run.args, "val", device)
     net, _ = classifier.classifier_for(run.args, run.folder, device)

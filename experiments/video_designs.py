@@ -9,11 +9,11 @@ How should a tokenizer of clips look back in time? MAGVIT-v2's Table 5 at toy sc
 
 Each is an lfq.LFQ with another encoder and decoder: 9 frames of 16 x 16 pixels to 3 x 4 x 4 ids of 10 bits, the same
 quantiser, losses and clips, parameters equal within 4%, the same steps, batches and learning rate (tuned for none). All
-are causal: a token knows no frame after its own (tested). Measured on held-out clips by evaluate.py's rulers.
+are causal: a token knows no frame after its own (tested). Measured on held-out clips by evaluate.py's classifiers.
 
     python experiments/video_designs.py                    # 5 designs, 3 seeds, 13 minutes of processor time on one core
     python experiments/video_designs.py --steps 400 800    # a second budget beside it
-    python experiments/video_designs.py --steps 1 --n 72 --ruler_steps 2 --runs /tmp/x --out /tmp/x        # does it run?
+    python experiments/video_designs.py --steps 1 --n 72 --classifier_steps 2 --runs /tmp/x --out /tmp/x        # does it run?
 
 Writes results/video-designs.json and .png. What is already in --runs is not trained again.
 """
@@ -221,9 +221,9 @@ def fit(model, clips, steps, batch_size, seed):
 # ---------------------------------------------------------------------------------------------------
 # Measures
 
-def rulers(clips, held_out, args):
+def classifiers(clips, held_out, args):
     """The classifiers of actions and of single frames' shapes, trained once -> ClipCNN, SmallCNN in eval mode."""
-    path, some = args.runs / f"rulers-{args.n}-{args.ruler_steps}.pt", torch.linspace(0, FRAMES - 1, 4).long()
+    path, some = args.runs / f"classifiers-{args.n}-{args.classifier_steps}.pt", torch.linspace(0, FRAMES - 1, 4).long()
     nets = [classifier.ClipCNN(len(data.ACTIONS)), classifier.SmallCNN(len(data.SHAPES))]
     if not path.exists():
         shapes = [data.scene(torch.arange(len(s)) + at, video=True)["label"].repeat_interleave(4)
@@ -231,8 +231,8 @@ def rulers(clips, held_out, args):
         frames = [data.ImageSet(as_frames(s.images[:, :, some]), labels, data.SHAPES, "cpu")
                   for s, labels in zip((clips, held_out), shapes)]
         for k, (name, sets) in enumerate((("actions of clips", (clips, held_out)), ("shapes in frames", frames))):
-            nets[k], accuracy = classifier.train_classifier(*sets, steps=args.ruler_steps)
-            print(f"ruler: {name} {accuracy:.1%} right", flush=True)
+            nets[k], accuracy = classifier.train_classifier(*sets, steps=args.classifier_steps)
+            print(f"classifier: {name} {accuracy:.1%} right", flush=True)
         torch.save([net.state_dict() for net in nets], path)
     for net, state in zip(nets, torch.load(path, weights_only=True)):
         net.load_state_dict(state)
@@ -341,13 +341,13 @@ def main(argv=None):
     p.add_argument("--steps", type=int, nargs="+", default=[800], help="training steps of every design, one or more budgets")
     p.add_argument("--batch_size", type=int, default=8, help="clips per step")
     p.add_argument("--n", type=int, default=3000, help="training clips; a sixth as many are held out")
-    p.add_argument("--ruler_steps", type=int, default=200, help="training steps of the two classifiers that measure")
+    p.add_argument("--classifier_steps", type=int, default=200, help="training steps of the two classifiers that measure")
     p.add_argument("--runs", default=ROOT / "runs" / "video-designs", type=Path, help="where trained networks lie")
     p.add_argument("--out", default=Path(__file__).parent / "results", type=Path, help="folder of the JSON and the PNG")
     args = p.parse_args(argv)
     args.runs.mkdir(parents=True, exist_ok=True), args.out.mkdir(parents=True, exist_ok=True)
     train_clips, val_clips = clip_set(args.n), clip_set(args.n // 6, "val")
-    nets = rulers(train_clips, val_clips, args)
+    nets = classifiers(train_clips, val_clips, args)
     held_out, actions = val_clips.batch(torch.arange(len(val_clips)))
     real = look(nets, held_out)
     others = look(nets, train_clips.batch(torch.arange(len(val_clips)))[0])

@@ -45,8 +45,8 @@ def arm(kind, bits, args):
     index = torch.arange(len(val_set))
     real, _ = classifier.look_at_real(net, val_set, index)
     rows, f = evaluate.measure_reconstruction(run.tokenizer, net, val_set, index, 250)
-    ids = train.token_cache(run.tokenizer, runs.open_split(run.args, "train", run.device), args.runs / f"{name}-tok", "train", True)
-    row = dict(kind=kind, bits=bits, used=len(ids.arrays["ids"].unique()) / (1 << bits),
+    ids = tokens.encode_all(run.tokenizer, runs.open_split(run.args, "train", run.device))["ids"]
+    row = dict(kind=kind, bits=bits, used=len(ids.unique()) / (1 << bits),
                recon_frechet=metrics.frechet_distance(f, real), **{key: value for key, _, value, _, _ in rows})
     row |= {k: v for k, v in measure(run, args.n, net, real, cfg=1.0).items() if k.startswith("sample_")}
     print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from common import classifier, metrics, runs
+from common import classifier, metrics
 
 
 @pytest.fixture(scope="module")
