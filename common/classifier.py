@@ -161,9 +161,8 @@ def classifier_for(args, folder, device, train_set=None, val_set=None, seed=0):
     if path.exists():
         try:
             return read_classifier(path, train_set, device)
-        except Exception as e:                                            # torch raises half a dozen kinds
-            reason = (str(e) or type(e).__name__).splitlines()[0]
-            print(f"{path}: not a readable classifier ({reason}); it is trained anew")
+        except Exception as e:                              # half a dozen kinds for a damaged file
+            print(f"{path}: not a readable classifier ({runs.first_line(e)}); it is trained anew")
     start = time.perf_counter()
     if val_set is None:
         val_set = runs.open_split(args, "val", device)
@@ -187,7 +186,7 @@ def cache_key(args, train_set, seed):
 
 def read_classifier(path, train_set, device):
     """A cached file -> the network in eval mode, its accuracy. Raises whatever a damaged file leads to."""
-    saved = torch.load(path, map_location=device, weights_only=True)
+    saved = runs.load_file(path, map_location=device)
     net = new_classifier(train_set, device).eval()
     net.load_state_dict(saved["model"])
     return net, float(saved["accuracy"])

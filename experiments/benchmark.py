@@ -8,7 +8,7 @@ matmul take turns, so that a slow minute hurts all alike; then all samplers and 
   % of matmul    FLOP/s of the step over those of a square matmul of that dtype. Transformers: 6 x parameters
                  x tokens ("6PT"; no lookup tables, which multiply nothing). Convolutions use a parameter at
                  many places, so there FlopCounterMode counts forward + backward ("counted")
-  sampling       sample.DEFAULTS with guidance, float32, not compiled; s/image has the decoder, tokens/s not
+  sampling       drawing.DEFAULTS with guidance, float32, not compiled; s/image has the decoder, tokens/s not
   % of copy      parameter bytes read per second at batch 1, over bytes read + written per second by a copy;
                  no share of main memory where the parameters fit into a cache
   peak MB        of training. CUDA: tensors. CPU: a process of its own, import_mb of it Python with torch
@@ -36,8 +36,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import sample
 import train
+from common import drawing, runs
 from data import BadInput
 
 KL16 = "--tokenizer vae --tok_size kl16 --image_size 256"
@@ -56,20 +56,22 @@ def build(entry, device):
     """A line of SYSTEMS -> namespace with all that training_step needs, set up as in train.fit."""
     name, _, classes, flags = entry
     given = train.parse_args(flags.split())
-    args = argparse.Namespace(**train.resolve(given, train.STAGE2 + train.BOTH, None, device, None))
+    defaults = runs.defaults_of(given, device)
+    none = dict.fromkeys(runs.STAGE1 + runs.STAGE2 + runs.BOTH)
+    args = argparse.Namespace(**none | defaults | {k: v for k, v in vars(given).items() if v is not None})
     stage = 1 if args.generator == "none" else 2
     torch.manual_seed(args.seed)
-    tokenizer = train.build_tokenizer(args)
+    tokenizer = runs.build_tokenizer(args)
     B, lr = (args.tok_batch_size, args.tok_lr) if stage == 1 else (args.batch_size, args.lr)
     T, D, V = tokenizer.seq_len, tokenizer.token_dim, tokenizer.vocab_size
-    raw = tokenizer if stage == 1 else train.build_generator(args, tokenizer, classes)
+    raw = tokenizer if stage == 1 else runs.build_generator(args, tokenizer, classes)
     if stage == 1:
         x = 2 * torch.rand(B, 3, args.image_size, args.image_size) - 1
     else:
         x = torch.randint(V, (B, T)) if V else torch.randn(B, T, D)
     raw = raw.to(device, memory_format=torch.channels_last)
     lr = train.learning_rate(0, 1000, args.warmup, lr)      # that of the first step: the weights stay random
-    optimizers = train.make_optimizers(raw, args, lr, matrices=stage == 2 and args.optimizer == "muon")
+    optimizers = train.make_optimizers(raw, args, lr)
     multiplied = [m for m in raw.modules() if not isinstance(m, nn.Embedding)]
     return SimpleNamespace(
         name=name, args=args, stage=stage, device=device, B=B, T=T, classes=classes, raw=raw,
@@ -77,7 +79,7 @@ def build(entry, device):
         tokenizer=tokenizer.to(device),
         # dynamic=False: else the second model of a class is compiled for any shape, which train.py never does
         model=torch.compile(raw, dynamic=False) if device.type == "cuda" else raw,
-        bf16=train.native_bf16(device) and (device.type == "cuda" or stage == 2),
+        bf16=runs.native_bf16(device) and (device.type == "cuda" or stage == 2),
         x=x.to(device), labels=torch.randint(classes, (B,)).to(device),
         P=sum(p.numel() for m in multiplied for p in m.parameters(recurse=False)))
 
@@ -161,7 +163,7 @@ def time_training(systems, device, rounds):
     """-> {system name: seconds per step}, {dtype: FLOP/s of a square matmul}."""
     n = 8192 if device.type == "cuda" else 2048
     jobs = {s.name: partial(training_step, s) for s in systems}
-    dtypes = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if train.native_bf16(device) else {})
+    dtypes = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if runs.native_bf16(device) else {})
     for name, dtype in dtypes.items():
         jobs[name] = partial(torch.mm, *torch.randn(2, n, n, device=device, dtype=dtype))
     seconds = interleave(jobs, rounds, device, times=10 if device.type == "cuda" else 1)
@@ -173,10 +175,10 @@ def time_sampling(systems, device, rounds):
     jobs = {}
     for s in (s for s in systems if s.stage == 2):
         s.tokenizer.eval()
-        run = SimpleNamespace(args=s.args, generator=s.ema.module.eval(), source=None, device=device)
+        run = SimpleNamespace(args=s.args, generator=s.ema.module.eval(), device=device)
         for B in BATCHES:
             index = torch.arange(B)
-            jobs[s.name, B, "tokens"] = partial(sample.draw_tokens, run, index % s.classes)
+            jobs[s.name, B, "tokens"] = partial(drawing.draw_tokens, run, index % s.classes)
             jobs[s.name, B, "decoder"] = partial(s.tokenizer.decode, s.x[index % s.B])
     source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)           # 1 GiB or 256 MiB
     jobs["copy"] = partial(torch.empty_like(source).copy_, source)
@@ -238,7 +240,7 @@ def main(argv=None):
     p.add_argument("--out", help="JSON to write (default: experiments/results/benchmark-MACHINE-DEVICE.json)")
     p.add_argument("--peak", help=argparse.SUPPRESS)        # a child process that prints its own peak memory
     args = p.parse_args(argv)
-    device = train.pick_device(args.device)
+    device = runs.pick_device(args.device)
     torch.set_float32_matmul_precision("high")              # as in train.py: "fp32" on a GPU is TF32
     if args.peak:
         return print_peak(args.peak)

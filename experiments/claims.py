@@ -3,14 +3,14 @@ The papers' claims, tried at small scale: one command each, three seeds, and a v
 
     python experiments/claims.py                      # the list
     python experiments/claims.py gmm-components       # runs one: results/claims/gmm-components.json and .png
-    python experiments/claims.py --all                # runs all of them and rebuilds the table in README
+    python experiments/claims.py --all                # runs all of them and rebuilds the table in docs/claims.md
     python experiments/claims.py --table              # table and figures anew from the result files, runs nothing
     python experiments/claims.py six-systems --data PATH/mnist.tar.gz PATH/cifar10.tar.gz    # claim 21 on real images
     python experiments/claims.py mnist-nats --data PATH/mnist.tar.gz       # a public benchmark, see that function
 
 The world is drawn shapes. A seed is another drawn world, tokenizer and generator; within a seed all arms share the tokenizer
 and have equal steps, batches and the learning rates of train.py (4e-3 on a CPU, 1e-3 on CUDA): nothing is tuned per arm.
-One ruler for all: evaluate.py's classifier of 20,000 images of seed 0. Guidance is off and the temperature 1 unless an arm
+One classifier for all: evaluate.py's, of 20,000 images of seed 0. Guidance is off and the temperature 1 unless an arm
 says otherwise. Runs lie in runs/claims, named by their flags, and are shared; what was measured lies beside them.
 
 The rule. A test compares two arms on one metric. With d the advantage of the arm that the paper favours, seed by seed, it
@@ -50,6 +50,7 @@ import vae
 import vq
 import mar_ablation
 from benchmark import machine_name
+from common import classifier, drawing, metrics, pictures, runs, tokens
 from head_modes import modes_of
 
 SCALE = {  # what "small" means on this machine; `sizes`: entries of the SIZES of the model files, made below
@@ -65,6 +66,7 @@ def make_sizes(scale):
     """Sizes for these experiments, beside those of the model files: tokenizers with 4 x 4 tokens of 16 x 16 pixels."""
     net = dict(image_size=scale["image_size"], **scale["net"])
     vae.SIZES["claims"] = net | dict(token_dim=4)
+    vae.SIZES["claims-dae"] = vae.SIZES["claims"] | dict(corrupt=0.5)
     vq.SIZES["claims"] = net | dict(vocab_size=256, code_dim=8, z_channels=2 * net["ch"])
     lfq.SIZES["claims"] = net | dict(bits=8)
     for name, weights in (("none", (0.0, 0.0)), ("sample", (0.02, 0.0)), ("batch", (1e-9, 0.02e9))):
@@ -73,12 +75,15 @@ def make_sizes(scale):
                                  dec=scale["vit"])
     for name, width in (("toy-32", 32), ("toy", 64), ("toy-128", 128)):
         size = dict(n_layer=2, n_head=4, n_embd=width)
-        ar_transformer.SIZES[name], maskgit.SIZES[name], mar.SIZES[name] = size, size, size | dict(n_buffer=2)
+        ar_transformer.SIZES[name], maskgit.SIZES[name], mar.SIZES[name] = size, size, size | dict(n_buffer=2, mask_min=0.0, mask_std=9.0)
         mar.HEAD_SIZES[name] = dict(width=64, depth=2)
+    name = scale["size"]                                    # and one with a narrow head
+    mar.SIZES[f"{name}-narrow"] = mar.SIZES[name]
+    mar.HEAD_SIZES[f"{name}-narrow"] = mar.HEAD_SIZES[name] | dict(width=16)
 
 
 # ---------------------------------------------------------------------------------------------------
-# The laboratory: runs keyed by their flags, one ruler, a memory of what was measured
+# The laboratory: runs keyed by their flags, one classifier, a memory of what was measured
 
 class Lab:
     def __init__(self, scale, seeds, runs, device, images=()):
@@ -86,12 +91,12 @@ class Lab:
         self.scale, self.seeds, self.runs, self.device = scale, seeds, Path(runs), device
         self.images, self.data = images, "shapes"           # real images for claim 21; what is trained on just now
         self.clock = time.process_time if device.type == "cpu" else time.perf_counter     # others may use the machine, too
-        self.spent, self.flags, self.source, self.rulers = {}, {}, {}, {}
+        self.spent, self.flags, self.source, self.classifiers = {}, {}, {}, {}
         self.runs.mkdir(parents=True, exist_ok=True)
         once = functools.lru_cache(maxsize=None)(data.load)                                 # the worlds of all seeds stay;
-        train.load_once = lambda name, size, split, device, seed, *rest: (                  # real images know no seed
-            once(name, size, split, device, seed if name == "shapes" else 0, *rest))
-        train.save_samples = train.Log.plot = data.save_rows = lambda *_: None              # pictures cost a fifth of a run
+        data.load = lambda name, size, split, device, seed, **options: (                    # real images know no seed
+            once(name, size, split, device, seed if name == "shapes" else 0, **options))
+        drawing.save_samples = pictures.save_curve = pictures.save_rows = lambda *_, **__: None       # a fifth of a run
 
     def name(self, flags, seed):
         world = "" if self.data == "shapes" else f"{Path(self.data).name.split('.')[0]}-"
@@ -103,11 +108,11 @@ class Lab:
         if generator is not None:
             self.train(seed, tokenizer)
         path, s = self.runs / folder, self.scale
-        checkpoint = train.read_checkpoint(path)
+        checkpoint = runs.read_checkpoint(path)
         if checkpoint is None or not checkpoint["done"]:
             words = (f"{tokenizer} --data {self.data} --image_size {s['image_size']} --n_shapes {s['n_shapes']} "
                      f"--tok_steps {s['tok_steps']} --tok_batch_size {s['tok_batch_size']} --tok_name {tok_name} --seed {seed} "
-                     f"--device {self.device} --log_every 100 --eval_every 100000 --save_every 100000 ")
+                     f"--device {self.device} --log_every 100 --eval_every 100000 ")
             words += "" if "--tok_size" in tokenizer else "--tok_size claims "
             if generator is None:
                 words += "--generator none "
@@ -120,31 +125,32 @@ class Lab:
             (path / "seconds.json").write_text(json.dumps(self.clock() - start))
         kept = path / "seconds.json"                        # missing if the program was killed just before it
         self.spent[folder] = json.loads(kept.read_text()) if kept.exists() else 0.0
-        return train.load_run(path, self.device)
+        return runs.load_run(path, self.device)
 
     def read(self, name, command):
         """The result file of another experiment -> its contents. Its name and machine are reported in the place of ours."""
         path = ROOT / "experiments" / "results" / f"{name}.json"
         if not path.exists():
-            raise train.BadInput(f"{path} is missing: run `{command}` first, this claim reads what it measured")
+            raise data.BadInput(f"{path} is missing: run `{command}` first, this claim reads what it measured")
         result = json.loads(path.read_text())
         self.source = dict(scale=f"that of experiments/results/{name}.json", machine=result["machine"], date=result["date"],
                            torch=result["torch"], threads=result.get("threads"), flags=[f"experiments: {command}"],
                            seconds=result.get("seconds", result.get("wall_s")))
         return result
 
-    def judge(self):
+    def classifier_and_features(self):
         """-> the classifier and its features of the validation images: of seed 0's world for all seeds."""
-        if self.data not in self.rulers:
-            args = SimpleNamespace(data=self.data, image_size=self.scale["image_size"], seed=0, flip=False, n_shapes=20_000)
-            net, _ = evaluate.classifier_for(SimpleNamespace(args=args, folder=self.runs / "any"), self.device)
-            val_set = train.open_data(args, "val", self.device)
-            self.rulers[self.data] = net, evaluate.look_at_real(net, val_set, torch.arange(len(val_set)))[0]
-        return self.rulers[self.data]
+        if self.data not in self.classifiers:
+            args = SimpleNamespace(data=self.data, image_size=self.scale["image_size"], seed=0, flip=False, n_shapes=20_000,
+                                   frames=1)
+            net, _ = classifier.classifier_for(args, self.runs / "any", self.device)
+            val_set = runs.open_split(args, "val", self.device)
+            self.classifiers[self.data] = net, classifier.look_at_real(net, val_set, torch.arange(len(val_set)))[0]
+        return self.classifiers[self.data]
 
     def score(self, images, labels=None):
         """n samples on the CPU -> {frechet, accuracy, precision, recall}"""
-        net, real = self.judge()
+        net, real = self.classifier_and_features()
         asked = labels is not None                          # decoded noise was asked for no class
         labels = labels if asked else torch.zeros(len(images), dtype=torch.long)
         rows = evaluate.measure_samples(images.clamp(-1, 1), labels, net, real, 250)
@@ -176,7 +182,7 @@ class Lab:
             if "diffusion_steps" in words:
                 words["diffusion_steps"] = sample.parse_steps(words["diffusion_steps"], run)
             labels, start = torch.arange(n) % len(run.classes), self.clock()
-            images = sample.draw_samples(run, labels, **words)
+            images = drawing.draw_samples(run, labels, **words)
             ms = 1000 * (self.clock() - start) / n
             return self.score(images, labels) | dict(ms_per_image=ms)
         return self.remember(run, ", ".join(f"{k} {v}" for k, v in sorted(options.items())), measure)
@@ -200,12 +206,12 @@ class Lab:
             run = self.train(seed, flags)
 
             def measure():
-                images, _ = train.open_data(run.args, "val", run.device).batch(torch.arange(500))
+                images, _ = runs.open_split(run.args, "val", run.device).batch(torch.arange(500))
                 with torch.no_grad():
                     recon = run.tokenizer.decode(run.tokenizer.encode(images)).float()
-                row = dict(psnr=evaluate.psnr(images, recon).mean().item())
+                row = dict(psnr=metrics.psnr(images, recon).mean().item())
                 if run.tokenizer.vocab_size:
-                    ids = train.encode_all(run.tokenizer, train.open_data(run.args, "train", run.device))["ids"]
+                    ids = tokens.encode_all(run.tokenizer, runs.open_split(run.args, "train", run.device))["ids"]
                     row["usage"] = 100 * len(ids.unique()) / run.tokenizer.vocab_size
                 return row
             rows.append(self.remember(run, "reconstructions", measure))
@@ -386,7 +392,7 @@ def mar_figures(lab):
     model = f"{MAR} diffusion"
     widths, steps = {w: f"head {w} wide" for w in (16, 64)}, {n: f"{n} denoising steps" for n in (2, 5, 25, 50)}
     passes, heat = {n: f"{n} passes" for n in (1, 4, 16)}, {t: f"temperature {t}" for t in (0.8, 0.9, 1.0)}
-    arms = {widths[64]: lab.arm(VAE, model), widths[16]: lab.arm(VAE, f"{model} --head_width 16")}
+    arms = {widths[64]: lab.arm(VAE, model), widths[16]: lab.arm(VAE, f"{model} --size {lab.scale['size']}-narrow")}
     arms |= {name: lab.arm(VAE, model, diffusion_steps=str(n)) for n, name in steps.items()}
     arms |= {name: lab.arm(VAE, model, steps=n) for n, name in passes.items()}
     arms |= {name: lab.arm(VAE, model, temperature=t) for t, name in heat.items()}
@@ -403,7 +409,7 @@ def decoding_noise(lab):
     Frechet distance of decoded N(0, 1) noise; beside it of noise with the mean and std of each model's own latents.
     """
     arms = {}
-    for name, flags in (("AE", "--beta 0"), ("DAE", "--beta 0 --corrupt 0.5"), ("VAE", "--beta 2")):
+    for name, flags in (("AE", "--beta 0"), ("DAE", "--beta 0 --tok_size claims-dae"), ("VAE", "--beta 2")):
         arms[name], arms[f"{name}, own mean, std"] = lab.tokenizers(f"{VAE} {flags}"), []
         for i, seed in enumerate(lab.seeds):
             run = lab.train(seed, f"{VAE} {flags}")
@@ -428,7 +434,7 @@ def vqvae_prior(lab):
     for seed in lab.seeds:
         run = lab.train(seed, VQ)
         def drawn(uniform):
-            ids = train.encode_all(run.tokenizer, train.open_data(run.args, "train", run.device))["ids"].flatten()
+            ids = tokens.encode_all(run.tokenizer, runs.open_split(run.args, "train", run.device))["ids"].flatten()
             torch.manual_seed(seed)
             count = (lab.scale["n"], run.tokenizer.seq_len)
             uniform_ids = torch.randint(run.tokenizer.vocab_size, count, device=run.device)
@@ -571,7 +577,7 @@ def compression(lab):
                         arm = arms.setdefault(f"{part['name']}, {codec}", [])
                         arm.append(dict(psnr=row[f"psnr{suffix}"], ms_ssim=row[f"ms_ssim{suffix}"], bpp=row["bpp"]))
     if not arms:
-        raise train.BadInput("results/compression.json has no row of H.265: run experiments/compression.py with its films")
+        raise data.BadInput("results/compression.json has no row of H.265: run experiments/compression.py with its films")
     tests = [test(metric, ours, theirs, "higher") for ours, theirs in zip(*[iter(arms)] * 2) for metric in ("ms_ssim", "psnr")]
     lab.source["seeds"] = [of["seed"] for of in r["seeds"]]
     return arms, tests, [("ms_ssim", "at equal rate"), ("psnr", "at equal rate")]
@@ -619,6 +625,40 @@ def six_systems(lab):
         panels += [(metric, f"samples, {images}", here) for metric in ("frechet", "accuracy")]
     lab.data = "shapes"
     return arms, [], panels
+
+
+def bars_and_stripes(n, device, side=4):
+    """n pictures uniform over the 2 (2^side - 1) distinct ones with full rows or full columns -> (n, side^2) int64."""
+    bits = torch.arange(1 << side, device=device)[:, None] >> torch.arange(side, device=device) & 1
+    rows = bits[:, :, None].expand(-1, -1, side)
+    all_ = torch.cat([rows, rows.transpose(1, 2)[1:-1]]).flatten(1)                         # blank and full only once
+    return all_[torch.randint(len(all_), (n,), device=device)]
+
+
+def fit_ids(model, batches, steps, lr=2e-3):
+    """Train on batches(step) -> tokens, labels; returns the losses."""
+    opt, losses = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05), []
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = lr * min(1, (step + 1) / 30) * (1 - step / steps)
+        loss, _ = model(*batches(step))
+        opt.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        losses.append(loss.item())
+    return losses
+
+
+def error_of_parallel_decoding(model, steps, n=1500, **options):
+    """Draw n bars-and-stripes in `steps` passes -> share that are valid, total variation to uniform over the 30.
+
+    1500 draws from the truth itself would show a total variation of 0.06.
+    """
+    device = model.pos_embed.device
+    drawn = model.sample(torch.zeros(n, dtype=torch.long, device=device), steps=steps, **options)
+    all_ = bars_and_stripes(5000, device).unique(dim=0)                                     # (30, 16)
+    p = (drawn[:, None] == all_[None]).all(-1).float().mean(0)                              # (30,)
+    return p.sum().item(), 0.5 * ((p - 1 / 30).abs().sum() + 1 - p.sum()).item()
 
 
 def yardsticks(lab):
@@ -674,8 +714,8 @@ def excess_of_bars(side, seed, steps=400, noise=None):
     model = ar_transformer.ARTransformer(head, T, 1, token_dim=noise and 1, vocab_size=None if noise else 2,
                                          grid=(side, side), n_layer=2, n_head=2, n_embd=64, label_drop=0)
     look = lambda ids: ids if noise is None else (ids[..., None] * 2.0 - 1 + noise * torch.randn(*ids.shape, 1))
-    ar_transformer.fit_ids(model, lambda step: (look(ar_transformer.bars_and_stripes(64, "cpu", side)), zeros), steps, 5e-3)
-    pictures = ar_transformer.bars_and_stripes(20_000, "cpu", side).unique(dim=0)           # all that there are
+    fit_ids(model, lambda step: (look(bars_and_stripes(64, "cpu", side)), zeros), steps, 5e-3)
+    pictures = bars_and_stripes(20_000, "cpu", side).unique(dim=0)           # all that there are
     x = look(pictures if noise is None else pictures.repeat(40, 1))
     with torch.no_grad():
         parts = [(v, torch.zeros(len(v), dtype=torch.long)) for v in x.split(128)]
@@ -703,9 +743,9 @@ def parallel_gap(lab):
         model = maskgit.MaskGIT(maskgit.CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=4, n_embd=64,
                                 label_drop=0, smoothing=0)
         zeros = torch.zeros(128, dtype=torch.long)
-        maskgit.fit_ids(model, lambda step: (maskgit.bars_and_stripes(128, "cpu"), zeros), 500, 5e-3)
+        fit_ids(model, lambda step: (bars_and_stripes(128, "cpu"), zeros), 500, 5e-3)
         for n, name in passes.items():
-            valid, distance = maskgit.error_of_parallel_decoding(model.eval(), n, 1500)
+            valid, distance = error_of_parallel_decoding(model.eval(), n, 1500)
             arms[name].append(dict(valid=100 * valid, distance=distance))
         lab.spent[f"seed {seed}"] = lab.clock() - start
         print(f"seed {seed}: " + "  ".join(f"{name} {rows[-1]['distance']:.3f}" for name, rows in arms.items()), flush=True)
@@ -758,27 +798,28 @@ def mnist_nats(args, device):
     2 x 2 pixels, one of 16: still exact, and 14 times less work than a token per pixel (--block 1).
     """
     if len(args.data) != 1:
-        raise train.BadInput("mnist-nats: needs one path with --data: MNIST as class folders, .tar.gz or .npz, train/ and test/")
+        raise data.BadInput("mnist-nats: needs one path with --data: MNIST as class folders, .tar.gz or .npz, train/ and test/")
     folder, cpu = args.runs / f"mnist-nats-{args.block}-{args.size}-{args.steps}", torch.device("cpu")
-    names = SimpleNamespace(data=args.data[0], image_size=28, seed=0, flip=False, n_shapes=None)
-    sets = {split: Binary(train.open_data(names, split, cpu).images, split == "val", args.block)
+    names = SimpleNamespace(data=args.data[0], image_size=28, seed=0, flip=False, n_shapes=None, frames=1)
+    sets = {split: Binary(runs.open_split(names, split, cpu).images, split == "val", args.block)
             for split in ("train", "val")}
     torch.manual_seed(0)
     size = ar_transformer.SIZES[args.size]
     side, V = 28 // args.block, 1 << args.block ** 2
     model = ar_transformer.ARTransformer(ar_transformer.CategoricalHead(size["n_embd"], V), side * side, 1, vocab_size=V,
                                          grid=(side, side), label_drop=0, **size)
-    flags = SimpleNamespace(steps=args.steps, batch_size=args.batch_size, lr=args.lr, seed=0, tokenizer="pixels", frames=1,
-                            joint=False, optimizer="muon", warmup=50, weight_decay=0.02, grad_clip=1.0, ema=None,
-                            log_every=100, eval_every=max(50, args.steps // 20), save_every=100)
-    world = SimpleNamespace(rank=0, size=1, device=device, dtype=None, native_bf16=train.native_bf16(device),
-                            compile=device.type == "cuda")
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, source = train.read_checkpoint(folder), OnDevice(sets["train"], device)
+    checkpoint = runs.read_checkpoint(folder)
+    none = dict.fromkeys(runs.STAGE1 + runs.STAGE2 + runs.BOTH)
+    flags = SimpleNamespace(**none | dict(
+        steps=args.steps, batch_size=args.batch_size, lr=args.lr, seed=0, tokenizer="pixels", head="categorical",
+        optimizer="muon", warmup=50, weight_decay=0.02, grad_clip=1.0, dtype=None, device=device,
+        compile=device.type == "cuda", log_every=100, eval_every=max(50, args.steps // 20),
+        resume2=checkpoint is not None))
     if checkpoint is None or not checkpoint["done"]:
-        some = train.validate(OnDevice(sets["val"], device), 50, flags, world, n=200)
-        train.fit(2, model, source, some, flags, folder, world, checkpoint, {}, lambda model: None, "nats per token")
-    model.load_state_dict(train.averaged(train.read_checkpoint(folder)))
+        train.fit(2, model, OnDevice(sets["train"], device), OnDevice(sets["val"], device, 200), flags,
+                  SimpleNamespace(rank=0, size=1), folder, lambda model: None, dict(classes=["digit"]))
+    model.load_state_dict(runs.averaged(runs.read_checkpoint(folder)))
     model.to(device).eval()
     index, nats = torch.arange(min(args.n_test, len(sets["val"]))), []
     with torch.no_grad():
@@ -803,13 +844,13 @@ def mnist_nats(args, device):
 
 
 class OnDevice:
-    """A set whose batches are moved to the device."""
+    """A set whose batches are moved to the device. most: of no more than so many of its examples."""
 
-    def __init__(self, source, device):
-        self.source, self.device = source, device
+    def __init__(self, source, device, most=None):
+        self.source, self.device, self.n = source, device, min(len(source), most or len(source))
 
     def __len__(self):
-        return len(self.source)
+        return self.n
 
     def batch(self, index):
         return tuple(v.to(self.device) for v in self.source.batch(index))
@@ -971,10 +1012,10 @@ def systems_table(arms):
 
 
 def fill_readme(path, text):
-    """Put text between the two markers of README; refuses a README without them."""
+    """Put text between the two markers of docs/claims.md; refuses a file without them."""
     readme, begin, end = path.read_text(), "<!-- claims -->", "<!-- /claims -->"
     if readme.count(begin) != 1 or readme.count(end) != 1:
-        raise train.BadInput(f"{path}: needs the markers {begin} and {end} once each, around the place of the table")
+        raise data.BadInput(f"{path}: needs the markers {begin} and {end} once each, around the place of the table")
     before, rest = readme.split(begin)
     path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
 
@@ -990,8 +1031,8 @@ def show_list(out):
 def main(argv=None):
     p = argparse.ArgumentParser(description="Claims of the papers at small scale.")
     p.add_argument("names", nargs="*", help="which claims (default: list them)")
-    p.add_argument("--all", action="store_true", help="run all claims, then rebuild the table in README")
-    p.add_argument("--table", action="store_true", help="table in README and figures anew from the result files")
+    p.add_argument("--all", action="store_true", help="run all claims, then rebuild the table in docs/claims.md")
+    p.add_argument("--table", action="store_true", help="table in docs/claims.md and figures anew from the result files")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a seed is a world, a tokenizer, a generator")
     p.add_argument("--runs", default=ROOT / "runs" / "claims", type=Path, help="where the runs lie")
     p.add_argument("--out", default=ROOT / "experiments" / "results" / "claims", type=Path, help="where results go")
@@ -1007,10 +1048,10 @@ def main(argv=None):
     g.add_argument("--n_test", type=int, default=10_000, help="test images of the last measurement")
     args = p.parse_args(argv)
     if args.names == ["mnist-nats"]:
-        return mnist_nats(args, train.pick_device(args.device))
+        return mnist_nats(args, runs.pick_device(args.device))
     for name in args.names:
         if name not in CLAIMS:
-            raise train.BadInput(f"{name}: not a claim; `python experiments/claims.py` lists them")
+            raise data.BadInput(f"{name}: not a claim; `python experiments/claims.py` lists them")
     if args.table:
         for name in CLAIMS:
             if (args.out / f"{name}.json").exists():
@@ -1018,17 +1059,17 @@ def main(argv=None):
     elif not args.names and not args.all:
         return show_list(args.out)
     else:
-        device = train.pick_device(args.device)
+        device = runs.pick_device(args.device)
         lab = Lab(SCALE["cuda" if device.type == "cuda" else "cpu"], args.seeds, args.runs, device, args.data)
         for name in CLAIMS if args.all else args.names:
             try:
                 run_claim(name, lab, args.out)
-            except train.BadInput as e:                     # a claim that reads another experiment's file, not there yet
+            except data.BadInput as e:                     # a claim that reads another experiment's file, not there yet
                 if not args.all:
                     raise
                 print(f"{name}: not run. {e}")
     if args.all or args.table:
-        fill_readme(ROOT / "README.md", table(args.out))
+        fill_readme(ROOT / "docs" / "claims.md", table(args.out))
 
 
 if __name__ == "__main__":

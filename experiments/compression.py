@@ -9,12 +9,12 @@ Three tests, on what no model was trained on. images: drawn validation images, t
 frames, the image LFQ inflated to video and trained on. film: 27 frames of --test, by the same LFQ trained on crops of --film
 alone. Entropy coders are AR transformers on the training tokens ("no class" nine times in ten, for they are asked so).
 
-What is compared with what. LFQ: the whole file of `sample.py compress`, its 40 bytes too, fixed-length or arithmetic-coded,
+What is compared with what. LFQ: the whole file of recipes.compress, its 40 bytes too, fixed-length or arithmetic-coded,
 all pictures of a test in one file; every file is decoded again, and its ids must be those that went in. JPEG and WebP: at 32
 pixels a file is mostly header, so the images are laid side by side in one large sheet; the size as single files is reported
 too. H.265: x265's preset medium, the bare stream without a container; clips lie side by side in one film. Drawn things keep
 full colour resolution in JPEG and H.265 (4:4:4), films have half (4:2:0). A classical codec's value at LFQ's rate is read
-off the straight line, over log bits, between the two settings around it. MS-SSIM: evaluate.ms_ssim, per frame; 32 pixels
+off the straight line, over log bits, between the two settings around it. MS-SSIM: metrics.ms_ssim, per frame; 32 pixels
 have two scales, and in a sheet it is taken picture by picture. LPIPS with --lpips.
 """
 import argparse
@@ -36,13 +36,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)                                     # before experiments/, for this file is a compression.py, too
 sys.path.append(str(ROOT / "experiments"))
 import ar_transformer
-import compression
 import data
-import evaluate
 import lfq
-import perceptual_gan
 import train
 from benchmark import machine_name
+from common import metrics, pictures, runs
+from official.lpips import load_lpips
+from recipes import compress
 
 CHUNK = 9                                                   # frames of a clip: 3 frames of 8 x 8 ids at 32 pixels
 
@@ -55,14 +55,14 @@ def image_codec(args):
     words = ["--tokenizer", "lfq", "--tok_size", "small", "--head", "categorical", "--size", "tiny", "--label_drop", "0.9"]
     train.main([*words, "--steps", str(args.ar_steps), "--device", "cpu", "--runs", str(args.folder), "--seed", str(args.seed),
                 "--tok_name", "codec-lfq", "--name", "codec-ar"])
-    run = train.load_run(args.folder / "codec-ar")
+    run = runs.load_run(args.folder / "codec-ar")
     return run.tokenizer, run.generator
 
 
 def kept(path, make):
     """A state dict from `path`, or from make() and then kept there."""
     if not path.exists():
-        train.save_atomically(make(), path)
+        runs.save_atomically(make(), path)
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -147,7 +147,7 @@ def quality(clip, decoded, lpips):
     out = dict(psnr=[], ms_ssim=[], lpips=[])
     for a, b in zip(clip.split(64), decoded.split(64)):
         a, b = a.float() / 127.5 - 1, b.float() / 127.5 - 1
-        out["psnr"].append(evaluate.psnr(a, b)), out["ms_ssim"].append(evaluate.ms_ssim(a, b))
+        out["psnr"].append(metrics.psnr(a, b)), out["ms_ssim"].append(metrics.ms_ssim(a, b))
         if lpips is not None:
             with torch.no_grad():
                 out["lpips"].append(lpips(a, b))
@@ -156,17 +156,17 @@ def quality(clip, decoded, lpips):
 
 def through_lfq(clip, tokenizer, model, lpips):
     """-> rows of both codings, other sizes of the same ids, the decoded clip."""
-    ids, lay = compression.to_ids(tokenizer, clip)
+    ids, lay = compress.to_ids(tokenizer, clip)
     pixels, rows = clip[:, 0].numel(), []
-    decoded = compression.from_ids(tokenizer, ids, lay)
+    decoded = compress.from_ids(tokenizer, ids, lay)
     scores = quality(clip, decoded, lpips)
     for name, coder in (("LFQ, fixed length", None), ("LFQ, arithmetic-coded", model)):
         start = time.process_time()
-        blob = compression.write(ids, lay, tokenizer, coder)
+        blob = compress.write(ids, lay, tokenizer, coder)
         written = time.process_time()
-        assert torch.equal(compression.read(blob, tokenizer, coder)[0], ids)
+        assert torch.equal(compress.read(blob, tokenizer, coder)[0], ids)
         rows.append(dict(codec=name, bpp=8 * len(blob) / pixels, bytes=len(blob),
-                         bits_per_token=8 * (len(blob) - compression.HEADER.size) / ids.numel(),
+                         bits_per_token=8 * (len(blob) - compress.HEADER.size) / ids.numel(),
                          write_s=written - start, read_s=time.process_time() - written, **scores))
     p = ids.flatten().bincount().double() / ids.numel()
     zipped = len(zlib.compress(ids.numpy().astype("<u2").tobytes(), 9))
@@ -194,7 +194,7 @@ def rate_for(rows, psnr):
 def images(args, lpips):
     tokenizer, model = image_codec(args)
     n = args.n // 16 * 16
-    clip = data.to_uint8(data.draw(torch.arange(n) + data.VAL_INDEX)[0])                    # as many "frames"
+    clip = pictures.to_uint8(data.draw(torch.arange(n) + data.VAL_INDEX)[0])                    # as many "frames"
     rows, others, decoded = through_lfq(clip, tokenizer, model, lpips)
     page, webps, pixels = sheet(clip, 16), [], clip[:, 0].numel()
     for kind, settings in (("JPEG", dict(subsampling=0, optimize=True)), ("WEBP", dict(method=6))):
@@ -236,7 +236,7 @@ def clips(args, lpips):
     codec = clip_codec(args, "clips", tokenizer, data.draw_clips(torch.arange(args.n_clips), frames=CHUNK)[0])
     n = max(16, args.n // 4 // 16 * 16)
     held_out = data.draw_clips(torch.arange(n) + data.VAL_INDEX, frames=CHUNK)[0]
-    clip = data.to_uint8(held_out).transpose(1, 2).flatten(0, 1)                            # (n 9, 3, 32, 32)
+    clip = pictures.to_uint8(held_out).transpose(1, 2).flatten(0, 1)                            # (n 9, 3, 32, 32)
     columns = 8
     to_film = lambda x: sheet(x.unflatten(0, (n, CHUNK)), columns)                          # (9, 3, rows 32, 256)
     from_film = lambda x: unsheet(x, columns, clip).flatten(0, 1)
@@ -246,12 +246,12 @@ def clips(args, lpips):
 
 def film(args, lpips):
     tokenizer, _ = image_codec(args)
-    source = compression.read_clip(args.film)[0]
+    source = compress.read_clip(args.film)[0]
     if source.shape[-1] > 800:                              # halved, so that its details are as large as those of --test
         source = source[..., :source.shape[-2] // 2 * 2, :source.shape[-1] // 2 * 2]
         source = source.float().unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).mean((-1, -3)).round().to(torch.uint8)
     codec = clip_codec(args, "film-" + Path(args.film).stem, tokenizer, crops(source, args.n_clips, seed=args.seed))
-    clip = compression.read_clip(args.test)[0]
+    clip = compress.read_clip(args.test)[0]
     H, W = (min(v, most) // 16 * 16 for v, most in zip(clip.shape[-2:], (192, 320)))
     y, x = ((v - m) // 2 for v, m in zip(clip.shape[-2:], (H, W)))
     clip = clip[:args.film_frames, :, y:y + H, x:x + W].contiguous()
@@ -328,7 +328,7 @@ def main():
     p.add_argument("--ar_steps", type=int, default=400, help="training steps of the entropy coder of images")
     p.add_argument("--clip_ar_steps", type=int, default=200, help="training steps of an entropy coder of clips")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="all is trained for each; the first is drawn")
-    p.add_argument("--lpips", nargs="+", help="LPIPS's weights, as for train.py")
+    p.add_argument("--lpips", nargs="+", help="LPIPS's weights: vgg16-397923af.pth of torchvision and vgg.pth of LPIPS")
     p.add_argument("--runs", default="runs", help="the trained models, a folder per seed: what is there is used")
     p.add_argument("--out", default=str(ROOT / "experiments/results/compression"), help="where .json and .png go")
     args = p.parse_args()
@@ -336,7 +336,7 @@ def main():
         raise data.BadInput("--film, --test: name two films, or leave the test out with --parts images clips")
     torch.set_num_threads(1)
     begun, used, seeds = time.perf_counter(), time.process_time(), []
-    lpips = perceptual_gan.LPIPS.from_files(*args.lpips).eval() if args.lpips else None
+    lpips = load_lpips(*args.lpips) if args.lpips else None
     for args.seed in args.seeds:
         args.folder, tests = Path(args.runs) / f"seed-{args.seed}", []
         seeds.append(dict(seed=args.seed, tests=tests))

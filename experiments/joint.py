@@ -30,19 +30,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import train
 from benchmark import machine_name
+from common import runs
 
 FLAGS = ("--tokenizer vae --head gmm --image_size 28 --channels 1 --likelihood logistic --tok_size mnist28 --size tiny "
          "--n_mix 8 --tok_batch_size 64 --batch_size 64 --dtype fp32 --save_every 100000")
 
 
-def run_arm(arm, data, seed, steps, runs):
+def run_arm(arm, data, seed, steps, parent):
     """Train one arm with one seed -> its run, and the seconds that its steps took."""
-    folder = runs / f"{arm}-{seed}"
+    folder = parent / f"{arm}-{seed}"
     words = f"{FLAGS} --data {data} --seed {seed} --steps {steps} --tok_steps {steps} --eval_every {max(1, steps // 5)}"
-    words += f" --runs {runs} --name {folder.name} --tok_name vae-{seed}" + (" --joint" if arm == "joint" else "")
+    words += f" --runs {parent} --name {folder.name} --tok_name vae-{seed}" + (" --joint" if arm == "joint" else "")
     train.main(words.split())
-    folders = [folder] if arm == "joint" else [runs / f"vae-{seed}", folder]
-    return train.load_run(folder, train.pick_device()), sum(seconds_of(f) for f in folders)
+    folders = [folder] if arm == "joint" else [parent / f"vae-{seed}", folder]
+    return runs.load_run(folder, runs.pick_device()), sum(seconds_of(f) for f in folders)
 
 
 def seconds_of(folder):
@@ -118,7 +119,7 @@ def main():
     for seed in range(args.seeds):
         for arm in ("two stages", "joint"):
             run, seconds = run_arm(arm.replace(" ", "-"), args.data, seed, args.steps, Path(args.runs))
-            val_set = train.open_data(run.args, "val", run.device)
+            val_set = runs.open_split(run.args, "val", run.device)
             result = terms(run.tokenizer, run.generator, val_set, seed) | dict(seed=seed, seconds=seconds)
             arms[arm].append(result)
             if arm == "two stages":

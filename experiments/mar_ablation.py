@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 import evaluate
 import train
 from benchmark import machine_name
+from common import classifier, metrics, runs
 from sampling import measure
 
 HEADS = {"categorical": "--tokenizer vq", "diffusion": "--tokenizer vae"}
@@ -38,7 +39,7 @@ PAPER = {  # FID without and with guidance (MAR-L, ImageNet 256): papers of this
     "diffusion": [(19.23, 4.69), (13.07, 4.07), (3.43, 1.84), (3.50, 1.98)]}
 
 
-def train_arms(runs, seed, steps):
+def train_arms(folder, seed, steps):
     """Train every arm of one seed that is not there yet -> {(head, model): run folder}."""
     folders = {}
     for head, tokenizer in HEADS.items():
@@ -46,25 +47,25 @@ def train_arms(runs, seed, steps):
             name = f"{head}-{model.replace(' ', '-')}-{seed}"
             tok_name = f"{tokenizer.split()[1]}-{seed}"
             words = [*tokenizer.split(), "--generator", "mar", "--head", head, *flags.split(), "--size", "tiny", "--seed", seed,
-                     "--steps", steps, "--runs", runs, "--name", name, "--tok_name", tok_name, "--device", "cpu"]
-            unfinished = [n for n in (tok_name, name) if (c := train.read_checkpoint(runs / n)) and not c["done"]]
+                     "--steps", steps, "--runs", folder, "--name", name, "--tok_name", tok_name, "--device", "cpu"]
+            unfinished = [n for n in (tok_name, name) if (c := runs.read_checkpoint(folder / n)) and not c["done"]]
             train.main([str(w) for w in words] + ["--resume"] * bool(unfinished))
-            folders[head, model] = runs / name
+            folders[head, model] = folder / name
     return folders
 
 
-def measure_seed(runs, seed, steps, n):
+def measure_seed(folder, seed, steps, n):
     """All rows of one seed -> {head: [{metric: number} for each of ROWS]}, and what the tokenizers allow."""
     start = time.process_time()
-    folders, rows, ceiling = train_arms(runs, seed, steps), {}, {}
+    folders, rows, ceiling = train_arms(folder, seed, steps), {}, {}
     for head in HEADS:
         rows[head] = []
         for order, attention, per_step in ROWS:
-            run = train.load_run(folders[head, f"{order} {attention}"])
-            val_set = train.open_data(run.args, "val", run.device)
-            net, _ = evaluate.classifier_for(run, run.device)
+            run = runs.load_run(folders[head, f"{order} {attention}"])
+            val_set = runs.open_split(run.args, "val", run.device)
+            net, _ = classifier.classifier_for(run.args, run.folder, run.device)
             index = torch.arange(len(val_set))
-            real, _ = evaluate.look_at_real(net, val_set, index)
+            real, _ = classifier.look_at_real(net, val_set, index)
             row = {}
             for name, cfg in (("plain", 1.0), ("guided", 2.0)):
                 tricks = dict(diffusion_steps=25) if head == "diffusion" else {}
@@ -75,7 +76,7 @@ def measure_seed(runs, seed, steps, n):
             print(f"seed {seed} {head} {order} {attention} {per_step}: "
                   + "  ".join(f"{k} {v:.2f}" for k, v in row.items()), flush=True)
         recon, f = evaluate.measure_reconstruction(run.tokenizer, net, val_set, index, 250)
-        ceiling[head] = {key: value for key, _, value, _, _ in recon} | dict(frechet=evaluate.frechet_distance(f, real))
+        ceiling[head] = {key: value for key, _, value, _, _ in recon} | dict(frechet=metrics.frechet_distance(f, real))
     return dict(rows=rows, ceiling=ceiling, seconds=time.process_time() - start)            # of processor time
 
 

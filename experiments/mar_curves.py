@@ -23,10 +23,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import evaluate
+import data
+import mar
 import sample
 import train
 from benchmark import machine_name
+from common import classifier, drawing, metrics, runs
 from sampling import measure
 
 WIDTHS, DEPTHS = (32, 64, 128, 256), (1, 3, 6)
@@ -41,19 +43,19 @@ ANNEALED = {"ancestral, constant": (dict(), ("100", "50", "25", "15", "10", "5")
             "flow, heun, annealed": (dict(sampler="heun"), ("25:5", "10:3"))}
 
 
-class Ruler:
+class Scores:
     """Measures samples of runs on one data set: the classifier and its features of the validation images are kept, and
     what is measured lies in RUN/curves.json, so that a killed program goes on."""
 
     def __init__(self, run, n):
         self.n, self.path = n, run.folder / "curves.json"
         self.known = json.loads(self.path.read_text()) if self.path.exists() else {}
-        val_set = train.open_data(run.args, "val", run.device)
-        self.net, _ = evaluate.classifier_for(run, run.device)
-        self.real, _ = evaluate.look_at_real(self.net, val_set, torch.arange(len(val_set)))
+        val_set = runs.open_split(run.args, "val", run.device)
+        self.net, _ = classifier.classifier_for(run.args, run.folder, run.device)
+        self.real, _ = classifier.look_at_real(self.net, val_set, torch.arange(len(val_set)))
 
     def __call__(self, run, text, **options):
-        key = f"{run.folder.name}, {run.args.steps} steps, {sample.default_of(run)}, {text}, {self.n} samples"
+        key = f"{run.folder.name}, {run.args.steps} steps, {drawing.default_of(run)}, {text}, {self.n} samples"
         if key in self.known:
             return self.known[key]
         if "diffusion_steps" in options:
@@ -70,31 +72,33 @@ class Ruler:
         return value
 
 
-def head_sizes(run, ruler, steps):
+def head_sizes(run, scores, steps):
     """Train a run for every head size -> {"width": [(width, metrics)], "depth": [...]}."""
-    runs, curves = run.folder.resolve().parent / "mar-heads", {"width": [], "depth": []}
-    runs.mkdir(parents=True, exist_ok=True)                 # so that runs/.. is a place
-    tokenizer = train.read_checkpoint(run.folder.parent / f"{run.folder.name.split('-')[0]}-vae")
+    folder, curves = run.folder.resolve().parent / "mar-heads", {"width": [], "depth": []}
+    folder.mkdir(parents=True, exist_ok=True)               # so that its .. is a place
+    tokenizer = runs.read_checkpoint(run.folder.parent / f"{run.folder.name.split('-')[0]}-vae")
     if tokenizer is None:
-        raise train.BadInput(f"--heads: the tokenizer of {run.folder} is not beside it")
-    for kind, values, fixed in (("width", WIDTHS, ("--head_depth", "3")), ("depth", DEPTHS, ("--head_width", "128"))):
+        raise data.BadInput(f"--heads: the tokenizer of {run.folder} is not beside it")
+    for kind, values, fixed in (("width", WIDTHS, dict(depth=3)), ("depth", DEPTHS, dict(width=128))):
         for v in values:
             name = f"width-{v}" if kind == "width" else ("width-128" if v == 3 else f"depth-{v}")
-            words = ["--tokenizer", "vae", "--generator", "mar", "--head", "diffusion", "--size", "tiny", "--runs", runs, "--name", name,
-                     "--tok_name", f"../{run.folder.name.split('-')[0]}-vae", "--steps", steps, f"--head_{kind}", v, *fixed]
-            begun = train.read_checkpoint(runs / name)
+            words = ["--tokenizer", "vae", "--generator", "mar", "--head", "diffusion", "--size", name, "--runs", folder, "--name", name,
+                     "--tok_name", f"../{run.folder.name.split('-')[0]}-vae", "--steps", steps]
+            mar.SIZES[name] = mar.SIZES["tiny"]             # a size of its own, for its head
+            mar.HEAD_SIZES[name] = {kind: v, **fixed}
+            begun = runs.read_checkpoint(folder / name)
             train.main([str(w) for w in words] + ["--resume"] * bool(begun and not begun["done"]))
-            curves[kind].append((v, ruler(train.load_run(runs / name, run.device), f"head {kind} {v}", diffusion_steps="25")))
+            curves[kind].append((v, scores(runs.load_run(folder / name, run.device), f"head {kind} {v}", diffusion_steps="25")))
     return curves
 
 
 def largest(run, n, batch_size=500):
     """Does any of n samples explode? -> the largest |number| of their tokens, and of as many real ones."""
     torch.manual_seed(0)
-    drawn, train_set, real = 0.0, train.open_data(run.args, "train", run.device), 0.0
+    drawn, train_set, real = 0.0, runs.open_split(run.args, "train", run.device), 0.0
     for i in range(0, n, batch_size):
         labels = torch.arange(i, i + batch_size) % len(run.classes)
-        drawn = max(drawn, sample.draw_tokens(run, labels, diffusion_steps=25).abs().max().item())
+        drawn = max(drawn, drawing.draw_tokens(run, labels, diffusion_steps=25).abs().max().item())
         real = max(real, run.tokenizer.encode(train_set.batch(torch.arange(i, i + batch_size))[0]).abs().max().item())
     print(f"largest |number| of the tokens of {n} samples {drawn:.1f}, of {n} training images {real:.1f}", flush=True)
     return dict(n=n, samples=drawn, training_images=real)
@@ -170,30 +174,30 @@ def main():
     p.add_argument("--n", type=int, default=1000, help="samples per point")
     p.add_argument("--many", type=int, default=10_000, help="samples among which an exploding one is looked for")
     args = p.parse_args()
-    run = train.load_run(args.run)
+    run = runs.load_run(args.run)
     if run.generator is None or (run.args.generator, run.args.head) != ("mar", "diffusion"):
-        raise train.BadInput(f"{args.run}: not a run with --generator mar --head diffusion")
-    ruler = Ruler(run, args.n)
-    train_set = train.open_data(run.args, "train", run.device)
-    floor, _ = evaluate.look_at_real(ruler.net, train_set, torch.arange(args.n))
-    curves = head_sizes(run, ruler, args.head_steps) if args.heads else {}
-    curves["floor"] = evaluate.frechet_distance(floor, ruler.real)
-    curves["denoising"] = [(v, ruler(run, f"{v} denoising steps", diffusion_steps=str(v))) for v in DENOISING]
-    curves["temperature"] = [(v, ruler(run, f"temperature {v}", temperature=v, diffusion_steps="25")) for v in TEMPERATURES]
-    curves["passes"] = [(v, ruler(run, f"{v} passes", steps=v, diffusion_steps="25")) for v in PASSES]
-    if f"largest of {args.many}" not in ruler.known:
-        ruler.keep(f"largest of {args.many}", largest(run, args.many))
-    curves["largest"] = ruler.known[f"largest of {args.many}"]
+        raise data.BadInput(f"{args.run}: not a run with --generator mar --head diffusion")
+    scores = Scores(run, args.n)
+    train_set = runs.open_split(run.args, "train", run.device)
+    floor, _ = classifier.look_at_real(scores.net, train_set, torch.arange(args.n))
+    curves = head_sizes(run, scores, args.head_steps) if args.heads else {}
+    curves["floor"] = metrics.frechet_distance(floor, scores.real)
+    curves["denoising"] = [(v, scores(run, f"{v} denoising steps", diffusion_steps=str(v))) for v in DENOISING]
+    curves["temperature"] = [(v, scores(run, f"temperature {v}", temperature=v, diffusion_steps="25")) for v in TEMPERATURES]
+    curves["passes"] = [(v, scores(run, f"{v} passes", steps=v, diffusion_steps="25")) for v in PASSES]
+    if f"largest of {args.many}" not in scores.known:
+        scores.keep(f"largest of {args.many}", largest(run, args.many))
+    curves["largest"] = scores.known[f"largest of {args.many}"]
     arms = {}
     for arm, (options, choices) in ANNEALED.items():
         if arm.startswith("flow") and not args.flow:
             continue
-        of = train.load_run(args.flow) if arm.startswith("flow") else run
+        of = runs.load_run(args.flow) if arm.startswith("flow") else run
         arm = arm + f" ({of.args.steps:,} training steps)" * (of.args.steps != run.args.steps)
-        arms[arm] = [(text, ruler(of, f"{arm} {text}", diffusion_steps=text, **options)) for text in choices]
+        arms[arm] = [(text, scores(of, f"{arm} {text}", diffusion_steps=text, **options)) for text in choices]
     out = Path(__file__).parent / "results"
     facts = dict(machine=machine_name(run.device), torch=torch.__version__, date=str(date.today()), n=args.n, threads=torch.get_num_threads(),
-                 defaults=sample.default_of(run), generator_steps=run.args.steps, head_steps=args.head_steps)
+                 defaults=drawing.default_of(run), generator_steps=run.args.steps, head_steps=args.head_steps)
     (out / "mar-curves.json").write_text(json.dumps(facts | curves | dict(annealing=arms), indent=1) + "\n")
     save_curves(out / "mar-curves.png", curves, run.folder.name, args.head_steps)
     save_annealing(out / "mar-annealing.png", arms, run.folder.name)

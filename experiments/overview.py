@@ -11,9 +11,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import data
-import sample
-import train
+from common import drawing, pictures, runs
 
 NAMES = {"vae-ar-gmm": "GIVT", "vae-maskgit-gmm": "GIVT-MaskGIT", "vae-mar-diffusion": "MAR", "vq-ar-categorical": "LlamaGen",
          "vq-maskgit-categorical": "MaskGIT", "lfq-maskgit-categorical": "MAGVIT-v2", "titok-maskgit-categorical": "TiTok"}
@@ -27,17 +25,17 @@ def main():
     args = p.parse_args()
     rows = []
     for folder in args.runs:
-        run = train.load_run(folder)
-        images = sample.draw_samples(run, torch.arange(len(run.classes)), seed=args.seed)
+        run = runs.load_run(folder)
+        images = drawing.draw_samples(run, torch.arange(len(run.classes)), seed=args.seed)
         rows.append((NAMES.get(folder.name.split("-", 1)[1], folder.name), images))
     rows.insert(0, ("drawn", torch.stack([first_of(run, k) for k in range(len(run.classes))])))
-    data.save_rows(args.out, rows, ", ".join(map(str, run.classes)))
+    pictures.save_rows(args.out, rows, ", ".join(map(str, run.classes)))
     print(f"wrote {args.out}")
 
 
 def first_of(run, k):
     """The first validation image of class k."""
-    images, labels = train.open_data(run.args, "val", run.device).batch(torch.arange(500))
+    images, labels = runs.open_split(run.args, "val", run.device).batch(torch.arange(500))
     return images[labels == k][0]
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
 import evaluate
-import sample
-import train
 from benchmark import machine_name
+from common import classifier, drawing, runs
 
 TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1)
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 3.0)
@@ -29,7 +29,7 @@ WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 3.0)
 def measure(run, n, net, real, **options):
     """n samples under options -> {metric: number}."""
     labels, start = torch.arange(n) % len(run.classes), time.perf_counter()
-    images = sample.draw_samples(run, labels, **options).clamp(-1, 1)
+    images = drawing.draw_samples(run, labels, **options).clamp(-1, 1)
     seconds = (time.perf_counter() - start) / n
     rows = evaluate.measure_samples(images, labels, net, real, 250)
     return {key: value for key, _, value, _, _ in rows} | options | dict(seconds_per_image=seconds)
@@ -62,13 +62,13 @@ def main():
     p.add_argument("run", help="a run folder of a generator")
     p.add_argument("--n", type=int, default=1000, help="samples per point")
     args = p.parse_args()
-    device = train.pick_device()
-    run = train.load_run(args.run, device)
-    if run.generator is None or run.source is not None:
-        raise train.BadInput(f"{args.run}: not a run that draws images of classes")
-    val_set = train.open_data(run.args, "val", device)
-    net, _ = evaluate.classifier_for(run, device)
-    real, _ = evaluate.look_at_real(net, val_set, torch.arange(len(val_set)))
+    device = runs.pick_device()
+    run = runs.load_run(args.run, device)
+    if run.generator is None or drawing.kind_of(run) != "classes":
+        raise data.BadInput(f"{args.run}: not a run that draws images of classes")
+    val_set = runs.open_split(run.args, "val", device)
+    net, _ = classifier.classifier_for(run.args, run.folder, device)
+    real, _ = classifier.look_at_real(net, val_set, torch.arange(len(val_set)))
     curves = {"temperature": [], "guidance": []}
     for name, values, options in (("temperature", TEMPERATURES, lambda v: dict(temperature=v)),
                                   ("guidance", WEIGHTS, lambda v: dict(cfg=1 + v))):
@@ -81,7 +81,7 @@ def main():
     out.mkdir(exist_ok=True)
     name = run.folder.name
     facts = dict(machine=machine_name(device), torch=torch.__version__, date=str(date.today()), n=args.n,
-                 defaults=sample.default_of(run), generator_steps=run.args.steps)
+                 defaults=drawing.default_of(run), generator_steps=run.args.steps)
     (out / f"sampling-{name}.json").write_text(json.dumps(facts | curves, indent=1) + "\n")
     save_figure(out / f"sampling-{name}.png", name, **{f"by_{k}": v for k, v in curves.items()})
     print(f"wrote {out / f'sampling-{name}.json'} and .png")

@@ -39,6 +39,7 @@ import titok
 import train
 import vq
 from benchmark import machine_name
+from common import classifier, metrics, runs
 from sampling import measure
 
 SYSTEMS = {                                                 # name: run folder, flags of train.py, numbers of passes
@@ -50,16 +51,16 @@ STEPS = {"nano": {"AR": 4000, "MaskGIT": 10_000, "TiTok": 8000}, "tiny": {"AR": 
 CFG = 2.0
 
 
-def systems_trained(runs, size, device):
+def systems_trained(folder, size, device):
     """-> {name: run}, trained first where their folders are missing. One width and depth for all."""
     found = {}
-    for name, (folder, flags, _) in SYSTEMS.items():
-        where = runs / f"{folder}-{size}"
-        checkpoint = train.read_checkpoint(where)
+    for name, (run_name, flags, _) in SYSTEMS.items():
+        where = folder / f"{run_name}-{size}"
+        checkpoint = runs.read_checkpoint(where)
         if checkpoint is None or not checkpoint["done"]:
-            train.main([*flags.split(), "--steps", str(STEPS[size][name]), "--size", size, "--runs", str(runs),
+            train.main([*flags.split(), "--steps", str(STEPS[size][name]), "--size", size, "--runs", str(folder),
                         "--name", where.name, "--device", str(device), *["--resume"] * (checkpoint is not None)])
-        found[name] = train.load_run(where, device)
+        found[name] = runs.load_run(where, device)
     return found
 
 
@@ -174,12 +175,12 @@ def measure_quality(systems, n):
     """-> {(system, passes): metrics of n samples}, and of each tokenizer alone."""
     found, ceiling = {}, {}
     for name, run in systems.items():
-        val_set = train.open_data(run.args, "val", run.device)
-        net, _ = evaluate.classifier_for(run, run.device)
+        val_set = runs.open_split(run.args, "val", run.device)
+        net, _ = classifier.classifier_for(run.args, run.folder, run.device)
         index = torch.arange(len(val_set))
-        real, _ = evaluate.look_at_real(net, val_set, index)
+        real, _ = classifier.look_at_real(net, val_set, index)
         rows, f = evaluate.measure_reconstruction(run.tokenizer, net, val_set, index, 250)
-        ceiling[name] = {key: value for key, _, value, _, _ in rows} | dict(frechet=evaluate.frechet_distance(f, real))
+        ceiling[name] = {key: value for key, _, value, _, _ in rows} | dict(frechet=metrics.frechet_distance(f, real))
         for passes in SYSTEMS[name][2]:
             options = {} if name == "AR" else dict(steps=passes)
             found[name, passes] = measure(run, n, net, real, **options)

@@ -32,10 +32,10 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
-import evaluate
 import lfq
 import vq
 from benchmark import machine_name
+from common import metrics
 from maskgit import EncoderBlock
 from perceptual_gan import as_frames
 from video_designs import BITS, SIZE, clip_set, fit, patches
@@ -148,7 +148,7 @@ def make_tokens(kind, sets, held_out, steps, seed=0):
     all_ids = torch.arange(1 << BITS)
     vectors = lfq.codes(all_ids, BITS) if kind == "LFQ" else model.quantizer.codes(all_ids)
     return dict(train=ids[0], val=ids[1], vectors=vectors, used=len(ids[0].unique()) / (1 << BITS),
-                psnr=evaluate.psnr(as_frames(recon), as_frames(held_out)).mean().item())
+                psnr=metrics.psnr(as_frames(recon), as_frames(held_out)).mean().item())
 
 
 def as_inputs(clips, tokens):

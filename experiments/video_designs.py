@@ -9,11 +9,11 @@ How should a tokenizer of clips look back in time? MAGVIT-v2's Table 5 at toy sc
 
 Each is an lfq.LFQ with another encoder and decoder: 9 frames of 16 x 16 pixels to 3 x 4 x 4 ids of 10 bits, the same
 quantiser, losses and clips, parameters equal within 4%, the same steps, batches and learning rate (tuned for none). All
-are causal: a token knows no frame after its own (tested). Measured on held-out clips by evaluate.py's rulers.
+are causal: a token knows no frame after its own (tested). Measured on held-out clips by evaluate.py's classifiers.
 
     python experiments/video_designs.py                    # 5 designs, 3 seeds, 13 minutes of processor time on one core
     python experiments/video_designs.py --steps 400 800    # a second budget beside it
-    python experiments/video_designs.py --steps 1 --n 72 --ruler_steps 2 --runs /tmp/x --out /tmp/x        # does it run?
+    python experiments/video_designs.py --steps 1 --n 72 --classifier_steps 2 --runs /tmp/x --out /tmp/x        # does it run?
 
 Writes results/video-designs.json and .png. What is already in --runs is not trained again.
 """
@@ -32,9 +32,10 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
-import evaluate
 import lfq
 from benchmark import machine_name
+from common import classifier, metrics, pictures
+from common.clips import features_of_frames
 from maskgit import EncoderBlock, attention
 from perceptual_gan import as_frames
 
@@ -220,18 +221,18 @@ def fit(model, clips, steps, batch_size, seed):
 # ---------------------------------------------------------------------------------------------------
 # Measures
 
-def rulers(clips, held_out, args):
+def classifiers(clips, held_out, args):
     """The classifiers of actions and of single frames' shapes, trained once -> ClipCNN, SmallCNN in eval mode."""
-    path, some = args.runs / f"rulers-{args.n}-{args.ruler_steps}.pt", torch.linspace(0, FRAMES - 1, 4).long()
-    nets = [evaluate.ClipCNN(len(data.ACTIONS)), evaluate.SmallCNN(len(data.SHAPES))]
+    path, some = args.runs / f"classifiers-{args.n}-{args.classifier_steps}.pt", torch.linspace(0, FRAMES - 1, 4).long()
+    nets = [classifier.ClipCNN(len(data.ACTIONS)), classifier.SmallCNN(len(data.SHAPES))]
     if not path.exists():
         shapes = [data.scene(torch.arange(len(s)) + at, video=True)["label"].repeat_interleave(4)
                   for s, at in ((clips, 0), (held_out, data.VAL_INDEX))]
         frames = [data.ImageSet(as_frames(s.images[:, :, some]), labels, data.SHAPES, "cpu")
                   for s, labels in zip((clips, held_out), shapes)]
         for k, (name, sets) in enumerate((("actions of clips", (clips, held_out)), ("shapes in frames", frames))):
-            nets[k], accuracy = evaluate.train_classifier(*sets, steps=args.ruler_steps)
-            print(f"ruler: {name} {accuracy:.1%} right", flush=True)
+            nets[k], accuracy = classifier.train_classifier(*sets, steps=args.classifier_steps)
+            print(f"classifier: {name} {accuracy:.1%} right", flush=True)
         torch.save([net.state_dict() for net in nets], path)
     for net, state in zip(nets, torch.load(path, weights_only=True)):
         net.load_state_dict(state)
@@ -240,8 +241,8 @@ def rulers(clips, held_out, args):
 
 @torch.no_grad()
 def look(nets, clips):                                      # (N, 3, F, H, W) -> features of clips, of frames, actions seen
-    of_clips, seen = (torch.cat(v) for v in zip(*[evaluate.look(nets[0], part) for part in clips.split(50)]))
-    return of_clips, evaluate.features_of_frames(nets[1], clips, 450), seen
+    of_clips, seen = (torch.cat(v) for v in zip(*[classifier.look(nets[0], part) for part in clips.split(50)]))
+    return of_clips, features_of_frames(nets[1], clips, 450), seen
 
 
 @torch.no_grad()
@@ -249,12 +250,12 @@ def measure(model, clips, actions, nets, real):
     """Reconstructions of held-out clips (N, 3, F, H, W) -> {metric: number}."""
     ids = torch.cat([model.encode(part) for part in clips.split(50)])
     recon = torch.cat([model.decode(part) for part in ids.split(50)])
-    by_frame = evaluate.psnr(as_frames(recon), as_frames(clips)).view(len(clips), FRAMES)
+    by_frame = metrics.psnr(as_frames(recon), as_frames(clips)).view(len(clips), FRAMES)
     of_clips, of_frames, seen = look(nets, recon)
     return dict(psnr=by_frame.mean().item(), psnr_first=by_frame[:, 0].mean().item(),
                 psnr_rest=by_frame[:, 1:].mean().item(), used=len(ids.unique()) / model.vocab_size,
-                frechet_frames=evaluate.frechet_distance(of_frames, real[1]),
-                frechet_clips=evaluate.frechet_distance(of_clips, real[0]),
+                frechet_frames=metrics.frechet_distance(of_frames, real[1]),
+                frechet_clips=metrics.frechet_distance(of_clips, real[0]),
                 accuracy=(seen == actions).float().mean().item())
 
 
@@ -321,7 +322,7 @@ def save_figure(path, rows, floor, clip, strips):
     for r, (name, frames) in enumerate({"held-out clip": clip, **strips}.items()):
         for t in range(FRAMES):
             ax = fig.add_subplot(cells[r, t])
-            ax.imshow(data.tile(frames[:, t][None], 1), interpolation="nearest")
+            ax.imshow(pictures.tile(frames[:, t][None], 1), interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             if r == 0:
                 ax.set_title(f"frame {t}", fontsize=9)
@@ -340,17 +341,17 @@ def main(argv=None):
     p.add_argument("--steps", type=int, nargs="+", default=[800], help="training steps of every design, one or more budgets")
     p.add_argument("--batch_size", type=int, default=8, help="clips per step")
     p.add_argument("--n", type=int, default=3000, help="training clips; a sixth as many are held out")
-    p.add_argument("--ruler_steps", type=int, default=200, help="training steps of the two classifiers that measure")
+    p.add_argument("--classifier_steps", type=int, default=200, help="training steps of the two classifiers that measure")
     p.add_argument("--runs", default=ROOT / "runs" / "video-designs", type=Path, help="where trained networks lie")
     p.add_argument("--out", default=Path(__file__).parent / "results", type=Path, help="folder of the JSON and the PNG")
     args = p.parse_args(argv)
     args.runs.mkdir(parents=True, exist_ok=True), args.out.mkdir(parents=True, exist_ok=True)
     train_clips, val_clips = clip_set(args.n), clip_set(args.n // 6, "val")
-    nets = rulers(train_clips, val_clips, args)
+    nets = classifiers(train_clips, val_clips, args)
     held_out, actions = val_clips.batch(torch.arange(len(val_clips)))
     real = look(nets, held_out)
     others = look(nets, train_clips.batch(torch.arange(len(val_clips)))[0])
-    floor = [evaluate.frechet_distance(a, b) for a, b in zip(others[:2], real[:2])]         # of clips, of frames
+    floor = [metrics.frechet_distance(a, b) for a, b in zip(others[:2], real[:2])]         # of clips, of frames
     rows, strips, i = [], {}, int((actions == data.ACTIONS.index("moves right")).int().argmax())
     for seed, steps, design in [(a, b, c) for a in args.seeds for b in args.steps for c in DESIGNS]:
         row, model = arm(design, seed, steps, train_clips, held_out, actions, nets, real, args)

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 import evaluate
 import train
 from benchmark import machine_name
+from common import classifier, metrics, runs, tokens
 from sampling import measure
 
 KINDS = {"vq": ["--tok_size", "fine"], "lfq": ["--tok_size", "small"]}                      # both: 4 x 4 tokens of 16 x 16 pixels
@@ -32,21 +33,21 @@ KINDS = {"vq": ["--tok_size", "fine"], "lfq": ["--tok_size", "small"]}          
 def arm(kind, bits, args):
     """Train one tokenizer and its generator -> its row."""
     name = f"{kind}-{bits}"
-    checkpoint = train.read_checkpoint(args.runs / name)
+    checkpoint = runs.read_checkpoint(args.runs / name)
     if checkpoint is None or not checkpoint["done"]:
         train.main(["--tokenizer", kind, *KINDS[kind], "--vocab_size", str(1 << bits), "--image_size", "16",
                     "--tok_steps", str(args.tok_steps), "--generator", "maskgit", "--size", "tiny", "--steps", str(args.steps),
                     "--seed", str(args.seed), "--runs", str(args.runs), "--tok_name", f"{name}-tok", "--name", name,
                     "--log_every", "500", "--eval_every", "1000", "--device", "cpu", *["--resume"] * (checkpoint is not None)])
-    run = train.load_run(args.runs / name)
-    val_set = train.open_data(run.args, "val", run.device)
-    net, _ = evaluate.classifier_for(run, run.device)
+    run = runs.load_run(args.runs / name)
+    val_set = runs.open_split(run.args, "val", run.device)
+    net, _ = classifier.classifier_for(run.args, run.folder, run.device)
     index = torch.arange(len(val_set))
-    real, _ = evaluate.look_at_real(net, val_set, index)
+    real, _ = classifier.look_at_real(net, val_set, index)
     rows, f = evaluate.measure_reconstruction(run.tokenizer, net, val_set, index, 250)
-    ids = train.token_cache(run.tokenizer, train.open_data(run.args, "train", run.device), args.runs / f"{name}-tok", "train", True)
-    row = dict(kind=kind, bits=bits, used=len(ids.arrays["ids"].unique()) / (1 << bits),
-               recon_frechet=evaluate.frechet_distance(f, real), **{key: value for key, _, value, _, _ in rows})
+    ids = tokens.encode_all(run.tokenizer, runs.open_split(run.args, "train", run.device))["ids"]
+    row = dict(kind=kind, bits=bits, used=len(ids.unique()) / (1 << bits),
+               recon_frechet=metrics.frechet_distance(f, real), **{key: value for key, _, value, _, _ in rows})
     row |= {k: v for k, v in measure(run, args.n, net, real, cfg=1.0).items() if k.startswith("sample_")}
     print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     return row

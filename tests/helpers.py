@@ -119,9 +119,9 @@ def official_mar():
 
 
 TINY = ["--tokenizer", "vae", "--head", "gmm", "--n_shapes", "200", "--tok_steps", "24", "--tok_batch_size", "8", "--image_size", "16",
-        "--steps", "24", "--batch_size", "8", "--size", "tiny", "--save_every", "4", "--log_every", "4", "--eval_every", "12",
+        "--steps", "24", "--batch_size", "8", "--size", "tiny", "--log_every", "4", "--eval_every", "12",
         "--warmup", "4", "--device", "cpu", "--dtype", "fp32"]
-RARELY = ["--save_every", "24", "--log_every", "12", "--eval_every", "24"]     # where nothing is stopped or resumed
+RARELY = ["--log_every", "12", "--eval_every", "24"]     # where nothing is stopped or resumed
 
 
 def command(*words, torchrun=0):

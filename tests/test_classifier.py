@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from common import classifier, metrics, runs
+from common import classifier, metrics
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,9 @@ def test_a_damaged_classifier_is_trained_anew_with_a_line(drawn, tmp_path, monke
     torch.save(dict(model=classifier.SmallCNN(3).state_dict(), accuracy=1.0), other)
     torch.save({"model": good.state_dict()}, tmp_path / "no-accuracy.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    damaged = [b"", whole[:len(whole) // 2], b"no zip at all"]
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1                           # a single bit, which torch.load does not see
+    damaged = [b"", whole[:len(whole) // 2], b"no zip at all", bytes(flipped)]
     damaged += [(tmp_path / name).read_bytes() for name in ("other.pt", "no-accuracy.pt", "list.pt")]
     for content in damaged:
         path.write_bytes(content)

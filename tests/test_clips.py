@@ -230,7 +230,7 @@ def test_a_video_tokenizer_begins_as_the_image_tokenizer(tmp_path, capsys):
     (["--tokenizer", "vae"], "--frames 17: only --tokenizer lfq reads clips"), (["--frames", "18"], "--frames 18 .*so 17 or 21"),
     (["--condition", "text", "--generator", "ar"], "asked for by their action"), (["--flip"], "moves left moves right"),
     (["--perceptual", "1"], "looks at time too"), (["--frame_step", "2"], "is for your own clips"),
-    (["--frames", "1", "--frame_step", "2", "--data", "x"], "--frame_step: is for clips"), (["--frames", "1", "--inflate", "x"], "--inflate: is for clips"),
+    (["--frames", "1", "--frame_step", "2", "--data", "x"], "--frame_step: is for clips"), 
     (["--n_shapes", "2000000000"], "needs at least .* free here"), (["--data", "nowhere"], "no such file or folder")])
 def test_what_clips_do_not_go_with_is_refused(words, sentence, tmp_path):
     with pytest.raises(SystemExit, match=sentence):

@@ -8,9 +8,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-import evaluate
 import lfq
-import train
+from common import classifier, drawing, pictures
 from tests.helpers import ROOT
 
 
@@ -51,9 +50,9 @@ def test_claims_are_listed_once_and_judged_by_the_rule(tmp_path, monkeypatch, ca
 def test_a_claim_runs_from_its_flags_to_a_verdict_and_remembers(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     import claims
-    for module, name in ((data, "save_rows"), (train, "save_samples"), (train.Log, "plot"), (train, "load_once")):
+    for module, name in ((data, "load"), (drawing, "save_samples"), (pictures, "save_curve"), (pictures, "save_rows")):
         monkeypatch.setattr(module, name, getattr(module, name))                            # claims.Lab replaces them
-    monkeypatch.setattr(evaluate.train_classifier, "__defaults__", (0, 12, 32, 4e-3))
+    monkeypatch.setattr(classifier.train_classifier, "__defaults__", (0, 12, 32, 4e-3))
     monkeypatch.setitem(claims.SCALE, "cpu", claims.SCALE["cpu"] | dict(n_shapes=64, tok_steps=2, steps=2, batch_size=8, n=20))
     words = ["vqvae-prior", "--seeds", "0", "1", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path), "--device", "cpu"]
     claims.main(words)
@@ -138,7 +137,7 @@ def test_experiments_on_clips_run(monkeypatch, tmp_path):
     import understanding
     import video_designs
     io_ = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
-    video_designs.main(["--seeds", "0", "--steps", "1", "--n", "72", "--ruler_steps", "2", *io_])
+    video_designs.main(["--seeds", "0", "--steps", "1", "--n", "72", "--classifier_steps", "2", *io_])
     rows = json.loads((tmp_path / "video-designs.json").read_text())["rows"]
     assert [r["design"] for r in rows] == list(video_designs.DESIGNS)
     assert all(math.isfinite(v) for r in rows for v in r.values() if isinstance(v, float))

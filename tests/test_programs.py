@@ -157,7 +157,7 @@ def test_killed_twice_and_resumed_equals_uninterrupted_bit_for_bit(tiny_run, tmp
 
 def test_two_processes_follow_one(tmp_path):
     """Without noise inside the models (beta 0, no label dropping) the losses are equal up to rounding."""
-    options = [*TINY, "--beta", "0", "--label_drop", "0", "--save_every", "24", "--eval_every", "24"]
+    options = [*TINY, "--beta", "0", "--label_drop", "0", "--eval_every", "24"]
     train.main([*options, "--runs", str(tmp_path / "one")])
     call("train.py", *options, "--runs", tmp_path / "two", torchrun=2)
     for name in ("shapes-vae", "shapes-vae-ar-gmm"):
