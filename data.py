@@ -38,7 +38,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
+
+from common.pictures import film, save_rows, tile, to_uint8
 
 SHAPES = ("disc", "triangle", "square", "pentagon", "star", "trefoil", "ring", "cross", "bar", "crescent")
 ACTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "shrinks",
@@ -230,6 +232,8 @@ class ImageSet:
     def __init__(self, images, labels, classes, device, flip=False, texts=None, one_hot=0):
         self.images, self.labels, self.classes, self.one_hot = images, labels.to(device), list(classes), one_hot
         self.device, self.flip, self.texts = torch.device(device), flip, texts
+        # Known once, by kind: a device with and one without an index are not equal, though they are the same.
+        self.must_travel = not isinstance(images, torch.Tensor) or images.device.type != self.device.type
 
     def __len__(self):
         return len(self.labels)
@@ -241,7 +245,7 @@ class ImageSet:
 
     def batch(self, index):
         """index (B,) int64 on the CPU -> images (B, 3, H, W) float32 in [-1, 1], labels (B,), both on the device."""
-        if isinstance(self.images, torch.Tensor) and self.images.device == self.device:
+        if isinstance(self.images, torch.Tensor) and not self.must_travel:
             index = index.to(self.device, non_blocking=True)
             images, labels = self.images[index], self.labels[index]
         else:
@@ -383,11 +387,6 @@ def load_clips(data, image_size, frames, frame_step, split, device, flip, skip_b
         if len(set(kept)) < len(classes):
             raise BadInput(f"--data {data}: without its unreadable and short clips a class is empty")
     return ImageSet(torch.stack(clips).to(device), torch.tensor(kept), classes, device, flip)
-
-
-def to_uint8(images):
-    """images in [-1, 1] -> uint8 by rounding, the inverse of `x / 127.5 - 1`."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def free_bytes(device):
@@ -604,92 +603,6 @@ def load_npz(path, image_size, split, device, flip):
     small = np.stack([centre_crop(Image.fromarray(i), image_size) for i in images[keep]])
     return ImageSet(torch.from_numpy(small).permute(0, 3, 1, 2).contiguous().to(device),
                     torch.from_numpy(np.searchsorted(values, labels[keep])).long(), classes, device, flip)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Pictures: what the programs and the demos save
-
-def colour_maps(maps):
-    """Label maps (B, n, H, W), the largest channel wins -> pictures (B, 3, H, W) in [-1, 1]; channel 0 becomes black."""
-    hue = torch.arange(maps.shape[1] - 1, device=maps.device) * 0.618 % 1           # neighbours are far apart
-    wheel = ((hue[:, None] + torch.tensor([0, 1 / 3, 2 / 3], device=maps.device)) % 1 * 6 - 3).abs() - 1
-    palette = torch.cat([-torch.ones(1, 3, device=maps.device), wheel.clamp(0, 1) * 1.5 - 0.5])            # (n, 3)
-    return palette[maps.argmax(1)].permute(0, 3, 1, 2)
-
-
-def tile(images, columns, gap=1, scale=1):
-    """images (N, 3, H, W) in [-1, 1] -> one (H', W', 3) uint8 array, row by row, enlarged `scale` times."""
-    images = to_uint8(images.detach().cpu())
-    N, _, H, W = images.shape
-    rows = -(-N // columns)
-    sheet = torch.full((3, rows * (H + gap) - gap, columns * (W + gap) - gap), 255, dtype=torch.uint8)
-    for i in range(N):
-        r, c = divmod(i, columns)
-        sheet[:, r * (H + gap):r * (H + gap) + H, c * (W + gap):c * (W + gap) + W] = images[i]
-    return sheet.permute(1, 2, 0).numpy().repeat(scale, 0).repeat(scale, 1)
-
-
-def save_rows(path, rows, title=""):
-    """Save labelled rows of images: rows = [(text, images (n, 3, H, W) in [-1, 1]), ...] -> a PNG."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    n, size = max(len(images) for _, images in rows), rows[0][1].shape[-1]
-    scale, margin = max(1, 48 // size), 0.2 + 0.075 * max(len(text) for text, _ in rows)    # inches for the words
-    fig, axes = plt.subplots(len(rows), 1, figsize=(max(1.5, margin) + 0.55 * n, 0.58 * len(rows) + 0.5 * bool(title)), squeeze=False)
-    for ax, (text, images) in zip(axes[:, 0], rows):
-        ax.imshow(tile(images, n, gap=2, scale=scale), interpolation="nearest")
-        ax.set_axis_off()
-        ax.text(-0.01, 0.5, text, transform=ax.transAxes, ha="right", va="center", fontsize=9)
-    fig.suptitle(title, fontsize=10)
-    width, height = fig.get_size_inches()
-    fig.subplots_adjust(left=margin / width, right=0.995, bottom=0.01,
-                        top=1 - 0.42 * bool(title) / height, hspace=0.04)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-
-
-def save_class_grid(path, images, labels, classes, title=""):
-    """One labelled row per class: images (N, 3, H, W), labels (N,)."""
-    rows = [(str(name), images[labels.to(images.device) == k]) for k, name in enumerate(classes)]
-    save_rows(path, [r for r in rows if len(r[1])], title)
-
-
-def film(clip, n=9, given=0):
-    """A clip (3, F, H, W) as a strip: n of its frames, evenly chosen -> (n, 3, H', W'). The first `given` frames of the clip
-    get a green edge."""
-    index = torch.linspace(0, clip.shape[1] - 1, min(n, clip.shape[1])).round().long()
-    return edged(clip[:, index].transpose(0, 1), index < given) if given else clip[:, index].transpose(0, 1)
-
-
-def edged(images, which):
-    """images (N, 3, H, W) in [-1, 1] -> the same, enlarged to about 48 pixels, inside an edge: green where which (N,), else
-    white."""
-    scale = max(1, 48 // images.shape[-1])
-    images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    colour = torch.where(which[:, None].cpu(), torch.tensor([-0.6, 0.6, -0.6]), torch.ones(3))              # (N, 3)
-    sheet = colour[:, :, None, None].repeat(1, 1, images.shape[2] + 6, images.shape[3] + 6)
-    sheet[:, :, 3:-3, 3:-3] = images
-    return sheet
-
-
-def save_clips(path, clips, columns, names=(), ms=110, given=0):
-    """Moving pictures: clips (N, 3, F, H, W) in [-1, 1] in a grid -> a GIF. names: of the rows. given: see film()."""
-    clips = clips.detach().cpu()
-    F_, H = clips.shape[2], clips.shape[3]
-    scale = 1 if given else max(1, 64 // H)
-    wide = 6 * max(map(len, names)) + 6 if names else 0     # the letters of Pillow's own font are 6 pixels wide
-    pictures = []
-    for t in range(F_):
-        frames = edged(clips[:, :, t], torch.full((len(clips),), t < given)) if given else clips[:, :, t]
-        sheet = Image.fromarray(tile(frames, columns, gap=2, scale=scale))
-        picture = Image.new("RGB", (wide + sheet.width, sheet.height), "white")
-        picture.paste(sheet, (wide, 0))
-        for row, name in enumerate(names):
-            y = ((row + 0.5) * (frames.shape[2] + 2) - 1) * scale - 6
-            ImageDraw.Draw(picture).text((3, y), name, fill="black")
-        pictures.append(picture)
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=[ms] * (F_ - 1) + [6 * ms], loop=0)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import data
+from common import pictures
 
 
 def test_drawn_pictures_depend_on_seed_and_index_only():
@@ -46,9 +47,9 @@ def test_maps_belong_to_their_images():
     assert set(maps.unique().tolist()) == {-1.0, 1.0}
     depth = data.load(n_shapes=20, task="depth").batch(torch.arange(20))[0]
     assert (depth[:, 0] - d.clamp(-1, 1)).abs().max() < 0.01
-    colours = data.colour_maps(maps)
+    colours = pictures.colour_maps(maps)
     assert colours.shape == (20, 3, 32, 32) and (colours[:, :, 0, 0] == -1).all()
-    assert len(data.colour_maps(torch.eye(11)[:, :, None, None]).flatten(1).unique(dim=0)) == 11, "two classes have one colour"
+    assert len(pictures.colour_maps(torch.eye(11)[:, :, None, None]).flatten(1).unique(dim=0)) == 11, "two classes have one colour"
     with pytest.raises(data.BadInput, match="only the drawn world"):
         data.load("somewhere", task="depth")
 

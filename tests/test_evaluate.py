@@ -1,160 +1,152 @@
-"""Tests of evaluate."""
+"""Tests of evaluate.py."""
+import json
+import math
 import sys
 
-import numpy as np
 import pytest
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from PIL import Image
 
-import ar_transformer
 import data
 import evaluate
-import flow_adapter
-import gmm_head
+import train
+from common import captions, classifier, runs
+from tests.helpers import IDS, RARELY, TINY
 
 
-def test_frechet_distance_of_known_gaussians():
-    g = torch.Generator().manual_seed(0)
-    a = torch.randn(4000, 3, generator=g, dtype=torch.float64)
-    white = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(a.T.cov()).T)          # exactly N(0, 1) moments
-    b = white * 3 + torch.tensor([1.0, 2.0, 2.0])
-    assert abs(evaluate.frechet_distance(white, b) - (9 + 3 * (3 - 1) ** 2)) < 1e-6
-    assert evaluate.frechet_distance(b, b) < 1e-6
+@pytest.fixture(autouse=True)
+def quick_classifier(monkeypatch):
+    monkeypatch.setattr(classifier.train_classifier, "__defaults__", (0, 12, 32, 4e-3))     # 12 steps are enough
 
 
-def test_mean_iou_equals_a_slow_loop():
-    predicted, true = torch.randint(4, (3, 5, 5)), torch.randint(3, (3, 5, 5))              # class 3 is never true
-    slow = []
-    for k in range(4):
-        a, b = {tuple(i) for i in (predicted == k).nonzero().tolist()}, {tuple(i) for i in (true == k).nonzero().tolist()}
-        slow.append(len(a & b) / len(a | b))
-    assert abs(evaluate.mean_iou(predicted, true, 4) - sum(slow) / 4) < 1e-6
-    assert evaluate.mean_iou(true, true, 5) == 1
+@pytest.fixture(scope="session")
+def one_class(tmp_path_factory):
+    """120 images of one class, each with a caption -> their folder."""
+    folder = tmp_path_factory.mktemp("photographs")
+    (folder / "disc").mkdir()
+    images = data.to_uint8(data.draw(torch.arange(120), 16)[0]).permute(0, 2, 3, 1).numpy()
+    for i, (image, text) in enumerate(zip(images, data.captions(torch.arange(120)))):
+        Image.fromarray(image).save(folder / "disc" / f"{i:03d}.png")
+        (folder / "disc" / f"{i:03d}.txt").write_text(text)
+    return folder
 
 
-def test_psnr_ssim_precision_and_recall():
-    x = data.draw(torch.arange(4))[0]
-    assert torch.allclose(evaluate.psnr(x, x + 0.2), torch.full((4,), 20.0), atol=1e-3)
-    assert torch.allclose(evaluate.ssim(x, x), torch.ones(4), atol=1e-5) and evaluate.ssim(x, -x).max() < 0.5
-    a, b = 0.5, 1.25                                        # flat images on SSIM's scale of [0, 2]: only the means count
-    flat = lambda v: torch.full((1, 3, 16, 16), v - 1.0)
-    assert abs(evaluate.ssim(flat(a), flat(b))[0] - (2 * a * b + 4e-4) / (a * a + b * b + 4e-4)) < 1e-4
-    real, far = torch.randn(200, 4), torch.randn(200, 4) + 100
-    assert evaluate.precision_recall(real, far) == (0, 0) and evaluate.precision_recall(real, real) == (1, 1)
-    collapsed = real[:1] + 1e-3 * torch.randn(200, 4)
-    precision, recall = evaluate.precision_recall(real, collapsed)
-    assert precision > 0.99 and recall < 0.05
+@pytest.fixture(scope="session")
+def caption_run(one_class, tmp_path_factory):
+    """A tiny run with captions of one's own -> its folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    train.main([*TINY, *RARELY, *IDS, "--data", str(one_class), "--runs", str(folder), "--condition", "text", "--name",
+                "texts"])
+    return folder / "texts"
+
+
+def measured(folder, *words):
+    """Runs evaluate.py on a run folder -> the entries of metrics.json."""
+    evaluate.main([str(folder), "--device", "cpu", *map(str, words)])
+    return json.loads((folder / "metrics.json").read_text())
 
 
 def test_precision_does_not_depend_on_the_order_of_the_real_images(monkeypatch):
     g = torch.Generator().manual_seed(0)
     near = lambda n, where: where + torch.randn(n, 8, generator=g)
-    real, fake = torch.cat([near(300, 0.0), near(300, 20.0)]), torch.cat([near(50, 0.0), near(50, 20.0)])      # sorted by class
+    real = torch.cat([near(300, 0.0), near(300, 20.0)])     # sorted by class
+    fake = torch.cat([near(50, 0.0), near(50, 20.0)])
     monkeypatch.setattr(evaluate, "look", lambda net, images: (fake, torch.zeros(100, dtype=torch.long)))
     for order in (torch.arange(600), torch.randperm(600, generator=g)):
-        rows = evaluate.measure_samples(torch.zeros(100, 3, 4, 4), torch.zeros(100, dtype=torch.long), None, real[order], 100)
+        labels = torch.zeros(100, dtype=torch.long)
+        rows = evaluate.measure_samples(torch.zeros(100, 3, 4, 4), labels, None, real[order], 100)
         found = {key: value for key, _, value, *_ in rows}
         assert found["sample_precision"] > 75 and found["sample_recall"] > 75, found
 
 
-def test_ms_ssim_equals_its_definition_in_slow_loops():
-    def means(a, b):                                        # SSIM and contrast-structure, window by window, in float64
-        g = np.exp(-(np.arange(11) - 5.0) ** 2 / (2 * 1.5**2))
-        window, ssim, cs = np.outer(g, g) / g.sum() ** 2, [], []
-        for y in range(a.shape[0] - 10):
-            for x in range(a.shape[1] - 10):
-                p, q = a[y:y + 11, x:x + 11], b[y:y + 11, x:x + 11]
-                mu_p, mu_q = (window * p).sum(), (window * q).sum()
-                var_p, var_q = (window * (p - mu_p) ** 2).sum(), (window * (q - mu_q) ** 2).sum()
-                cov = (window * (p - mu_p) * (q - mu_q)).sum()
-                cs.append((2 * cov + 0.06**2) / (var_p + var_q + 0.06**2))
-                ssim.append(cs[-1] * (2 * mu_p * mu_q + 0.02**2) / (mu_p**2 + mu_q**2 + 0.02**2))
-        return np.mean(ssim), np.mean(cs)
-
-    def slow(a, b, weights):                                # grey images (H, W) in [0, 2]
-        product = 1.0
-        for j, w in enumerate(weights):
-            ssim, cs = means(a, b)
-            product *= (ssim if j + 1 == len(weights) else cs) ** (w / sum(weights))
-            a, b = (v[:len(v) // 2 * 2, :v.shape[1] // 2 * 2].reshape(len(v) // 2, 2, -1, 2).mean((1, 3)) for v in (a, b))
-        return product
-    weights = [0.0448, 0.2856, 0.3001, 0.2363, 0.1333]
-    for side, scales in ((44, 3), (43, 2), (22, 2), (21, 1)):
-        a = data.draw(torch.arange(1), side)[0]
-        b = (a + 0.3 * torch.randn(a.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
-        grey = [((x[0].double() + 1) * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0).numpy() for x in (a, b)]
-        assert abs(evaluate.ms_ssim(a, b).item() - slow(*grey, weights[:scales])) < 1e-4, side
-    assert torch.equal(evaluate.ms_ssim(a, b), evaluate.ssim(a, b))                         # 21 pixels: one scale
-    real = evaluate.similarity                              # five from 176 pixels on, four below
-    for side, scales in ((176, 5), (175, 4)):
-        calls, x = [], torch.rand(1, 3, side, 200) * 2 - 1
-        evaluate.similarity = lambda a, b: calls.append(a.shape) or real(a, b)
-        try:
-            assert abs(evaluate.ms_ssim(x, x) - 1) < 1e-5 and evaluate.ms_ssim(x, -x) == 0
-        finally:
-            evaluate.similarity = real
-        assert len(calls) == 2 * scales
-
-
-def test_probe_is_perfect_on_separable_features_and_at_chance_on_noise():
-    y = torch.arange(1200) % 4
-    x = torch.randn(1200, 6) + 12 * F.one_hot(y, 6)
-    x[:, 5] = 7.0                                           # a constant must not become a division by zero
-    assert evaluate.probe_accuracy(x[:800], y[:800], x[800:], y[800:]) == 1
-    assert abs(evaluate.probe_accuracy(1e3 * x[:800], y[:800], 1e3 * x[800:], y[800:]) - 1) < 1e-6
-    noise = torch.randn(1200, 6)
-    assert abs(evaluate.probe_accuracy(noise[:800], y[:800], noise[800:], y[800:]) - 0.25) < 0.08
-    weight, bias = evaluate.fit_linear(x[:800, :3], y[:800], 0.1, 4)
-    p = (x[:800, :3] @ weight + bias).softmax(-1) - F.one_hot(y[:800], 4)                   # at the optimum the gradient is 0
-    assert (x[:800, :3].T @ p / 800 + 0.1 * weight).abs().max() < 1e-3 and p.mean(0).abs().max() < 1e-3
-
-
-def test_probe_reads_every_layer_by_hooks_and_takes_them_away():
-    size = dict(n_layer=3, n_head=2, n_embd=32)
-    model = ar_transformer.ARTransformer(gmm_head.GMMHead(32, 4, 2), 12, 5, token_dim=4, grid=(3, 4), **size).eval()
-    x, cond = torch.randn(2, 12, 4), torch.tensor([5, 5])
-    pooled = evaluate.layer_features(model, x, cond)
-    assert [f.shape for f in pooled] == [(2, 32)] * 4 and not any(block._forward_hooks for block in model.blocks)
-    h = torch.cat([model.prefix(cond), model.embed(x[:, :-1])], 1)
-    for block, f in zip([None, *model.blocks], pooled):     # the forward pass again, by hand
-        h = h if block is None else block(h, model.rope[:12])
-        assert torch.allclose(h.mean(1), f, atol=1e-6)
-    adapted = flow_adapter.Adapted(flow_adapter.FlowAdapter(4, (3, 4), 2), model).eval()
-    for a, b in zip(evaluate.layer_features(adapted, x, cond), evaluate.layer_features(model, adapted.adapter(x), cond)):
-        assert torch.equal(a, b)
-
-    class Masked(nn.Module):                                # the shape of a bidirectional model
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
-
-        def hidden(self, tokens, labels, mask):
-            h = tokens * ~mask[..., None]
-            for block in self.blocks:
-                h = block(h)
-            return h
-    hide = torch.zeros(2, 12, dtype=torch.bool)
-    hide[:, 6:] = True
-    pooled = evaluate.layer_features(Masked(), x, cond, hide)
-    assert len(pooled) == 3 and torch.allclose(pooled[0], x[:, :6].sum(1) / 12, atol=1e-6)
-
-
-def test_probe_runs_alone_and_adds_to_the_metrics(tiny_run, monkeypatch, capsys):
+def test_a_run_on_classes_is_measured_and_what_recipes_wrote_stays(tiny_run, capsys):
     folder = tiny_run / "shapes-vae-ar-gmm"
-    before = (folder / "metrics.json").read_text() if (folder / "metrics.json").exists() else None
-    (folder / "metrics.json").write_text('{"kept": 1}')
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(folder), "--probe", "--device", "cpu"])
-    evaluate.main()
-    out, metrics = capsys.readouterr().out, evaluate.json.loads((folder / "metrics.json").read_text())
-    assert metrics.pop("kept") == 1
-    assert list(metrics) == ["probe_pixels", "probe_latents", "probe_latents_averaged"] + [f"probe_layer_{k}" for k in range(5)]
-    assert all(5 < v <= 100 for v in metrics.values()) and "linear probe, layer 4" in out and "samples" not in out
-    assert Image.open(folder / "probe.png").width > 400
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tiny_run / "shapes-vae"), "--probe", "--device", "cpu"])
-    with pytest.raises(SystemExit, match="--probe: .* without a generator"):
-        evaluate.main()
-    (folder / "probe.png").unlink(), (folder / "metrics.json").unlink()
-    if before:
-        (folder / "metrics.json").write_text(before)
+    (folder / "metrics.json").write_text('{"probe_pixels": 1.0, "bound_pixels": 2.0, "old": 3}')
+    found = measured(folder, "--n", 20, "--cfg", 3)
+    out = capsys.readouterr().out
+    assert (found["probe_pixels"], found["bound_pixels"], "old" in found) == (1.0, 2.0, False)
+    assert (found["n"], found["seed"], found["cfg"], found["temperature"], found["device"]) == (20, 0, 3.0, 0.9, "cpu")
+    for key in ("recon_psnr_db", "recon_ssim", "kl_nats_per_token", "recon_accuracy", "classifier_accuracy",
+                "val_nll_nats_per_token", "val_nll_nats_per_token_error", "val_bits_per_dim", "sample_accuracy",
+                "sample_precision", "sample_recall", "sample_frechet_small_cnn", "recon_frechet_small_cnn",
+                "floor_frechet_small_cnn"):
+        assert math.isfinite(found[key]), key
+    assert "Frechet distance (small CNN)" in out and "FID" not in out
+    again = measured(folder, "--n", 20, "--cfg", 3)
+    assert again == found, "the same seed gives the same numbers, whether or not the classifier was trained"
+    (folder / "metrics.json").unlink()
+
+
+def test_a_likelihood_is_the_mean_over_images_of_unequal_batches(tiny_run):
+    run = runs.load_run(tiny_run / "shapes-vae-ar-gmm", "cpu")
+    val_set = runs.open_split(run.args, "val", "cpu")
+    index = torch.arange(45)                                # batches of 2, the last of 1
+    rows = evaluate.measure_likelihood(run, val_set, index, 250, seed=3)
+    torch.manual_seed(3)
+    total = 0.0
+    for part in index.split(2):
+        images, labels = val_set.batch(part)
+        with torch.no_grad():
+            total += run.generator(run.tokenizer.encode(images), labels)[0].item() * len(part)
+    assert rows[0][2][0] == pytest.approx(total / 45, rel=1e-6)
+
+
+def test_a_tokenizer_alone_is_measured_without_samples(tiny_run):
+    found = measured(tiny_run / "shapes-vae", "--n", 20)
+    assert {"recon_psnr_db", "floor_frechet_small_cnn"} <= found.keys()
+    assert not {"sample_accuracy", "val_nll_nats_per_token", "cfg"} & found.keys()
+
+
+def test_data_of_one_class_are_measured_without_what_needs_classes(one_class, tmp_path, capsys):
+    train.main([*TINY, *RARELY, "--data", str(one_class), "--runs", str(tmp_path), "--name", "one"])
+    found = measured(tmp_path / "one", "--n", 20)
+    assert not evaluate.NEED_CLASSES & found.keys() and "accuracy" not in capsys.readouterr().out.split("wrote")[-2]
+    assert {"recon_psnr_db", "val_nll_nats_per_token", "sample_precision", "sample_frechet_small_cnn"} <= found.keys()
+
+
+def test_captions_of_ones_own_are_measured_by_what_needs_no_judge(caption_run):
+    found = measured(caption_run, "--n", 20)
+    assert {"recon_psnr_db", "codebook_usage", "val_nll_nats_per_token", "val_perplexity",
+            "sample_frechet_small_cnn"} <= found.keys()
+    assert not evaluate.NEED_CLASSES & found.keys() and not any(key.startswith("caption") for key in found)
+
+
+def test_a_likelihood_of_captions_is_that_of_the_caption_of_each_image(caption_run):
+    run = runs.load_run(caption_run, "cpu")
+    val_set = runs.open_split(run.args, "val", "cpu")
+    for p in run.generator.parameters():                    # after 24 steps captions hardly count
+        p.data.add_(0.1 * torch.randn_like(p))
+    index = torch.arange(len(val_set)).flip(0)
+    mean = evaluate.measure_likelihood(run, val_set, index, 250, seed=0)[0][2][0]
+    x = run.tokenizer.encode(val_set.batch(torch.arange(len(val_set)))[0])
+
+    def loss_of(texts):
+        cond = [captions.encode(run.args, [text]) for text in texts]
+        with torch.no_grad():
+            return sum(run.generator(x[i:i + 1], c)[0].item() for i, c in enumerate(cond)) / len(texts)
+
+    assert mean == pytest.approx(loss_of(val_set.texts), rel=1e-5)
+    assert abs(mean - loss_of(val_set.texts[1:] + val_set.texts[:1])) > 1e-4 * mean, "any caption would do"
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--n", "3"], "--n 3: at least 10"),
+    (["--batch_size", "0"], "--batch_size 0: at least 1"),
+    (["--cfg", "-1"], "--cfg -1.0: must be 0 or more"),
+    (["--temperature", "inf"], "--temperature inf"),
+    (["--temperature", "nan"], "--temperature nan"),
+])
+def test_evaluate_refuses_in_one_sentence(words, sentence, tiny_run):
+    with pytest.raises(SystemExit, match=sentence):
+        evaluate.main([str(tiny_run / "shapes-vae-ar-gmm"), "--device", "cpu", *words])
+
+
+def test_a_tokenizer_has_no_samples_to_guide(tiny_run):
+    with pytest.raises(SystemExit, match="--cfg: .* has no samples"):
+        evaluate.main([str(tiny_run / "shapes-vae"), "--device", "cpu", "--cfg", "2"])
+
+
+def test_fid_names_the_package_that_is_missing(tiny_run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cleanfid", None)
+    with pytest.raises(SystemExit, match="pip install clean-fid"):
+        evaluate.main([str(tiny_run / "shapes-vae-ar-gmm"), "--device", "cpu", "--fid"])

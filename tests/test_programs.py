@@ -78,21 +78,6 @@ def test_every_combination_trains_loads_and_samples(words, name, tiny_run, capsy
         bf16_draws_nearly_what_fp32_draws(run)
 
 
-def bf16_draws_nearly_what_fp32_draws(run):
-    labels, images = torch.arange(20) % 10, {}
-    for run.bf16 in (False, True):
-        images[run.bf16] = sample.draw_samples(run, labels, cfg=1.0, temperature=0.0 if run.tokenizer.vocab_size else 1e-3)
-    assert torch.isfinite(images[True]).all() and images[True].dtype == torch.float32
-    if not run.tokenizer.vocab_size:                        # of ids the likeliest stay
-        assert not torch.equal(images[True], images[False]), "--dtype bf16 changes nothing"
-    off = (images[True] - images[False]).abs().mean() / images[False].std()
-    assert off < 0.2, f"off by {off:.2f} standard deviations of a pixel"
-
-
-def test_bf16_draws_nearly_what_fp32_draws(tiny_run):
-    bf16_draws_nearly_what_fp32_draws(train.load_run(tiny_run / "shapes-vae-ar-gmm"))
-
-
 def test_titoks_published_stages_follow_each_other(tiny_run, capsys):
     words = [*TINY, *RARELY, *IDS, "--runs", str(tiny_run), "--generator", "none"]
     train.main([*words, "--tok_size", "fine", "--tok_name", "patches"])
@@ -117,131 +102,6 @@ def test_titoks_published_stages_follow_each_other(tiny_run, capsys):
         train.main([*words, "--stage", "proxy", "--proxy", str(tiny_run / "shapes-titok-proxy"), "--tok_name", "other"])
     with pytest.raises(SystemExit, match="grid of \\(4, 4\\) ids, this TiTok 8 x 8"):
         train.main([*words, "--image_size", "32", "--stage", "proxy", "--proxy", str(tiny_run / "patches"), "--tok_name", "other"])
-
-
-@pytest.mark.parametrize("task", ["segment", "depth"])
-def test_maps_of_images_are_trained_drawn_and_measured(task, tiny_run, capsys, monkeypatch):
-    train.main([*TINY, *RARELY, "--runs", str(tiny_run), "--task", task])
-    folder = tiny_run / f"shapes-vae-{task}-ar-gmm"
-    run = train.load_run(folder)
-    assert run.source.grid == (2, 2) and run.tokenizer.channels == (11 if task == "segment" else 3)
-    images = data.draw(torch.arange(3), 16)[0]
-    a, b = (sample.draw_samples(run, sample.image_tokens(run, x)) for x in (images, images.flip(0)))
-    assert not torch.equal(a, b), "the map does not depend on the image"
-    args = argparse.Namespace(n=30, seed=0, batch_size=30, fid=False, cfg=None, temperature=None)
-    rows = {key: value for key, _, value, _, _ in evaluate.measure_maps(args, run, "cpu")}
-    if task == "segment":
-        assert 0 <= rows["miou"] <= 1 and rows["miou_tokenizer"] > rows["miou_ground"] - 0.05
-    else:
-        assert rows["rmse"] > 0 and rows["rmse_mean_map"] > 0
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tiny_run / f"shapes-vae-{task}"), "--device", "cpu"])
-    with pytest.raises(SystemExit, match="a tokenizer of maps"):
-        evaluate.main()
-    sample.main([str(folder), "--n", "3", "--beam", "2"])
-    assert (folder / "samples.png").stat().st_size > 0
-
-
-def test_sample_draws_from_the_authors_files(tmp_path, monkeypatch, capsys):
-    """--official and --vae: the tiny golden MAR, stretched to the 256 tokens of the tiny golden VAE."""
-    _, sd = official_mar()
-    for name in ("encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned"):
-        extra = sd[name].shape[1] - 16
-        sd[name] = torch.cat([sd[name][:, :extra], sd[name][:, extra:].repeat(1, 16, 1)], 1)
-    torch.save({"model_ema": sd, "model": sd, "args": argparse.Namespace(lr=1)}, tmp_path / "mar_tiny.pth")
-    torch.save({"model": official_vae()[0]}, tmp_path / "kl.ckpt")
-    monkeypatch.setitem(mar.SIZES, "tiny golden", dict(n_embd=32, n_head=4))
-    words = ["--official", str(tmp_path / "mar_tiny.pth"), "--vae", str(tmp_path / "kl.ckpt"), "--label", "7", "--n", "2", "--steps", "3",
-             "--diffusion_steps", "3:1", "--out", str(tmp_path / "x.png"), "--npz", str(tmp_path / "x.npz")]
-    sample.main(words)
-    with np.load(tmp_path / "x.npz") as f:
-        drawn, labels = f["arr_0"], f["labels"]
-    assert drawn.shape[0] == 2 and drawn.shape[1] % 16 == 0 and drawn.std() > 1 and (labels == 7).all()
-    model = mar.MAR.from_official(tmp_path / "mar_tiny.pth")
-    torch.manual_seed(0)
-    tokens = model.sample(
-        torch.tensor([7, 7]), steps=3, **sample.DEFAULTS["mar-diffusion"], diffusion_steps=lambda p: round(3 - 2 * p))
-    images = vae.VAE.from_official(official_vae()[0]).decode_raw(tokens / 0.2325).clamp(-1, 1)
-    assert np.array_equal(drawn, data.to_uint8(images).permute(0, 2, 3, 1).numpy()), "not the authors' scale of tokens"
-    for change, sentence in [({3: str(tmp_path / "no.ckpt")}, "no such file"), ({1: str(tmp_path / "kl.ckpt")}, "not the weights of a MAR"),
-                             ({5: "10"}, "--class 10: the classes are")]:
-        with pytest.raises(SystemExit, match=sentence):
-            sample.main([change.get(i, w) for i, w in enumerate(words)])
-
-
-def test_sample_draws_from_llamagens_files(tmp_path, monkeypatch, capsys):
-    """--official and --vq: the tiny golden GPT (16 ids of 64) on the tiny golden tokenizer, whose grid is 4 x 4 at 8 pixels."""
-    _, g, sd = llamagen("generate_c2i")
-    tokenizer = vq_golden("vq")[1]
-    torch.save({"model": sd, "args": argparse.Namespace(lr=1)}, tmp_path / "c2i.pt")
-    torch.save({"model": tokenizer}, tmp_path / "vq.pt")
-    monkeypatch.setitem(ar_transformer.SIZES, "tiny golden", dict(n_embd=32, n_head=4))
-    label = int(g["in/cls"][1])
-    words = ["--official", str(tmp_path / "c2i.pt"), "--vq", str(tmp_path / "vq.pt"), "--image_size", "8", "--label", str(label), "--n", "1",
-             "--cfg", "3", "--top_k", "1", "--out", str(tmp_path / "x.png"), "--npz", str(tmp_path / "x.npz")]
-    sample.main(words)
-    with np.load(tmp_path / "x.npz") as f:
-        drawn = f["arr_0"]
-    truth = vq.VQ.from_official(tokenizer, 8).decode(g["out/tokens_cfg3.0_int-1"][1:2].long())
-    assert np.array_equal(drawn, data.to_uint8(truth).permute(0, 2, 3, 1).numpy()), "not the picture of the authors' tokens"
-    for change, sentence in [({3: "no.pt"}, "--vq no.pt: there is no such file"), ({1: str(tmp_path / "vq.pt")}, "--official .*missing"),
-                             ({2: "--vae"}, "not an LDM-style autoencoder")]:
-        with pytest.raises(SystemExit, match=sentence):
-            sample.main([change.get(i, w) for i, w in enumerate(words)])
-
-
-def test_sample_draws_from_titoks_files(tmp_path, monkeypatch, capsys):
-    """--official and --titok: the tiny golden generator, 16 ids of 64, and a tokenizer of as many made fit for it."""
-    g, (_, sd, _, _) = golden("tokenizers/imagebert_tiny"), titok_golden("vq_pixels")
-    generator = {k.removeprefix("sd."): v for k, v in g.items() if k.startswith("sd.")}
-    T, V = 16, 64
-    for key in ("latent_tokens", "encoder.latent_token_positional_embedding", "decoder.latent_token_positional_embedding"):
-        sd[key] = sd[key].repeat(-(-T // len(sd[key])), 1)[:T]
-    table = sd["quantize.embedding.weight"]
-    sd["quantize.embedding.weight"] = table.repeat(-(-V // len(table)), 1)[:V]
-    torch.save(generator, tmp_path / "generator.bin")
-    torch.save(sd, tmp_path / "tokenizer.bin")
-    for cls in (maskgit.MaskGIT, titok.TiTok):              # 4 heads; the shapes do not tell
-        monkeypatch.setattr(cls, "from_official", functools.partial(cls.from_official, n_head=4))
-    words = ["--official", str(tmp_path / "generator.bin"), "--titok", str(tmp_path / "tokenizer.bin"), "--label", "3", "--n", "2",
-             "--steps", "4", "--out", str(tmp_path / "x.png"), "--npz", str(tmp_path / "x.npz")]
-    sample.main(words)
-    with np.load(tmp_path / "x.npz") as f:
-        drawn = f["arr_0"]
-    model = maskgit.MaskGIT.from_official(generator)
-    torch.manual_seed(0)
-    tokens = model.sample_titok(torch.tensor([3, 3]), steps=4, cfg=4.5, temperature=9.5)
-    truth = titok.TiTok.from_official(sd).decode(tokens)
-    assert np.array_equal(drawn, data.to_uint8(truth).permute(0, 2, 3, 1).numpy())
-    for extra, sentence in [(["--vq", "x"], "name its tokenizer"), (["--top_k", "3"], "--top_k: not for"),
-                            (["--cfg_schedule", "power-cosine"], None)]:
-        with pytest.raises(SystemExit, match=sentence) if sentence else contextlib.nullcontext():
-            sample.main([*words, *extra])
-
-
-def test_sample_draws_from_open_magvit2s_files(tmp_path, monkeypatch, capsys):
-    """--official and --lfq: the tiny golden GPT (16 ids of 8 bits) and a tokenizer of random weights under the authors' keys."""
-    _, g, sd = open_magvit2()
-    torch.manual_seed(0)
-    tokenizer = {f"{part}.{name}": 0.1 * torch.randn(shape) for part, name, shape in magvit_shapes(32, (1, 1, 2), 1, 8, False)}
-    torch.save({"state_dict": {f"transformer.{k}": v for k, v in sd.items()}}, tmp_path / "gpt.ckpt")
-    torch.save({"state_dict": tokenizer}, tmp_path / "tokenizer.ckpt")
-    monkeypatch.setitem(ar_transformer.SIZES, "tiny golden", dict(n_embd=32, n_head=4))
-    sample.main(["--official", str(tmp_path / "gpt.ckpt"), "--lfq", str(tmp_path / "tokenizer.ckpt"), "--image_size", "16", "--n", "1",
-                 "--label", str(int(g["cfg_cls"][0])), "--cfg", str(g["cfg_scale"].item()), "--top_k", "1", "--npz",
-                 str(tmp_path / "x.npz"), "--out", str(tmp_path / "x.png")])
-    with np.load(tmp_path / "x.npz") as f:
-        drawn = f["arr_0"]
-    truth = lfq.LFQ.from_official(tokenizer, 16).decode((g["greedy_pre"] + 8 * g["greedy_post"])[:1].long())
-    assert truth.std() > 0.05 and np.array_equal(drawn, data.to_uint8(truth).permute(0, 2, 3, 1).numpy())
-
-
-def test_the_rule_that_judges_captions_reads_real_pictures():
-    index = torch.arange(data.VAL_INDEX, data.VAL_INDEX + 60)
-    images, s = data.draw(index, 32)[0], data.scene(index)
-    told = evaluate.read_scene(images)
-    assert (told["shape"] == s["label"]).float().mean() >= 0.97 and (told["colour"] == s["colour"]).float().mean() >= 0.97
-    assert (told["background"] == s["background"]).all()
-    assert (evaluate.read_scene(images.roll(1, 1))["colour"] == s["colour"]).float().mean() < 0.5, "other colours are not noticed"
 
 
 @pytest.mark.parametrize("words, folder", [(IDS, "shapes-vq-text-ar-categorical"), ([], "shapes-vae-text-ar-gmm")])
@@ -271,78 +131,6 @@ def test_captions_are_trained_drawn_and_judged(words, folder, tiny_run, tmp_path
             sample.main([str(tiny_run / folder), *words])
     with pytest.raises(SystemExit, match="knows classes, not captions"):
         sample.main([str(tiny_run / "shapes-vae-ar-gmm"), "--prompt", "a star"])
-
-
-@pytest.mark.parametrize("words", [[], ["--tokenizer", "vq", "--head", "categorical", "--tok_size", "fine", "--tok_name", "patches"]])
-def test_editing_keeps_what_lies_outside_the_mask(words, tiny_run, tmp_path, capsys, monkeypatch):
-    train.main([*TINY, *RARELY, *words, "--runs", str(tiny_run), "--generator", "maskgit", "--name", "edit", "--overwrite"])
-    picture = tmp_path / "p.png"
-    Image.fromarray(data.to_uint8(data.draw(torch.arange(1), 16)[0])[0].permute(1, 2, 0).numpy()).save(picture)
-    seen, draw = {}, sample.draw_tokens
-    monkeypatch.setattr(sample, "draw_tokens", lambda *a, **k: seen.update(k, drawn=draw(*a, **k)) or seen["drawn"])
-    sample.main([str(tiny_run / "edit"), "--image", str(picture), "--mask", "right", "--n", "10", "--npz", str(tmp_path / "x.npz")])
-    with np.load(tmp_path / "x.npz") as f:
-        assert f["arr_0"].shape == (10, 16, 16, 3)
-    T = 16 if words else 4
-    side = math.isqrt(T)                                    # of the grid of tokens, 2 x 2 or 4 x 4
-    left = (torch.arange(T) % side < side // 2)
-    assert (seen["known_mask"] == left).all() and torch.equal(seen["drawn"][:, left], seen["known"][:, left])
-    changed = (seen["drawn"] != seen["known"])[:, ~left].flatten(1)
-    assert changed.any(1).all() and seen["drawn"][:, ~left].float().std(0).min() > 0
-    grid = (4, 4)
-    assert sample.parse_mask("right", grid).view(grid)[:, 2:].all() and sample.parse_mask("right", grid).sum() == 8
-    assert sample.parse_mask("0,0,0.5,1", grid).view(grid)[:2].all() and sample.parse_mask("0,0,0.5,1", grid).sum() == 8
-    assert sample.parse_mask("centre", grid).sum() == 4 and (~sample.parse_mask("border", grid)).sum() == 4
-    Image.fromarray(np.kron(np.eye(4), np.ones((8, 8))).astype(np.uint8) * 255).save(tmp_path / "m.png")
-    assert torch.equal(sample.parse_mask(str(tmp_path / "m.png"), grid).view(grid), torch.eye(4).bool())
-    for words, sentence in [(["--image", picture, "--mask", "0,0,2"], "a box y0,x0,y1,x1"), (["--image", picture], "belong together"),
-                            (["--image", tmp_path / "no.png", "--mask", "left"], "no such file"),
-                            (["--image", picture, "--mask", "0,0,0.01,0.01"], "covers no token"),
-                            (["--steps", "17"], f"only {T} tokens"), (["--beam", "2"], "--beam: not for --generator maskgit")]:
-        with pytest.raises(SystemExit, match=sentence):
-            sample.main([str(tiny_run / "edit"), *map(str, words)])
-
-
-def test_compress_and_decompress_from_the_command_line(tiny_run, tmp_path, capsys, monkeypatch):
-    words = ["--tokenizer", "lfq", "--head", "categorical", "--vocab_size", "64"]
-    train.main([*TINY, *RARELY, *words, "--runs", str(tiny_run)])
-    tok, ar = str(tiny_run / "shapes-lfq"), str(tiny_run / "shapes-lfq-ar-categorical")
-    clip = data.to_uint8(data.draw_clips(torch.arange(1), 30, 3)[0][0].transpose(0, 1))
-    a, b, c = (str(tmp_path / name) for name in ("a.webp", "b.lfq", "c.webp"))
-    compression.write_clip(a, clip, 50)
-    assert torch.equal(compression.read_clip(a)[0], clip)
-    sizes = []
-    for coder in ([], ["--entropy_coder", ar]):
-        sample.main(["compress", a, b, "--run", tok, *coder])
-        assert "3 x 30 x 30 pixels" in capsys.readouterr().out
-        sizes.append(Path(b).stat().st_size)
-        words = ["decompress", b, c, "--run", ar]           # a run of stage 2 has the tokenizer in it
-        call("sample.py", *words) if coder else sample.main(words)                          # once in a process of its own
-        back, ms = compression.read_clip(c)
-        tokenizer = train.load_run(tok).tokenizer
-        assert ms == 50 and torch.equal(back, compression.from_ids(tokenizer, *compression.to_ids(tokenizer, clip)))
-    assert sizes[0] == 40 + 3 * 4 * 4 * 6 / 8 > sizes[1]    # the default LFQ has a stride of 8
-    Path(tmp_path / "cut.lfq").write_bytes(Path(b).read_bytes()[:-1])
-    monkeypatch.setitem(sys.modules, "av", None)
-    for words, sentence in ((["decompress", tmp_path / "cut.lfq", c, "--run", tok], "cut.lfq: .*copy it again"),
-                            (["decompress", b, c, "--run", tok], "name the run that coded it with --entropy_coder"),
-                            (["decompress", b, tmp_path / "c.png", "--run", ar], "3 frames do not fit into a PNG"),
-                            (["decompress", b, tmp_path / "c.mp4", "--run", ar], "pip install av"),
-                            (["decompress", b, tmp_path / "c.xyz", "--run", ar], "ending must be"),
-                            (["decompress", b, tmp_path / "no" / "c.gif", "--run", ar], "could not write"),
-                            (["compress", a, b, "--run", tiny_run / "shapes-vae"], "--run .*ids"),
-                            (["compress", a, b, "--run", tok, "--entropy_coder", tok], "--entropy_coder .*must be a run of --generator ar"),
-                            (["compress", tok, b, "--run", tok], "no such file"),
-                            (["compress", Path(tok) / "log.csv", b, "--run", tok], "not a readable image")):
-        with pytest.raises(data.BadInput, match=sentence):
-            sample.main([str(w) for w in words])
-
-
-def test_samples_are_a_function_of_the_seed(tiny_run):
-    run = train.load_run(tiny_run / "shapes-vae-ar-gmm")
-    labels = torch.arange(10)
-    a, b, c = (sample.draw_samples(run, labels, seed=s) for s in (1, 1, 2))
-    assert torch.equal(a, b) and not torch.equal(a, c) and a.min() >= -1 and a.max() <= 1
 
 
 def test_killed_twice_and_resumed_equals_uninterrupted_bit_for_bit(tiny_run, tmp_path):
@@ -376,31 +164,6 @@ def test_two_processes_follow_one(tmp_path):
         one, two = log_of(tmp_path / "one", name), log_of(tmp_path / "two", name)
         assert one.keys() == two.keys() and len(one) > 4
         assert all(abs(one[s] - two[s]) <= 2e-3 * (1 + abs(one[s])) for s in one), (name, one, two)
-
-
-def test_two_processes_draw_what_one_draws(tiny_run, tmp_path, monkeypatch):
-    """Under torchrun 28 images in batches of 8: each process draws two batches, the first alone writes and speaks."""
-    options = [str(tiny_run / "shapes-vae-ar-gmm"), "--n", "28", "--batch_size", "8", "--device", "cpu"]
-    files = lambda name: ["--npz", str(tmp_path / f"{name}.npz"), "--out", str(tmp_path / f"{name}.png")]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)                                # as many as torchrun's processes have: equal to the last bit
-    try:
-        sample.main([*options, *files("one")])
-    finally:
-        torch.set_num_threads(threads)
-    assert call("sample.py", *options, *files("two"), torchrun=2).count("28 samples in") == 1
-    one, two = (np.load(tmp_path / f"{name}.npz") for name in ("one", "two"))
-    assert np.array_equal(one["arr_0"], two["arr_0"]) and np.array_equal(one["labels"], two["labels"])
-    assert len(np.unique(one["arr_0"].reshape(28, -1), axis=0)) == 28                       # no batch twice
-    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
-    run, draw, drawn = train.load_run(options[0]), sample.draw_tokens, []
-    monkeypatch.setattr(sample, "draw_tokens", lambda run, cond, *rest, **tricks: drawn.append(len(cond)) or draw(run, cond, *rest, **tricks))
-    monkeypatch.setattr(sample.dist, "all_gather_object", lambda parts, mine: parts.__setitem__(slice(None), [mine, {}]))
-    run.share = 1, 2
-    sample.draw_samples(run, torch.arange(28) % 10, batch_size=8)
-    assert drawn == [8, 4], "the second of two processes draws the second and the fourth batch, not those of the other"
-    with pytest.raises(data.BadInput, match="without torchrun"):
-        evaluate.report(SimpleNamespace(probe=True), (0, 2))
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
