@@ -335,7 +335,7 @@ def show_strips(rows, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(len(rows), 1, figsize=(9, 0.95 * len(rows) + 0.6), layout="constrained")
+    figure, axes = plt.subplots(len(rows), 1, figsize=(9, 0.7 * len(rows) + 0.6), layout="constrained")
     for ax, (text, images) in zip(axes, rows):
         strip = ((images.clamp(-1, 1) + 1) / 2).permute(2, 0, 3, 1).flatten(1, 2)     # (H, n * W, 3)
         ax.imshow(strip.cpu(), interpolation="nearest")
