@@ -13,7 +13,6 @@ def turned(x, rope):
     return torch.view_as_real(z * turn[:, None]).flatten(-2)
 
 
-
 def angles(S, pairs):
     turn = torch.rand(S, pairs) * 6
     return torch.stack([turn.cos(), turn.sin()], -1)
@@ -45,9 +44,9 @@ def test_homework_ar_transformer_attention():
     att, x, rope = ar_transformer.Attention(12, 3).eval(), torch.randn(2, 6, 12), angles(6, 2)
     with patch.object(ar_transformer, "rotate", turned):
         check("attention", att(x, rope), slow_attention(att, x, rope),
-              "Queries and keys turn, values do not; row t looks at rows 0 .. t; wo comes last, on the heads side by side.")
+              "Queries and keys turn, values do not; row t attends to rows 0 .. t; wo comes last, on the heads side by side.")
         check("attention with a mask", att(x, rope, torch.ones(6, 6, dtype=torch.bool)), slow_attention(att, x, rope, False),
-              "A mask that is given says alone who may look where.")
+              "A mask that is given says alone what is attended to.")
 
 
 @exercise("ar_transformer.Attention.forward", points=2)
@@ -57,19 +56,19 @@ def test_homework_ar_transformer_cached_attention():
     with patch.object(ar_transformer, "rotate", turned):
         rows = [att(x[:, t:t + 1], rope[t:t + 1], (torch.arange(6) <= t)[None], cache, torch.tensor([t])) for t in range(6)]
         check("row by row with the cache", torch.cat(rows, 1), att(x, rope),
-              "Each row's rotated key and its value are written at its place `at`, and the whole cache is looked at.")
+              "Each row's rotated key and its value are written at its position, and the whole cache is attended to.")
 
 
-@exercise("ar_transformer.ARTransformer.hidden", points=3)
+@exercise("ar_transformer.ARTransformer.hidden_states", points=3)
 def test_homework_ar_transformer_teacher_forcing():
     for options in (dict(vocab_size=9), dict(token_dim=2, prefix=(3, 5))):
         head = ar_transformer.CategoricalHead(8, 9)
         model = ar_transformer.ARTransformer(head, 4, 7, n_layer=1, n_head=2, n_embd=8, **options).eval()
-        model.run = lambda x, start=0, caches=None, keep=None: x        # a transformer that does nothing
+        model.forward_blocks = lambda x, start=0, caches=None, padding_mask=None: x        # a transformer that does nothing
         tokens = torch.randint(9, (3, 4)) if model.vocab_size else torch.randn(3, 4, 2)
         cond = torch.randn(3, 3, 5) if model.n_prefix == 3 else torch.tensor([1, 2, 3])
         drop = torch.tensor([True, False, True])
-        h, start, e = model.hidden(tokens, cond, drop), model.prefix(cond, drop), model.embed(tokens)
+        h, start, e = model.hidden_states(tokens, cond, drop), model.prefix(cond, drop), model.embed(tokens)
         assert h.shape == e.shape, f"h has shape {tuple(h.shape)} and not {tuple(e.shape)}: one row for each token"
         check("what h[:, 0] has read last", h[:, 0], start[:, -1],
               "The first token is predicted from the prefix (with drop).")
