@@ -135,7 +135,7 @@ def test_digits_are_trained_and_drawn_by_the_programs(words, shape, tiny_run, ca
 
 
 @pytest.mark.parametrize("words, sentence", [
-    (["--tokenizer", "vae", "--groups", "2"], "go with --head categorical"), (["--tokenizer", "lfq", "--groups", "0"], "at least 1"),
+    (["--tokenizer", "vae", "--groups", "2"], "goes with --head categorical"), (["--tokenizer", "lfq", "--groups", "0"], "at least 1"),
     (["--tokenizer", "vq", "--vocab_size", "1000", "--groups", "2"], "whole number to the power of 2, such as 1024"),
     (["--tokenizer", "lfq", "--groups", "3"], "--vocab_size 1024 must be")])
 def test_digits_that_do_not_fit_are_refused_before_anything_is_trained(words, sentence, tmp_path):

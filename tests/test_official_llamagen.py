@@ -206,7 +206,7 @@ def test_llama_export_of_files_and_runs(tmp_path, monkeypatch):
     assert torch.equal(official.load_for_export(tmp_path / "c2i.pt", (4, 4), 4).rope, model.rope)
     ours = ar_transformer.ARTransformer(ar_transformer.CategoricalHead(128, 9), 6, 4, vocab_size=9, grid=(2, 3), **ar_transformer.SIZES["tiny"])
     nn.init.normal_(ours.head.proj.weight)
-    run = dict(flags=dict(generator="ar", head="categorical", size="tiny"), ema={f"module.{k}": v for k, v in ours.state_dict().items()})
+    run = dict(done=True, flags=dict(generator="ar", head="categorical", size="tiny"), ema={f"module.{k}": v for k, v in ours.state_dict().items()})
     torch.save(run | {"ema": run["ema"] | {"n_averaged": torch.tensor(3)}}, tmp_path / "ckpt.pt")
     x, cond = torch.randint(9, (2, 6)), torch.tensor([0, 4])
     assert torch.equal(official.load_for_export(tmp_path, (2, 3)).logits(x, cond), ours.eval().logits(x, cond))
