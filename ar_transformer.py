@@ -5,21 +5,22 @@ An image becomes a sequence by reading its grid of tokens row by row. The chain 
 
     p(x_1 ... x_T | c) = prod_t p(x_t | c, x_1 ... x_{t-1}),
 
-and a causal transformer computes all T factors in one pass. With ids and a softmax this is LlamaGen (Sun et al. 2024,
-arxiv.org/abs/2406.06525). With real vectors and a Gaussian mixture it follows GIVT-Causal (arxiv.org/abs/2312.02116),
-whose own blocks are plain ones: here they are Llama's for both. The condition c stands in front as P tokens, one for
-a class, more for a caption. While sampling, a cache keeps every earlier key and value, so that a new token costs one
-row and not T.
+and a causal transformer computes all T factors in one pass. With ids and a softmax this is LlamaGen (Sun et
+al. 2024, arxiv.org/abs/2406.06525). With real vectors and a Gaussian mixture it follows GIVT-Causal
+(arxiv.org/abs/2312.02116), whose own blocks are plain ones: here they are Llama's for both. The condition c
+stands in front as P tokens, one for a class, more for a caption. While sampling, a cache keeps every earlier
+key and value, so that a new token costs one row and not T.
 
 Shapes:  B batch, T tokens, D numbers in a token or V ids, C width (n_embd), P prefix tokens, S = P + T - 1
 
-    cond (B,) | caption --embed--> (B, P, C) --cat--> (B, S, C) --n_layer Blocks--> h (B, T, C) --head--> p(x_t | h_t)
+    cond (B,) | caption --embed--> (B, P, C) --cat--> (B, S, C) --Blocks--> h (B, T, C) --head--> p(x_t)
     tokens (B, T[, D]) --embed--> (B, T - 1, C) --^               (position t predicts token t)
 
-    python ar_transformer.py   # words, samples, surprise; writes ar_transformer.png; about 50 s on 2 CPU cores
+    python ar_transformer.py   # words, samples, surprise; writes ar_transformer.png; about 50 s on a CPU
 
 Try it yourself:
-  1. Let the model see the future: causal=False in Attention. The loss falls to nothing. What do samples look like?
+  1. Let the model see the future: causal=False in Attention. The loss falls to nothing. What do samples look
+     like?
   2. Set label_drop=0 in read_captions. What does the model say of pictures without a caption, and why?
   3. Sample with use_cache=False and time it against the default for --image_size 8 and 16.
 """
@@ -36,7 +37,7 @@ SIZES = {
     "tiny": dict(n_layer=4, n_head=4, n_embd=128),
     "small": dict(n_layer=6, n_head=4, n_embd=192),                                   # the default on a CPU
     "medium": dict(n_layer=12, n_head=6, n_embd=384),                                 # the default on a GPU
-    "gpt-b": dict(n_layer=12, n_head=12, n_embd=768, multiple_of=256),                # LlamaGen's, trained with
+    "gpt-b": dict(n_layer=12, n_head=12, n_embd=768, multiple_of=256),              # LlamaGen's, trained with
     "gpt-l": dict(n_layer=24, n_head=16, n_embd=1024, multiple_of=256),               # dropout=0.1
     "gpt-xl": dict(n_layer=36, n_head=20, n_embd=1280, multiple_of=256),
     "gpt-xxl": dict(n_layer=48, n_head=24, n_embd=1536, multiple_of=256),
@@ -63,9 +64,10 @@ class RMSNorm(nn.Module):
 def rope_table(grid, head_dim, prefix, base=10000.0):
     """Rotary angles for a prefix and a grid of tokens -> cos and sin (P + T, head_dim / 2, 2).
 
-    The head_dim / 2 pairs are shared out among the axes of the grid. For (rows, columns) the first half turns with the
-    row and the second with the column (LlamaGen). Prefix tokens stand at the origin of every axis and do not turn. On
-    one axis (T,) the prefix is counted too, positions 0 .. P + T - 1, as in any language model.
+    The head_dim / 2 pairs are shared out among the axes of the grid. For (rows, columns) the first half turns
+    with the row and the second with the column (LlamaGen). Prefix tokens stand at the origin of every axis
+    and do not turn. On one axis (T,) the prefix is counted too, positions 0 .. P + T - 1, as in any language
+    model.
     """
     n_axes = len(grid)
     if n_axes == 1:
@@ -82,12 +84,13 @@ def rope_table(grid, head_dim, prefix, base=10000.0):
 
 
 def rotate(x, rope):
-    """Turn each pair (x_2k, x_2k+1) by its angle: x (B, S, n_head, head_dim), rope (S, head_dim / 2, 2) -> like x.
+    """Turn each pair (x_2k, x_2k+1) by its angle: x (B, S, n_head, head_dim), rope (S, head_dim / 2, 2) ->
+    like x.
 
-    (a, b) -> (a cos - b sin, b cos + a sin). The product q . k then depends on the difference of positions only.
-    (RoPE, Su et al. 2021, arxiv.org/abs/2104.09864)
+    (a, b) -> (a cos - b sin, b cos + a sin). The product q . k then depends on the difference of positions
+    only. (RoPE, Su et al. 2021, arxiv.org/abs/2104.09864)
     """
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                                # (B, S, n_head, head_dim / 2)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)      # (B, S, n_head, head_dim / 2)
     cos, sin = rope[:, None].unbind(-1)                                               # (S, 1, head_dim / 2)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).type_as(x)
 
@@ -119,14 +122,17 @@ class Attention(nn.Module):
         self.wo = nn.Linear(n_embd, n_embd, bias=False)
 
     def forward(self, x, rope, mask=None, cache=None, positions=None):
-        """x (B, S, C) -> (B, S, C). mask: bool, broadcast to (B, n_head, S, keys), True where attended; None: causal.
+        """x (B, S, C) -> (B, S, C). mask: bool, broadcast to (B, n_head, S, keys), True where attended; None:
+        causal.
 
-        With cache (2, B, n_head, keys, head_dim), x holds the rows at positions (S,) of a longer sequence. Their keys
-        and values are written into the cache, and all of the cache is attended to, as far as the mask allows.
+        With cache (2, B, n_head, keys, head_dim), x holds the rows at positions (S,) of a longer sequence.
+        Their keys and values are written into the cache, and all of the cache is attended to, as far as the
+        mask allows.
         """
         B, S, C = x.shape
-        qkv = self.wqkv(x).view(B, S, 3 * self.n_head, C // self.n_head)              # q heads, k heads, v heads
-        q, k = rotate(qkv[:, :, :2 * self.n_head], rope).transpose(1, 2).chunk(2, 1)  # (B, n_head, S, head_dim)
+        qkv = self.wqkv(x).view(B, S, 3 * self.n_head, C // self.n_head)           # q heads, k heads, v heads
+        # (B, n_head, S, head_dim)
+        q, k = rotate(qkv[:, :, :2 * self.n_head], rope).transpose(1, 2).chunk(2, 1)
         v = qkv[:, :, 2 * self.n_head:].transpose(1, 2)
         if cache is not None:
             cache[0].index_copy_(2, positions, k.type_as(cache))
@@ -205,15 +211,15 @@ class ARTransformer(nn.Module):
     """p(tokens | cond) for tokens in raster order. Give vocab_size for ids or token_dim for real vectors.
 
     cond is a class (B,), or
-      text = (P, E)           captions (B, P, E): features of a text encoder, zeros in front. Causal, like the image.
+      text = (P, E)           captions (B, P, E): features of a text encoder, zeros in front. Causal.
       text = (P, "bytes")     captions (B, P): their bytes, see bytes_of(). Four of them make a prefix token.
       prefix = (P, E)         P vectors (B, P, E), the tokens of another image. They see each other both ways.
     learned_positions: on top of RoPE. None: for real vectors (GIVT), not for ids (LlamaGen).
     multiple_of: the width of the MLP is rounded up to it.
     """
 
-    def __init__(self, head, seq_len, num_classes, token_dim=None, vocab_size=None, grid=None, n_layer=6, n_head=4,
-                 n_embd=192, dropout=0.0, label_drop=0.1, rope_base=10000.0, prefix=None, text=None,
+    def __init__(self, head, seq_len, num_classes, token_dim=None, vocab_size=None, grid=None, n_layer=6,
+                 n_head=4, n_embd=192, dropout=0.0, label_drop=0.1, rope_base=10000.0, prefix=None, text=None,
                  learned_positions=None, multiple_of=64):
         super().__init__()
         side = math.isqrt(seq_len)
@@ -245,7 +251,7 @@ class ARTransformer(nn.Module):
             self.pre_embed = nn.Linear(prefix[1], n_embd)
             self.pre_pos = nn.Parameter(torch.zeros(self.n_prefix, n_embd))
             if label_drop > 0:
-                self.pre_none = nn.Parameter(torch.zeros(n_embd))                     # each vector of "no prefix"
+                self.pre_none = nn.Parameter(torch.zeros(n_embd))                 # each vector of "no prefix"
         elif not text:
             self.cls_embed = nn.Embedding(num_classes + 1, n_embd)                    # last row: "no class"
         self.pos_embed = None
@@ -259,7 +265,7 @@ class ARTransformer(nn.Module):
         visible = (positions <= positions[:, None]) | (positions < (self.n_prefix if prefix else 0))
         self.register_buffer("rope", rope, persistent=False)
         self.register_buffer("positions", positions, persistent=False)
-        self.register_buffer("visible", visible, persistent=False)                    # (P + T, P + T): row sees column
+        self.register_buffer("visible", visible, persistent=False)           # (P + T, P + T): row sees column
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)) and not name.startswith("caption."):
                 nn.init.normal_(module.weight, std=0.02)
@@ -270,7 +276,9 @@ class ARTransformer(nn.Module):
     # Conditions and masks
 
     def embed(self, tokens, positions=None):
-        """tokens (B, n[, D]) -> (B, n, C). positions (n,): their rows, with the prefix; None: the first n tokens."""
+        """tokens (B, n[, D]) -> (B, n, C). positions (n,): their rows, with the prefix; None: the first n
+        tokens.
+        """
         embed = self.head.embed if hasattr(self.head, "embed") else self.tok_embed
         x = embed(tokens)
         if self.pos_embed is None:
@@ -293,18 +301,23 @@ class ARTransformer(nn.Module):
         x = self.pre_embed(cond)
         if drop is not None:
             if not hasattr(self, "pre_none"):
-                raise ValueError("trained with label_drop 0, this model knows no image without a prefix: leave guidance off")
+                raise ValueError(
+                    "this model, trained with label_drop 0, knows no image without a prefix: use cfg=1"
+                )
             x = torch.where(drop[:, None, None], self.pre_none.type_as(x), x)
         return x + self.pre_pos
 
     def padding_mask(self, cond, drop=None):
-        """Which rows of each sequence are no padding -> (B, P + T) bool, or None where there is no padding."""
+        """Which rows of each sequence are no padding -> (B, P + T) bool, or None where there is no
+        padding.
+        """
         if self.caption is None:
             return None
         return F.pad(self.caption.padding_mask(cond, drop), (0, self.seq_len), value=True)
 
     def attention_mask(self, positions, n_keys, padding_mask=None):
-        """Rows at positions (S,), keys 0 .. n_keys - 1 -> bool (S, n_keys), or with padding (B, 1, S, n_keys).
+        """Rows at positions (S,), keys 0 .. n_keys - 1 -> bool (S, n_keys), or with padding (B, 1, S,
+        n_keys).
 
         A row of padding attends to itself: a softmax over nothing would be nan.
         """
@@ -319,8 +332,8 @@ class ARTransformer(nn.Module):
     def forward_blocks(self, x, start=0, caches=None, padding_mask=None):
         """Rows x (B, S, C) at positions start .. start + S - 1 -> h (B, S, C).
 
-        With caches, S = 1 or start = 0, and the earlier rows are in there. Only the filled part of a cache is attended
-        to, so its view grows (see decode_step).
+        With caches, S = 1 or start = 0, and the earlier rows are in there. Only the filled part of a cache is
+        attended to, so its view grows (see decode_step).
         """
         S = x.shape[1]
         end = start + S
@@ -334,20 +347,24 @@ class ARTransformer(nn.Module):
         return self.norm(x)
 
     def hidden_states(self, tokens, cond, drop=None):
-        """tokens (B, T[, D]), cond as in prefix() -> h (B, T, C). h[:, t] has seen cond and the tokens before t only."""
+        """tokens (B, T[, D]), cond as in prefix() -> h (B, T, C). h[:, t] has seen cond and the tokens before
+        t only.
+        """
         x = torch.cat([self.prefix(cond, drop), self.embed(tokens[:, :-1])], 1)       # (B, P + T - 1, C)
         h = self.forward_blocks(self.dropout(x), padding_mask=self.padding_mask(cond, drop))
         return h[:, self.n_prefix - 1:]
 
     def logits(self, tokens, cond):
-        """tokens (B, T) int64, cond as in prefix() -> (B, T, V). Position t predicts token t. For a categorical head."""
+        """tokens (B, T) int64, cond as in prefix() -> (B, T, V). Position t predicts token t. For a
+        categorical head.
+        """
         return self.head.logits(self.hidden_states(tokens, cond))
 
     def forward(self, tokens, cond):
         """tokens (B, T[, D]), cond as in prefix() -> mean loss of the head per token (), logs (none).
 
-        While training, a tenth of the conditions is left out, so that one network knows both p(x | c) and p(x), which
-        guidance needs. (The authors' released GIVT code forgets this.)
+        While training, a tenth of the conditions is left out, so that one network knows both p(x | c) and
+        p(x), which guidance needs. (The authors' released GIVT code forgets this.)
         """
         drop = None
         if self.training and self.label_drop > 0:
@@ -361,23 +378,25 @@ class ARTransformer(nn.Module):
                use_cache=True, cfg_interval=-1, compile=False, **tricks):
         """cond as in prefix() -> tokens (B, T[, D]), drawn one after the other.
 
-        cfg is the guidance scale s of p(x|c)^s p(x)^(1-s), 1 is off. cfg_interval c: only the first c + 2 tokens are
-        guided, as LlamaGen counts; -1: all. known (B, T[, D]), known_mask (B, T): tokens that are given stay, and later
-        ones see them. Earlier ones cannot, because the model is causal. on_step(t, tokens, mask) is called after each
-        token, mask True where still masked. tricks go to the head. compile: True compiles decode_step, on a GPU as one
-        CUDA graph; or the name of another backend of torch.compile.
+        cfg is the guidance scale s of p(x|c)^s p(x)^(1-s), 1 is off. cfg_interval c: only the first c + 2
+        tokens are guided, as LlamaGen counts; -1: all. known (B, T[, D]), known_mask (B, T): tokens that are
+        given stay, and later ones see them. Earlier ones cannot, because the model is causal. on_step(t,
+        tokens, mask) is called after each token, mask True where still masked. tricks go to the head.
+        compile: True compiles decode_step, on a GPU as one CUDA graph; or the name of another backend of
+        torch.compile.
         """
         B, T, P = len(cond), self.seq_len, self.n_prefix
         device = cond.device
         if steps not in (None, T):
-            raise ValueError(f"an autoregressive model draws one token per step: steps must be {T}, not {steps}")
+            raise ValueError(
+                f"an autoregressive model draws one token per step: steps must be {T}, not {steps}")
         guided = cfg != 1.0
         n_guided = T if cfg_interval < 0 else cfg_interval + 2
         tokens = self.blank(B, device)
         mask = torch.ones(B, T, dtype=torch.bool, device=device)
         x = self.prefix(cond)                                                         # (B, P, C)
         padding = self.padding_mask(cond)
-        if guided:                                          # the second half of the batch goes without the condition
+        if guided:                                   # the second half of the batch goes without the condition
             without = torch.ones(B, dtype=torch.bool, device=device)
             x = torch.cat([x, self.prefix(cond, without)])
             if padding is not None:
@@ -416,7 +435,8 @@ class ARTransformer(nn.Module):
     def empty_caches(self, x, static=False):
         """Room for the keys and values of len(x) whole sequences, one tensor per block: x (B, P, C).
 
-        static: the same memory as in the last call if it fits, because a CUDA graph writes to fixed addresses.
+        static: the same memory as in the last call if it fits, because a CUDA graph writes to fixed
+        addresses.
         """
         shape = (2, len(x), self.n_head, self.n_prefix + self.seq_len, x.shape[-1] // self.n_head)
         old = self.static_caches
@@ -441,9 +461,9 @@ class ARTransformer(nn.Module):
     def decode_step(self, tokens, positions, caches, padding_mask=None):
         """One token per sequence: tokens (B[, D]) at positions (1,) int64 -> h (B, C).
 
-        The same numbers as forward_blocks(), which is faster on a CPU. Here every step attends to the whole cache, the
-        rest masked, and the position is a tensor: one graph serves all T steps. With caches for 2B sequences the tokens
-        are fed to both halves.
+        The same numbers as forward_blocks(), which is faster on a CPU. Here every step attends to the whole
+        cache, the rest masked, and the position is a tensor: one graph serves all T steps. With caches for 2B
+        sequences the tokens are fed to both halves.
         """
         x = self.embed(tokens[:, None], positions)
         x = x.repeat(caches[0].shape[1] // len(x), 1, 1)
@@ -453,7 +473,8 @@ class ARTransformer(nn.Module):
         return self.norm(x[:, -1])
 
     def compiled(self, how=True):
-        """decode_step as one graph per batch size. After 8 of them torch warns and goes back to single kernels.
+        """decode_step as one graph per batch size. After 8 of them torch warns and goes back to single
+        kernels.
 
         reduce-overhead records CUDA graphs: a step of a small model is all kernel launches.
         """
@@ -466,9 +487,10 @@ class ARTransformer(nn.Module):
     def beam_search(self, cond, beam=4, fan=8, temperature=1.0, **tricks):
         """cond as in prefix() -> tokens (B, T[, D]) of high probability, log p(tokens | cond) in nats (B,).
 
-        Each of `beam` sequences draws `fan` next tokens. Of all candidates the `beam` likeliest go on (GIVT section
-        4.3). The score is the model's own log p, whatever temperature and tricks drew the candidates. T steps: the
-        authors' code makes one more and ranks the beams by a token that does not exist (47% of their results change).
+        Each of `beam` sequences draws `fan` next tokens. Of all candidates the `beam` likeliest go on (GIVT
+        section 4.3). The score is the model's own log p, whatever temperature and tricks drew the candidates.
+        T steps: the authors' code makes one more and ranks the beams by a token that does not exist (47% of
+        their results change).
         """
         B, T, device = len(cond), self.seq_len, cond.device
         if not 1 <= beam <= fan:
@@ -489,7 +511,7 @@ class ARTransformer(nn.Module):
             same = new[:, :, None] == new[:, None]
             if new.ndim > 2:
                 same = same.flatten(3).all(-1)
-            log_p = log_p.masked_fill(same.tril(-1).any(-1), -math.inf)               # an id drawn twice counts once
+            log_p = log_p.masked_fill(same.tril(-1).any(-1), -math.inf)        # an id drawn twice counts once
             candidates = (total[..., None] + log_p.view(B, beam, fan)).flatten(1)
             total, best = candidates.topk(beam)                                       # (B, beam)
             parent = (first + best // fan).flatten()
@@ -525,21 +547,24 @@ def truncate(logits, top_k=0, top_p=1.0):
 
 
 def bytes_of(texts, P):
-    """Texts -> their UTF-8 bytes (B, P) int64, zeros in front. ValueError if one of them has more than P bytes."""
+    """Texts -> their UTF-8 bytes (B, P) int64, zeros in front. ValueError if one of them has more than P
+    bytes.
+    """
     rows = [list(text.encode()) for text in texts]
     for text, row in zip(texts, rows):
         if len(row) > P:
             raise ValueError(f"a caption of {len(row)} bytes where there is room for {P}: {text!r}")
-    return torch.tensor([[0] * (P - len(row)) + row for row in rows], device="cpu")   # the last stands beside the image
+    # the last stands beside the image
+    return torch.tensor([[0] * (P - len(row)) + row for row in rows], device="cpu")
 
 
 class CaptionEmbedder(nn.Module):
     """A caption -> prefix tokens. Shorter captions have zeros in front.
 
-    features: an int, the E numbers of each of P tokens of a frozen text encoder (LlamaGen: 120 of FLAN-T5's 2048), for
-    fc2(gelu(fc1 x)), without bias, so that padding stays 0. Or "bytes": the transformer learns to read P bytes by
-    itself. RoPE gives the prefix no order, so each byte has a learned position. A convolution over 8 bytes in steps of
-    4 shows the first layer words instead of letters, in a quarter of the rows.
+    features: an int, the E numbers of each of P tokens of a frozen text encoder (LlamaGen: 120 of FLAN-T5's
+    2048), for fc2(gelu(fc1 x)), without bias, so that padding stays 0. Or "bytes": the transformer learns to
+    read P bytes by itself. RoPE gives the prefix no order, so each byte has a learned position. A convolution
+    over 8 bytes in steps of 4 shows the first layer words instead of letters, in a quarter of the rows.
     """
 
     def __init__(self, P, features, n_embd):
@@ -549,7 +574,8 @@ class CaptionEmbedder(nn.Module):
         self.n_rows = -(-P // 4) if self.bytes else P
         self.fc1 = nn.Linear(E, n_embd, bias=False)
         self.fc2 = nn.Linear(n_embd, n_embd, bias=False)
-        self.register_buffer("none", torch.randn(self.n_rows, E) / math.sqrt(E))      # "no caption": fixed (LlamaGen)
+        # "no caption": fixed (LlamaGen)
+        self.register_buffer("none", torch.randn(self.n_rows, E) / math.sqrt(E))
         for layer in (self.fc1, self.fc2):
             nn.init.normal_(layer.weight, std=n_embd ** -0.5 if self.bytes else 0.02)
         if self.bytes:
@@ -563,8 +589,8 @@ class CaptionEmbedder(nn.Module):
     def padding_mask(self, text, drop=None):
         """text (B, P) bytes or (B, P, E) -> (B, rows) bool, True where there is text.
 
-        Where drop, "no caption" fills all rows of bytes. With features it keeps the padding of the caption that it
-        replaces, as published.
+        Where drop, "no caption" fills all rows of bytes. With features it keeps the padding of the caption
+        that it replaces, as published.
         """
         if not self.bytes:
             return (text != 0).any(-1)
@@ -584,8 +610,8 @@ class CaptionEmbedder(nn.Module):
 
 
 # ---- Demo: two worlds of ids ----------------------------------------------------------------------
-# Bars-and-stripes has exactly 30 pictures of 4 x 4. To the best possible model one of them costs ln 30 = 3.401 nats,
-# and 0 if words tell which. Small drawn shapes in four greys show sampling and surprise.
+# Bars-and-stripes has exactly 30 pictures of 4 x 4. To the best possible model one of them costs ln 30 =
+# 3.401 nats, and 0 if words tell which. Small drawn shapes in four greys show sampling and surprise.
 
 def bars_and_stripes(n, device, side=4):
     """n pictures, uniform over the 2 (2^side - 1) with full rows or full columns -> (n, side^2)."""
@@ -623,8 +649,10 @@ def fit_ids(model, batches, steps, lr=2e-3):
 
 
 def read_captions(device, steps=900):
-    """Train on bars-and-stripes with captions, half of them left out -> model, curve [(step, nats with, nats without)]."""
-    pictures = bars_and_stripes(2000, device).unique(dim=0).repeat(2, 1)              # (60, 16): all there are, twice
+    """Train on bars-and-stripes with captions, half of them left out -> model, curve [(step, nats with, nats
+    without)].
+    """
+    pictures = bars_and_stripes(2000, device).unique(dim=0).repeat(2, 1)      # (60, 16): all there are, twice
     cond = bytes_of(captions_of(pictures), 23).to(device)
     model = ARTransformer(CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=2, n_embd=64,
                           text=(23, "bytes"), label_drop=0.5).to(device)
@@ -648,14 +676,17 @@ def draw_greys(device, side, steps):
     import data
     images, labels, _, _ = data.draw(torch.arange(8000, device=device), side)
     greys = ((images.amax(1) + 1) / 2 * 4).long().clamp(0, 3).flatten(1)              # ids 0 .. 3
-    model = ARTransformer(CategoricalHead(96, 4), side * side, 10, vocab_size=4, n_layer=3, n_head=3, n_embd=96)
+    model = ARTransformer(CategoricalHead(96, 4), side * side, 10, vocab_size=4, n_layer=3, n_head=3,
+                          n_embd=96)
     model = model.to(device)
 
     def batch(step):
         i = torch.randint(8000, (32,), device=device)
         return greys[i], labels[i]
     losses = fit_ids(model, batch, steps)
-    print(f"drawn shapes in 4 greys: {losses[-1]:.3f} nats per pixel (uniform guessing: ln 4 = {math.log(4):.3f})")
+    print(
+        f"drawn shapes in 4 greys: {losses[-1]:.3f} nats per pixel (guessing: ln 4 = {math.log(4):.3f})"
+    )
     return model.eval(), greys, labels
 
 
@@ -665,13 +696,15 @@ def show(rows, curve, drawn, texts, names, side):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig = plt.figure(figsize=(12.5, 7))
-    left, right = fig.add_gridspec(1, 2, width_ratios=[2, 1], left=0.145, right=0.98, top=0.9, bottom=0.05, wspace=0.17)
+    left, right = fig.add_gridspec(1, 2, width_ratios=[2, 1], left=0.145, right=0.98, top=0.9, bottom=0.05,
+                                   wspace=0.17)
     cells = left.subgridspec(6, 10, wspace=0.08, hspace=0.08)
     for r, (text, values, cmap) in enumerate(rows):
         for c in range(10):
             ax = fig.add_subplot(cells[r, c])
             shown = values[c].view(side, side).float().cpu()
-            ax.imshow(shown.masked_fill(shown < 0, torch.nan), cmap=cmap, vmin=0, vmax=3 if cmap == "gray" else 2)
+            ax.imshow(shown.masked_fill(shown < 0, torch.nan), cmap=cmap, vmin=0,
+                      vmax=3 if cmap == "gray" else 2)
             ax.set(xticks=[], yticks=[], facecolor="#b9d4ee")
             if r == 0:
                 ax.set_title(names[c], fontsize=8)
@@ -691,14 +724,17 @@ def show(rows, curve, drawn, texts, names, side):
         ax.imshow(drawn[i].view(4, 4).cpu(), cmap="gray", vmin=-0.3, vmax=1.1)
         ax.set(xticks=[], yticks=[])
         ax.set_title((texts + ["no caption"] * 3)[i], fontsize=8)
-    fig.suptitle("ar_transformer.py: an image is written token by token; surprise is high where the shape decides "
-                 "itself; words can tell it all")
+    fig.suptitle(
+        "ar_transformer.py: an image is written token by token; surprise is high where the shape decides "
+        "itself; words can tell it all")
     fig.savefig("ar_transformer.png", dpi=80)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="A causal transformer on bars-and-stripes and on little drawn shapes.")
-    parser.add_argument("--image_size", type=int, default=10, help="side of the little drawn shapes, in pixels")
+    parser = argparse.ArgumentParser(
+        description="A causal transformer on bars-and-stripes and on little drawn shapes.")
+    parser.add_argument("--image_size", type=int, default=10,
+                        help="side of the little drawn shapes, in pixels")
     parser.add_argument("--steps", type=int, default=400, help="training steps on the drawn shapes")
     args = parser.parse_args()
     import data
@@ -707,8 +743,9 @@ def main():
 
     start = time.perf_counter()
     bars, curve = read_captions(device)
-    print(f"bars-and-stripes: {curve[-1][2]:.3f} nats per picture (the least is ln 30 = {math.log(30):.3f}), given its "
-          f"caption {curve[-1][1]:.3f} (the least is 0); {time.perf_counter() - start:.0f} s")
+    print(
+        f"bars-and-stripes: {curve[-1][2]:.3f} nats per picture (least: ln 30 = {math.log(30):.3f}), given its "
+        f"caption {curve[-1][1]:.3f} (the least is 0); {time.perf_counter() - start:.0f} s")
     texts = ["rows 1 and 3 dark", "column 4 dark", "columns 1 and 4 dark"]
     cond = bytes_of(texts, 23).to(device)
     drawn = torch.cat([bars.sample(cond, cfg=scale) for scale in (1.0, 0.0)])         # cfg 0 leaves p(x)
@@ -722,7 +759,10 @@ def main():
         model.sample(cond, cfg=2.0, use_cache=use_cache)
         print(f"10 samples of {side * side} tokens with guidance, {'KV cache' if use_cache else 'no cache'}: "
               f"{time.perf_counter() - start:.2f} s")
-    shown_at = {round(side * side * share) - 1: f"{share:.0%} of the tokens" for share in (0.25, 0.5, 0.75, 1)}
+    shown_at = {
+        round(side * side * share) - 1: f"{share:.0%} of the tokens"
+        for share in (0.25, 0.5, 0.75, 1)
+    }
     rows = []
 
     def record(t, tokens, mask):
@@ -730,7 +770,7 @@ def main():
             rows.append((shown_at[t], torch.where(mask, -1, tokens), "gray"))
     torch.manual_seed(1)
     model.sample(cond, cfg=2.0, on_step=record)
-    real = greys[[int((labels == k).nonzero()[0]) for k in range(10)]]                # one picture of each class
+    real = greys[[int((labels == k).nonzero()[0]) for k in range(10)]]             # one picture of each class
     with torch.no_grad():
         surprise = model.head.loss(model.hidden_states(real, cond), real)             # (10, T) nats
     rows += [("a training picture", real, "gray"), ("its surprise, token by token", surprise, "magma")]

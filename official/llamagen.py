@@ -2,11 +2,12 @@
 The authors' weights of LlamaGen (Sun et al. 2024, arxiv.org/abs/2406.06525; FoundationVision/LlamaGen).
 
     tokenizer = load_vq("vq_ds16_c2i.pt")                       # vq.VQ
-    model = load_gpt("c2i_B_256.pt")                            # ar_transformer.ARTransformer, classes or captions
+    model = load_gpt("c2i_B_256.pt")  # ar_transformer.ARTransformer, classes or captions
     python -m official.llamagen export c2i_B_256.pt OUT         # a folder for Hugging Face's transformers
 
-Each takes a path or a state dict, reads the sizes off the shapes, returns the model in eval mode and raises ValueError
-for unknown or missing keys, by name. What only this release needs is here: a prefix whose keys vanish.
+Each takes a path or a state dict, reads the sizes off the shapes, returns the model in eval mode and raises
+ValueError for unknown or missing keys, by name. What only this release needs is here: a prefix whose keys
+vanish.
 """
 import argparse
 import json
@@ -27,12 +28,13 @@ from vq import VQ
 def load_vq(x, image_size=256, l2_norm=True):
     """vq_ds16 or vq_ds8 -> vq.VQ in eval mode.
 
-    image_size: any multiple of the stride; 256, 384, 512 pixels in the paper. It and l2_norm are not to be read off the
-    shapes.
+    image_size: any multiple of the stride; 256, 384, 512 pixels in the paper. It and l2_norm are not to be
+    read off the shapes.
     """
     state = load_weights(x)
     sd = next((state[key] for key in ("ema", "model", "state_dict") if key in state), state)
-    sd = {k: v.float() for k, v in sd.items() if k != "quantize.codebook_used"}       # a queue for their usage meter
+    # a queue for their usage meter
+    sd = {k: v.float() for k, v in sd.items() if k != "quantize.codebook_used"}
 
     def count(start):
         return len({key[len(start):].split(".")[0] for key in sd if key.startswith(start)})
@@ -45,8 +47,9 @@ def load_vq(x, image_size=256, l2_norm=True):
             raise ValueError(f"not a LlamaGen tokenizer: the key {key} is missing")
     ch, channels = sd["encoder.conv_in.weight"].shape[:2]
     vocab_size, code_dim = sd["quantize.embedding.weight"].shape
-    model = VQ(image_size, vocab_size, code_dim, l2_norm, ch=ch, ch_mult=tuple(len(sd[key]) // ch for key in widths),
-               n_res=n_res, z_channels=sd["quant_conv.weight"].shape[1], groups=32, channels=channels)
+    model = VQ(image_size, vocab_size, code_dim, l2_norm, ch=ch,
+               ch_mult=tuple(len(sd[key]) // ch for key in widths), n_res=n_res,
+               z_channels=sd["quant_conv.weight"].shape[1], groups=32, channels=channels)
     names = {}                                              # theirs: ours
     for key in model.state_dict():
         part, _, rest = key.partition(".")
@@ -62,7 +65,9 @@ def load_vq(x, image_size=256, l2_norm=True):
 
 
 def layer_names(levels, n_res, decoder=False):
-    """Their names of the layers that hold weights, in the order of our Sequential. Level 0 comes first in both."""
+    """Their names of the layers that hold weights, in the order of our Sequential. Level 0 comes first in
+    both.
+    """
     mid = ["mid.0", "mid.1", "mid.2"]
     names = []
     for i in range(levels):
@@ -77,7 +82,7 @@ def layer_names(levels, n_res, decoder=False):
 
 # ---- The transformer ------------------------------------------------------------------------------
 
-NAMES = (("tok_embed", "tok_embeddings"), ("cls_embed", "cls_embedding.embedding_table"),            # ours, theirs
+NAMES = (("tok_embed", "tok_embeddings"), ("cls_embed", "cls_embedding.embedding_table"),       # ours, theirs
          ("caption.none", "cls_embedding.uncond_embedding"), ("caption.", "cls_embedding.cap_proj."),
          ("blocks.", "layers."), ("norm1", "attention_norm"), ("norm2", "ffn_norm"),
          (".attn.", ".attention."), (".mlp.", ".feed_forward."), ("head.proj", "output"))
@@ -86,29 +91,36 @@ NAMES = (("tok_embed", "tok_embeddings"), ("cls_embed", "cls_embedding.embedding
 def load_gpt(x, n_head=None, grid=(16, 16), rope_base=10000.0, norm_eps=1e-5):
     """LlamaGen's class- or text-conditional GPT -> ARTransformer in eval mode, head included.
 
-    Reads "ema", else "model" (their DDP files), else a plain dict (FSDP). The shapes do not tell n_head (None: that of the
-    published size), grid, (16, 16) for 256 pixels and (24, 24) for 384, rope_base and norm_eps. Labels are in
-    torchvision's order of ImageNet. Captions are FLAN-T5-XL's features (B, 120, 2048).
+    Reads "ema", else "model" (their DDP files), else a plain dict (FSDP). The shapes do not tell n_head
+    (None: that of the published size), grid, (16, 16) for 256 pixels and (24, 24) for 384, rope_base and
+    norm_eps. Labels are in torchvision's order of ImageNet. Captions are FLAN-T5-XL's features (B, 120,
+    2048).
     """
     state = load_weights(x)
     sd = next((state[key] for key in ("ema", "model", "module", "state_dict") if key in state), state)
     sd = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in sd.items()}
     text = "cls_embedding.uncond_embedding" in sd
     cond = "cls_embedding.uncond_embedding" if text else "cls_embedding.embedding_table.weight"
-    needed = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight", "layers.0.attention.wqkv.weight", cond)
+    needed = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight", "layers.0.attention.wqkv.weight",
+              cond)
     lost = [key for key in needed if key not in sd]
     if lost:
-        raise ValueError(f"not the weights of a LlamaGen GPT: missing {lost}; the keys begin with {list(sd)[:3]}")
+        raise ValueError(
+            f"not the weights of a LlamaGen GPT: missing {lost}; the keys begin with {list(sd)[:3]}")
     V, C = sd["tok_embeddings.weight"].shape
     if len(sd["layers.0.attention.wqkv.weight"]) != 3 * C:
-        raise ValueError(f"this GPT shares keys and values among its heads (wqkv has {len(sd[needed[2]])} rows, not "
-                         f"{3 * C}): grouped heads are not written here")
+        raise ValueError(
+            f"this GPT shares keys and values among its heads (wqkv has {len(sd[needed[2]])} rows, not "
+            f"{3 * C}): grouped heads are not written here")
     n_layer = len({key.split(".")[1] for key in sd if key.startswith("layers.")})
     num_classes = 1 if text else len(sd[cond]) - 1
-    model = ARTransformer(CategoricalHead(C, V), math.prod(grid), num_classes, vocab_size=V, grid=grid, n_layer=n_layer,
-                          n_head=heads_of(C, n_head), n_embd=C, text=tuple(sd[cond].shape) if text else None,
-                          multiple_of=len(sd[needed[1]]), rope_base=rope_base)
-    model.load_state_dict(fit_keys({k: v.float() for k, v in sd.items()}, names_of(model, NAMES), "LlamaGen's weights"))
+    model = ARTransformer(CategoricalHead(C, V), math.prod(grid), num_classes, vocab_size=V, grid=grid,
+                          n_layer=n_layer, n_head=heads_of(C, n_head), n_embd=C,
+                          text=tuple(sd[cond].shape) if text else None, multiple_of=len(sd[needed[1]]),
+                          rope_base=rope_base)
+    model.load_state_dict(
+        fit_keys({k: v.float()
+                  for k, v in sd.items()}, names_of(model, NAMES), "LlamaGen's weights"))
     return parity(model, norm_eps).eval()
 
 
@@ -174,16 +186,17 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
 def to_llama(model):
     """A model of ids and classes -> config, generation config, weights of transformers' LlamaForCausalLM.
 
-    The logits are equal. Class c becomes the id V + c in front of the tokens, "no class" the id V + num_classes. Their
-    logits are 0 and must be banned, as the generation config does. transformers turns the halves of a head against each
-    other, we turn neighbours: the rows of q and k change places. One axis of positions is stock Llama. A grid, or a
-    prefix without keys, needs MODELING, which looks the angles up. "architectures" names it, because stock Llama would
-    read such a folder with wrong angles.
+    The logits are equal. Class c becomes the id V + c in front of the tokens, "no class" the id V +
+    num_classes. Their logits are 0 and must be banned, as the generation config does. transformers turns the
+    halves of a head against each other, we turn neighbours: the rows of q and k change places. One axis of
+    positions is stock Llama. A grid, or a prefix without keys, needs MODELING, which looks the angles up.
+    "architectures" names it, because stock Llama would read such a folder with wrong angles.
     """
     table = getattr(model, "tok_embed", None)
     if not isinstance(table, nn.Embedding) or not hasattr(model, "cls_embed") or model.pos_embed is not None:
-        raise ValueError("Llama can hold a model of ids (in one softmax) and classes without learned positions, not "
-                         "this one")
+        raise ValueError(
+            "Llama can hold a model of ids (in one softmax) and classes without learned positions, not "
+            "this one")
     C = table.embedding_dim
     width = len(model.blocks[0].mlp.w1.weight)
     n_rows = len(model.positions)
@@ -205,13 +218,13 @@ def to_llama(model):
                  "input_layernorm": block.norm1.weight, "post_attention_layernorm": block.norm2.weight}
         sd |= {f"model.layers.{i}.{name}.weight": w for name, w in parts.items()}
     nothing = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    config = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=V + n_classes, hidden_size=C,
-                  intermediate_size=width, num_hidden_layers=len(model.blocks), num_attention_heads=model.n_head,
-                  num_key_value_heads=model.n_head, head_dim=head_dim, rms_norm_eps=model.norm.eps,
-                  rope_theta=model.rope_base,
-                  rope_parameters=dict(rope_type="default", rope_theta=model.rope_base),
-                  max_position_embeddings=n_rows, tie_word_embeddings=False, torch_dtype="float32", num_image_tokens=V,
-                  **nothing)
+    config = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=V + n_classes,
+                  hidden_size=C, intermediate_size=width, num_hidden_layers=len(model.blocks),
+                  num_attention_heads=model.n_head, num_key_value_heads=model.n_head, head_dim=head_dim,
+                  rms_norm_eps=model.norm.eps, rope_theta=model.rope_base,
+                  rope_parameters=dict(rope_type="default",
+                                       rope_theta=model.rope_base), max_position_embeddings=n_rows,
+                  tie_word_embeddings=False, torch_dtype="float32", num_image_tokens=V, **nothing)
     if len(model.grid) > 1 or (model.rope[0] == 0).all():
         cos, sin = model.rope.unbind(-1)                                              # (P + T, head_dim / 2)
         sd["model.rotary_emb.cos"] = torch.cat([cos, cos], 1)
@@ -224,7 +237,9 @@ def to_llama(model):
 
 
 def load_for_export(source, grid=None, n_head=None):
-    """A run folder of train.py, or a file of LlamaGen's -> ARTransformer in eval mode. grid as in load_gpt."""
+    """A run folder of train.py, or a file of LlamaGen's -> ARTransformer in eval mode. grid as in
+    load_gpt.
+    """
     if not Path(source).is_dir():
         return load_gpt(source, n_head, grid or (16, 16))
     checkpoint = torch.load(Path(source) / "ckpt.pt", map_location="cpu", weights_only=True)
@@ -233,10 +248,12 @@ def load_for_export(source, grid=None, n_head=None):
     flags = checkpoint["flags"]
     grid = grid or checkpoint.get("grid")
     sd = {k.removeprefix("module."): v for k, v in checkpoint["ema"].items() if k.startswith("module.")}
-    wanted = flags.get("generator") == "ar" and flags.get("head") == "categorical" and "cls_embed.weight" in sd
+    wanted = flags.get("generator") == "ar" and flags.get(
+        "head") == "categorical" and "cls_embed.weight" in sd
     if not wanted or "tok_embed.weight" not in sd:
-        raise ValueError(f"{source}: not a run of --generator ar --head categorical (whole, not in groups) that draws "
-                         "images of classes")
+        raise ValueError(
+            f"{source}: not a run of --generator ar --head categorical (whole, not in groups) that draws "
+            "images of classes")
     if grid is None:
         raise ValueError(f"{source}: say --grid ROWS COLUMNS, that of the tokens: the weights do not tell")
     V, C = sd["tok_embed.weight"].shape
@@ -248,7 +265,9 @@ def load_for_export(source, grid=None, n_head=None):
 
 
 def export(source, out, grid=None, n_head=None):
-    """Write the folder that transformers' from_pretrained(out) reads; of a grid, with trust_remote_code=True."""
+    """Write the folder that transformers' from_pretrained(out) reads; of a grid, with
+    trust_remote_code=True.
+    """
     try:
         from safetensors.torch import save_file
     except ImportError:
@@ -266,13 +285,17 @@ def export(source, out, grid=None, n_head=None):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="LlamaGen's weights, or a run, as a folder for transformers.")
+    parser = argparse.ArgumentParser(
+        description="LlamaGen's weights, or a run, as a folder for transformers.")
     commands = parser.add_subparsers(required=True, metavar="export")
     p = commands.add_parser("export", help="write a folder that Hugging Face's transformers reads")
-    p.add_argument("source", help="a run folder of --generator ar --head categorical, or a file of LlamaGen's weights")
+    p.add_argument("source",
+                   help="a run folder of --generator ar --head categorical, or a file of LlamaGen's weights")
     p.add_argument("out", help="the folder to write: config.json, model.safetensors")
-    p.add_argument("--grid", type=int, nargs="+", help="rows and columns of tokens (default: 16 16 for LlamaGen's files)")
-    p.add_argument("--n_head", type=int, help="attention heads of a LlamaGen file that is none of the published sizes")
+    p.add_argument("--grid", type=int, nargs="+",
+                   help="rows and columns of tokens (default: 16 16 for LlamaGen's files)")
+    p.add_argument("--n_head", type=int,
+                   help="attention heads of a LlamaGen file that is none of the published sizes")
     args = parser.parse_args(argv)
     try:
         export(args.source, args.out, args.grid, args.n_head)

@@ -50,7 +50,8 @@ def test_ar_is_causal_and_sees_the_class():
         y = x.clone()
         y[:, t] += 1
         changed = (model.hidden_states(y, cond) - h).abs().amax((0, 2)) > 1e-6
-        assert not changed[:t + 1].any() and (t == 11 or changed[t + 1]), f"token {t} leaks into its own prediction"
+        assert not changed[:t + 1].any() and (t == 11 or
+                                              changed[t + 1]), f"token {t} leaks into its own prediction"
     assert (model.hidden_states(x, cond.flip(0)) - h).abs().amin((0, 2)[:1]).max() > 0
 
 
@@ -59,9 +60,11 @@ def test_rope_is_complex_multiplication_and_relative():
     assert table.shape == (14, 8, 2) and torch.equal(table[:2, :, 0], torch.ones(2, 8))
     x = torch.randn(1, 14, 2, 16)
     expected = torch.view_as_complex(x.view(1, 14, 2, 8, 2)) * torch.view_as_complex(table)[:, None]
-    assert torch.allclose(ar_transformer.rotate(x, table), torch.view_as_real(expected).flatten(-2), atol=1e-5)
+    assert torch.allclose(ar_transformer.rotate(x, table),
+                          torch.view_as_real(expected).flatten(-2), atol=1e-5)
     q, k = torch.randn(2, 1, 1, 1, 16)
-    score = lambda i, j: (ar_transformer.rotate(q, table[i:i + 1]) * ar_transformer.rotate(k, table[j:j + 1])).sum()
+    score = lambda i, j: (ar_transformer.rotate(q, table[i:i + 1]) * ar_transformer.rotate(k, table[j:j + 1])
+                          ).sum()
     at = lambda row, col: 2 + 4 * row + col
     assert torch.allclose(score(at(2, 3), at(1, 1)), score(at(1, 2), at(0, 0)), atol=1e-5)
 
@@ -90,7 +93,8 @@ def test_ar_keeps_known_tokens_and_counts_its_steps():
     model, seen = small_ar().eval(), []
     known, mask = torch.randn(2, 12, 3), torch.zeros(2, 12, dtype=torch.bool)
     mask[:, :5] = True
-    x = model.sample(torch.tensor([1, 2]), known=known, known_mask=mask, on_step=lambda t, tokens, unknown: seen.append(int(unknown.sum())))
+    x = model.sample(torch.tensor([1, 2]), known=known, known_mask=mask,
+                     on_step=lambda t, tokens, unknown: seen.append(int(unknown.sum())))
     assert torch.equal(x[:, :5], known[:, :5]) and not torch.equal(x[:, 5:], known[:, 5:])
     assert seen == [2 * (11 - t) for t in range(12)]
     with pytest.raises(ValueError, match="one token per step"):
@@ -111,25 +115,29 @@ def test_categorical_head_filters_like_a_slow_loop():
         total += float(p[i])
     ids, log_p = head.sample(h.expand(20_000, -1), top_p=0.7)
     assert set(ids.tolist()) == nucleus
-    assert abs(float(log_p.exp()[ids == ranked[0]][0]) - float(p[ranked[0]] / sum(p[i] for i in nucleus))) < 1e-4
+    assert abs(float(log_p.exp()[ids == ranked[0]][0]) - float(p[ranked[0]] / sum(p[i]
+                                                                                  for i in nucleus))) < 1e-4
     null = torch.randn(1, 6)
     guided = (head.logits(null) + 1.5 * (head.logits(h) - head.logits(null)))[0].softmax(-1)
-    counts = head.sample(h.expand(50_000, -1), null.expand(50_000, -1), cfg=1.5)[0].bincount(minlength=9) / 50_000
+    counts = head.sample(h.expand(50_000, -1), null.expand(50_000, -1),
+                         cfg=1.5)[0].bincount(minlength=9) / 50_000
     assert torch.allclose(counts, guided, atol=0.015)
 
 
 def test_ar_reaches_the_exact_optimum_on_bars_and_stripes():
-    model = ar_transformer.ARTransformer(ar_transformer.CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=2,
-                                         n_embd=64, label_drop=0)
+    model = ar_transformer.ARTransformer(ar_transformer.CategoricalHead(64, 2), 16, 1, vocab_size=2,
+                                         n_layer=2, n_head=2, n_embd=64, label_drop=0)
     zeros = torch.zeros(128, dtype=torch.long)
-    ar_transformer.fit_ids(model, lambda step: (ar_transformer.bars_and_stripes(128, "cpu"), zeros), 400, 5e-3)
+    ar_transformer.fit_ids(model, lambda step: (ar_transformer.bars_and_stripes(128, "cpu"), zeros), 400,
+                           5e-3)
     everything = ar_transformer.bars_and_stripes(5000, "cpu").unique(dim=0)
     assert len(everything) == 30
     with torch.no_grad():
         nll = model.eval().head.loss(model.hidden_states(everything, zeros[:30]), everything).sum(1)
         drawn = model.sample(torch.zeros(300, dtype=torch.long))
     assert torch.logsumexp(-nll, 0) <= 1e-4, "the probabilities of the 30 pictures sum to more than one"
-    assert math.log(30) - 1e-4 <= nll.mean() <= 1.02 * math.log(30), f"{nll.mean():.3f} nats, the optimum is {math.log(30):.3f}"
+    assert math.log(30) - 1e-4 <= nll.mean(
+    ) <= 1.02 * math.log(30), f"{nll.mean():.3f} nats, the optimum is {math.log(30):.3f}"
     good = (drawn[:, None] == everything[None]).all(-1).any(1).float().mean()
     assert good > 0.95, f"{good:.0%} of the samples are bars or stripes"
 
@@ -141,7 +149,8 @@ def test_ar_beam_search_returns_the_models_own_log_probability(continuous):
         nn.init.normal_(model.head.proj.weight, std=0.3)
     tokens, log_p = model.beam_search(cond, beam=4, fan=8)
     exact = lambda x: -model.head.loss(model.hidden_states(x, cond), x).sum(1)
-    assert torch.allclose(log_p, exact(tokens), atol=1e-3), "a beam's score is log p of its tokens, T factors and no more"
+    assert torch.allclose(log_p, exact(tokens),
+                          atol=1e-3), "a beam's score is log p of its tokens, T factors and no more"
     plain = torch.stack([exact(model.sample(cond)) for _ in range(20)])
     assert (log_p > plain.mean(0)).all()
     with pytest.raises(ValueError, match="fan"):
@@ -149,12 +158,13 @@ def test_ar_beam_search_returns_the_models_own_log_probability(continuous):
 
 
 def test_ar_wide_beam_finds_the_likeliest_sequence():
-    model = ar_transformer.ARTransformer(ar_transformer.CategoricalHead(16, 3), 4, 1, vocab_size=3, n_layer=1, n_head=2, n_embd=16).eval()
+    model = ar_transformer.ARTransformer(ar_transformer.CategoricalHead(16, 3), 4, 1, vocab_size=3, n_layer=1,
+                                         n_head=2, n_embd=16).eval()
     nn.init.normal_(model.head.proj.weight)
-    all_ = torch.cartesian_prod(*[torch.arange(3)] * 4)                                     # (81, 4): every sequence
+    all_ = torch.cartesian_prod(*[torch.arange(3)] * 4)     # (81, 4): every sequence
     zeros = torch.zeros(81, dtype=torch.long)
     log_p = -model.head.loss(model.hidden_states(all_, zeros), all_).sum(1)
-    tokens, best = model.beam_search(zeros[:1], beam=81, fan=200)                           # 200 draws miss no id in practice
+    tokens, best = model.beam_search(zeros[:1], beam=81, fan=200)           # 200 draws miss no id in practice
     assert torch.allclose(best, log_p.max(), atol=1e-4) and torch.equal(tokens[0], all_[log_p.argmax()])
 
 
@@ -169,7 +179,8 @@ def test_ar_with_a_prefix_of_vectors_sees_all_of_it_and_drops_it():
     for p in range(6):
         other = cond.clone()
         other[:, p] += 1
-        assert ((model.hidden_states(x, other) - h).abs().amax((0, 2)) > 1e-6).all(), "every token sees every vector of the prefix"
+        assert ((model.hidden_states(x, other) - h).abs().amax((0, 2))
+                > 1e-6).all(), "every token sees every vector of the prefix"
     everyone = torch.ones(4, dtype=torch.bool)
     assert torch.equal(model.hidden_states(x, cond, everyone), model.hidden_states(x, -cond, everyone))
     drawn = []
@@ -182,27 +193,32 @@ def test_ar_with_a_prefix_of_vectors_sees_all_of_it_and_drops_it():
 
 
 def test_ids_are_drawn_as_often_as_their_probabilities_say(monkeypatch):
-    p = torch.tensor([[0.0, 0.2, 0.0, 0.5, 0.3, 0.0], [3.0, 0.0, 0.0, 0.0, 0.0, 1.0]])      # the second adds up to 4
+    # the second adds up to 4
+    p = torch.tensor([[0.0, 0.2, 0.0, 0.5, 0.3, 0.0], [3.0, 0.0, 0.0, 0.0, 0.0, 1.0]])
     n = 40_000
     ids = ar_transformer.draw_ids(p.expand(n, 2, 6))
     assert ids.shape == (n, 2) and ids.dtype == torch.long
     for row, truth in zip(ids.T, p / p.sum(-1, keepdim=True)):
         share = torch.bincount(row, minlength=6) / n
         assert (share[truth == 0] == 0).all(), "an id of probability 0"
-        assert ((share - truth).abs() <= 4 * (truth * (1 - truth) / n).sqrt()).all(), f"{share} where {truth} was asked"
+        assert ((share - truth).abs()
+                <= 4 * (truth * (1 - truth) / n).sqrt()).all(), f"{share} where {truth} was asked"
     for u in (0.0, 1 - 2**-24):                             # the ends of what torch.rand gives
         monkeypatch.setattr(torch, "rand", lambda shape, device: torch.full(shape, u))
-        assert (p.gather(1, ar_transformer.draw_ids(p)[:, None]) > 0).all(), f"an id of probability 0 at u = {u}"
+        assert (p.gather(1,
+                         ar_transformer.draw_ids(p)[:, None]) > 0).all(), f"an id of probability 0 at u = {u}"
 
 
 @pytest.mark.parametrize("condition", [dict(), dict(text=(6, "bytes")), dict(prefix=(6, 5))])
 @pytest.mark.parametrize("continuous", [True, False])
 def test_ar_three_ways_to_decode_are_one(condition, continuous):
-    """Cache cut to the filled part, no cache, static shapes compiled without a graph break; guidance off, on, at first only."""
+    """Cache cut to the filled part, no cache, static shapes compiled without a graph break; guidance off, on,
+    at first only.
+    """
     torch.compiler.reset()
     model = small_ar(continuous, **condition).eval()
     if not continuous:
-        model.rope[:model.n_prefix] = 0                     # as in LlamaGen's released weights: official/llamagen.py
+        model.rope[:model.n_prefix] = 0              # as in LlamaGen's released weights: official/llamagen.py
         nn.init.normal_(model.head.proj.weight)
     cond = {"text": ar_transformer.bytes_of(["a", "ring", "", "a star"], 6), "prefix": torch.randn(4, 6, 5)}
     cond = cond[next(iter(condition))] if condition else torch.arange(4)
@@ -211,17 +227,21 @@ def test_ar_three_ways_to_decode_are_one(condition, continuous):
         for way in WAYS.values():
             torch.manual_seed(3)
             drawn.append(model.sample(cond, cfg=cfg, cfg_interval=interval, **way))
-        assert drawn[0].float().std() > 0 and all(torch.allclose(drawn[0].float(), x.float(), atol=1e-3) for x in drawn[1:])
+        assert drawn[0].float().std() > 0 and all(
+            torch.allclose(drawn[0].float(), x.float(), atol=1e-3) for x in drawn[1:])
         if cfg > 1 and interval < 0:
             everything = drawn[0]
     assert not torch.equal(everything, drawn[0]), "the guided interval ended"
-    assert torch.equal(everything[:, :3], drawn[0][:, :3]), "c = 2 guides the first 4 tokens, as LlamaGen counts"
+    assert torch.equal(everything[:, :3],
+                       drawn[0][:, :3]), "c = 2 guides the first 4 tokens, as LlamaGen counts"
 
 
 def test_ar_token_dropout_covers_the_class_too():
     model = small_ar(False, n_layer=0, dropout=0.5, label_drop=0)
-    zeros = model.hidden_states(torch.zeros(400, 12, dtype=torch.long), torch.zeros(400, dtype=torch.long)).eq(0).float().mean((0, 2))
-    assert zeros.shape == (12,) and (zeros - 0.5).abs().max() < 0.03, "LlamaGen drops from the whole embedded sequence"
+    zeros = model.hidden_states(torch.zeros(400, 12, dtype=torch.long),
+                                torch.zeros(400, dtype=torch.long)).eq(0).float().mean((0, 2))
+    assert zeros.shape == (12, ) and (
+        zeros - 0.5).abs().max() < 0.03, "LlamaGen drops from the whole embedded sequence"
 
 
 def test_ar_bytes_are_read_in_order_and_padding_is_not():
@@ -257,4 +277,5 @@ def test_ar_learns_what_captions_say():
     _, curve = ar_transformer.read_captions("cpu", 600)
     _, told, untold = curve[-1]
     assert told < 0.5, f"{told:.2f} nats are left when the caption tells the picture"
-    assert math.log(30) - 1e-3 <= untold < 1.06 * math.log(30), f"{untold:.3f} nats without a caption, ln 30 = 3.401 is the least"
+    assert math.log(30) - 1e-3 <= untold < 1.06 * math.log(
+        30), f"{untold:.3f} nats without a caption, ln 30 = 3.401 is the least"

@@ -42,11 +42,13 @@ def test_groups_are_a_product_of_softmaxes(groups, V, base):
     digits = lambda i: [i // base ** g % base for g in range(groups)]                       # the lowest first
     rows = head.proj.weight.detach().view(groups, base, 6)
     factors = [D.Categorical(logits=row @ h) for row in rows]
-    slow = torch.stack([sum(f.log_prob(torch.tensor(d)) for f, d in zip(factors, digits(i))) for i in range(V)])
+    slow = torch.stack(
+        [sum(f.log_prob(torch.tensor(d)) for f, d in zip(factors, digits(i))) for i in range(V)])
     ours = -head.loss(h.expand(V, -1), torch.arange(V)).detach()
     assert torch.allclose(ours, slow, atol=1e-5) and abs(ours.logsumexp(0)) < 1e-5
     assert torch.allclose(head.logits(h).log_softmax(-1), slow, atol=1e-5)
-    assert torch.allclose(head.embed(torch.arange(V)), torch.stack([sum(rows[g, d] for g, d in enumerate(digits(i))) for i in range(V)]))
+    assert torch.allclose(head.embed(torch.arange(V)),
+                          torch.stack([sum(rows[g, d] for g, d in enumerate(digits(i))) for i in range(V)]))
     guided, many = [], h.expand(2, 9000, 6)                 # each digit is guided, warmed and cut by itself
     for row in rows:
         logits = (row @ null + 1.5 * (row @ h - row @ null)) / 0.8
@@ -64,17 +66,19 @@ def test_groups_are_a_product_of_softmaxes(groups, V, base):
 def test_generators_of_digits_start_at_ln_v_and_train_every_weight(kind, groups):
     model = grouped(kind, groups)
     V = model.vocab_size
-    x, cond, step = torch.randint(V, (8, 12)), torch.arange(8) % 5, torch.optim.SGD(model.parameters(), lr=0.1)
+    x, cond, step = torch.randint(V,
+                                  (8, 12)), torch.arange(8) % 5, torch.optim.SGD(model.parameters(), lr=0.1)
     loss, _ = model.eval()(x, cond)
     assert abs(loss - math.log(V)) < 0.1
-    for _ in range(2):                                      # a head at zero lets nothing through in the first step
+    for _ in range(2):                                 # a head at zero lets nothing through in the first step
         step.zero_grad()
         model.train()(x, cond)[0].backward()
         step.step()
     dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not dead, dead
     drawn = model.eval().sample(cond, cfg=2.0)
-    assert drawn.shape == x.shape and drawn.min() >= 0 and drawn.max() < V and (drawn >= V // 2).any() and (drawn < V // 2).any()
+    assert drawn.shape == x.shape and drawn.min() >= 0 and drawn.max() < V and (drawn >= V // 2).any() and (
+        drawn < V // 2).any()
     known = torch.arange(12) < 6
     drawn = model.sample(cond, known=x, known_mask=known.expand(8, -1))
     assert torch.equal(drawn[:, known], x[:, known]) and not torch.equal(drawn, x)
@@ -94,13 +98,16 @@ def test_digits_cached_or_not_and_their_beam(kind, groups):
         changed = (model.hidden_states(x, cond) - h).abs().amax((0, 2)) > 1e-6
         assert not changed[:6].any() and changed[6], "the lowest digit is read, and not before its turn"
         tokens, log_p = model.beam_search(cond)
-        assert torch.allclose(log_p, -model.head.loss(model.hidden_states(tokens, cond), tokens).sum(1), atol=1e-3)
+        assert torch.allclose(log_p, -model.head.loss(model.hidden_states(tokens, cond), tokens).sum(1),
+                              atol=1e-3)
     with pytest.raises(ValueError, match="in one softmax"):
         llamagen.to_llama(model)
 
 
 def test_maskgit_of_digits_counts_all_of_them():
-    """The smoothed loss over all V ids, and an accuracy that wants every digit, written out over the whole vocabulary."""
+    """The smoothed loss over all V ids, and an accuracy that wants every digit, written out over the whole
+    vocabulary.
+    """
     model, cond = grouped("maskgit"), torch.zeros(3, dtype=torch.long)
     opinions(model.head)
     x = torch.randint(16, (3, 12))
@@ -115,14 +122,18 @@ def test_maskgit_of_digits_counts_all_of_them():
     assert torch.allclose(logs["nll"], nll[mask].mean(), atol=1e-5)
     assert torch.allclose(logs["accuracy"], (log_p.argmax(-1) == x)[mask].float().mean())
     other = torch.where(mask, 15 - x, x)
-    assert torch.equal(model.hidden_states(x, cond, mask), model.hidden_states(other, cond, mask)), "a hidden id leaks"
+    assert torch.equal(model.hidden_states(x, cond, mask), model.hidden_states(other, cond,
+                                                                               mask)), "a hidden id leaks"
 
 
 @pytest.mark.parametrize("words, shape", [(["--groups", "2"], (16, 128)),
                                           (["--groups", "3", "--generator", "maskgit"], (12, 128))])
 def test_digits_are_trained_and_drawn_by_the_programs(words, shape, tiny_run, capsys):
     name = "digits" + "".join(words).replace("--", "-")
-    train.main([*TINY, *RARELY, "--runs", str(tiny_run), *IDS, "--tokenizer", "lfq", "--vocab_size", "64", "--name", name, *words])
+    train.main([
+        *TINY, *RARELY, "--runs",
+        str(tiny_run), *IDS, "--tokenizer", "lfq", "--vocab_size", "64", "--name", name, *words
+    ])
     run = runs.load_run(tiny_run / name)
     head = run.generator.head
     assert head.proj.weight.shape == shape
@@ -131,13 +142,18 @@ def test_digits_are_trained_and_drawn_by_the_programs(words, shape, tiny_run, ca
     assert 0 < log_of(tiny_run, name)[24] < 1.1 * math.log(64)
     sample.main([str(tiny_run / name), "--n", "3", "--top_k", "2", "--out", str(tiny_run / "x.png")])
     with pytest.raises(SystemExit, match="does not fit"):
-        train.main([*TINY, *RARELY, "--runs", str(tiny_run), *IDS, "--tokenizer", "lfq", "--name", name, "--groups", "6"])
+        train.main([
+            *TINY, *RARELY, "--runs",
+            str(tiny_run), *IDS, "--tokenizer", "lfq", "--name", name, "--groups", "6"
+        ])
 
 
-@pytest.mark.parametrize("words, sentence", [
-    (["--tokenizer", "vae", "--groups", "2"], "goes with --head categorical"), (["--tokenizer", "lfq", "--groups", "0"], "at least 1"),
-    (["--tokenizer", "vq", "--vocab_size", "1000", "--groups", "2"], "whole number to the power of 2, such as 1024"),
-    (["--tokenizer", "lfq", "--groups", "3"], "--vocab_size 1024 must be")])
+@pytest.mark.parametrize("words, sentence",
+                         [(["--tokenizer", "vae", "--groups", "2"], "goes with --head categorical"),
+                          (["--tokenizer", "lfq", "--groups", "0"], "at least 1"),
+                          (["--tokenizer", "vq", "--vocab_size", "1000", "--groups", "2"
+                            ], "whole number to the power of 2, such as 1024"),
+                          (["--tokenizer", "lfq", "--groups", "3"], "--vocab_size 1024 must be")])
 def test_digits_that_do_not_fit_are_refused_before_anything_is_trained(words, sentence, tmp_path):
     with pytest.raises(SystemExit, match=sentence):
         train.main([*words, "--runs", str(tmp_path), "--device", "cpu"])

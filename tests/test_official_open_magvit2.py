@@ -1,4 +1,6 @@
-"""Tests of official/open_magvit2.py: tiny weights made by the authors' own code, and the numbers that their code gave."""
+"""Tests of official/open_magvit2.py: tiny weights made by the authors' own code, and the numbers that their
+code gave.
+"""
 import math
 
 import pytest
@@ -28,10 +30,11 @@ def test_sub_tokens_are_a_chain_over_the_bits():
     ids, log_p = head.sample(h.expand(20_000, 16))
     assert torch.allclose(log_p, slow[ids], atol=1e-4)
     assert torch.allclose(ids.bincount(minlength=32) / 20_000, slow.exp(), atol=0.015)
-    low, _ = head.sample(h.expand(50, 16), temperature=(1e-5, 1.0))                         # a temperature for each digit
+    low, _ = head.sample(h.expand(50, 16), temperature=(1e-5, 1.0))             # a temperature for each digit
     assert len((low % 4).unique()) == 1 and len((low // 4).unique()) > 1
     null = torch.randn(50, 16)
-    same, other = (torch.manual_seed(1) and head.sample(h.expand(50, 16), null, cfg=c)[0] for c in (1.0, (1.0, 4.0)))
+    same, other = (torch.manual_seed(1) and head.sample(h.expand(50, 16), null, cfg=c)[0]
+                   for c in (1.0, (1.0, 4.0)))
     assert torch.equal(same % 4, other % 4) and not torch.equal(same // 4, other // 4)
     for split in ((2, 2), (5, 0), (5,)):
         with pytest.raises(ValueError, match="split"):
@@ -42,11 +45,13 @@ def test_open_magvit2_has_the_authors_logits_and_loss():
     model, g, _ = open_magvit2()
     assert (model.vocab_size, model.num_classes, model.head.split, model.training) == (256, 10, (3, 5), False)
     assert torch.equal(model.rope, g["freqs_cis"])
-    ids, cond = g["idx_pre"] + (g["idx_post"] << 3), g["cls"][:, 0]                         # pre: the low bits
+    ids, cond = g["idx_pre"] + (g["idx_post"] << 3), g["cls"][:, 0]                        # pre: the low bits
     rows = model.head.rows(model.hidden_states(ids, cond), [g["idx_pre"]])
     close(model.head.heads[0].logits(rows[..., 0, :]), g["logits_pre"], 1e-6)
     close(model.head.heads[1].logits(rows[..., 1, :]), g["logits_post"], 1e-6)
-    theirs = [F.cross_entropy(g[f"logits_{n}"].flatten(0, 1), g[f"idx_{n}"].flatten()) for n in ("pre", "post")]
+    theirs = [
+        F.cross_entropy(g[f"logits_{n}"].flatten(0, 1), g[f"idx_{n}"].flatten()) for n in ("pre", "post")
+    ]
     close(model(ids, cond)[0].detach(), sum(theirs), 1e-5)
 
 
@@ -60,11 +65,14 @@ def test_open_magvit2_writes_the_authors_tokens(way):
 def test_open_magvit2_from_official_reads_files_and_names_keys(tmp_path):
     model, _, sd = open_magvit2()
     options = dict(n_head=4, grid=(4, 4))
-    whole = {f"transformer.{k}": v for k, v in sd.items()} | {"first_stage_model.encoder.conv_in.weight": torch.zeros(3)}
-    torch.save({"state_dict": whole, "epoch": 3}, tmp_path / "AR_256_B.ckpt")               # theirs, with the tokenizer in it
+    whole = {f"transformer.{k}": v
+             for k, v in sd.items()} | {"first_stage_model.encoder.conv_in.weight": torch.zeros(3)}
+    # theirs, with the tokenizer in it
+    torch.save({"state_dict": whole, "epoch": 3}, tmp_path / "AR_256_B.ckpt")
     other = official.load_gpt(tmp_path / "AR_256_B.ckpt", **options).state_dict()
     assert all(torch.equal(v, other[k]) for k, v in model.state_dict().items())
-    for lost in ("pre_emb.weight", "head.1.weight", "spatial_blocks.1.feed_forward.w2.weight", "factorized_blocks.0.ffn_norm.weight"):
+    for lost in ("pre_emb.weight", "head.1.weight", "spatial_blocks.1.feed_forward.w2.weight",
+                 "factorized_blocks.0.ffn_norm.weight"):
         with pytest.raises(ValueError, match=f"missing.*{lost}"):
             official.load_gpt({k: v for k, v in sd.items() if k != lost}, **options)
     with pytest.raises(ValueError, match="unknown.*head.2.weight"):
@@ -73,12 +81,13 @@ def test_open_magvit2_from_official_reads_files_and_names_keys(tmp_path):
         official.load_gpt(sd)
 
 
-@pytest.mark.parametrize("name, n_layer, millions", [("gpt-l", 2, 343.6), ("gpt-xl", 3, 804.4), ("gpt-xxl", 4, 1486.7)])
+@pytest.mark.parametrize("name, n_layer, millions", [("gpt-l", 2, 343.6), ("gpt-xl", 3, 804.4),
+                                                     ("gpt-xxl", 4, 1486.7)])
 def test_open_magvit2_of_the_paper_has_its_parameter_count(name, n_layer, millions):
     size = ar_transformer.SIZES[name]
     with torch.device("meta"):
-        model = official.build_gpt(256, 1000, (16, 16), size["n_layer"], size["n_head"], size["n_embd"], (6, 12), n_layer,
-                                   multiple_of=256)
+        model = official.build_gpt(256, 1000, (16, 16), size["n_layer"], size["n_head"], size["n_embd"],
+                                   (6, 12), n_layer, multiple_of=256)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
 
 
@@ -100,7 +109,7 @@ def test_a_generator_of_sub_tokens_starts_at_ln_v_and_trains_every_weight():
     loss, _ = model.eval()(x, cond)
     assert abs(loss - math.log(16)) < 1e-5
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(2):                                      # a head at zero lets nothing through in the first step
+    for _ in range(2):                                 # a head at zero lets nothing through in the first step
         optimizer.zero_grad()
         model.train()(x, cond)[0].backward()
         optimizer.step()
