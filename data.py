@@ -38,7 +38,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
+
+from common import pictures
 
 SHAPES = ("disc", "triangle", "square", "pentagon", "star", "trefoil", "ring", "cross", "bar", "crescent")
 ACTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "shrinks",
@@ -228,8 +230,15 @@ class ImageSet:
     """
 
     def __init__(self, images, labels, classes, device, flip=False, texts=None, one_hot=0):
-        self.images, self.labels, self.classes, self.one_hot = images, labels.to(device), list(classes), one_hot
-        self.device, self.flip, self.texts = torch.device(device), flip, texts
+        self.images = images
+        self.labels = labels.to(device)
+        self.classes = list(classes)
+        self.device = self.labels.device                    # "cuda" has become "cuda:0" here
+        self.flip = flip
+        self.texts = texts
+        self.one_hot = one_hot
+        # Looked at once, and by kind: a device named without its number equals no tensor's device.
+        self.beside_labels = isinstance(images, torch.Tensor) and images.is_cpu == self.labels.is_cpu
 
     def __len__(self):
         return len(self.labels)
@@ -241,15 +250,17 @@ class ImageSet:
 
     def batch(self, index):
         """index (B,) int64 on the CPU -> images (B, 3, H, W) float32 in [-1, 1], labels (B,), both on the device."""
-        if isinstance(self.images, torch.Tensor) and self.images.device == self.device:
+        if self.beside_labels:
             index = index.to(self.device, non_blocking=True)
-            images, labels = self.images[index], self.labels[index]
-        else:
             images = self.images[index]
-            if self.device.type == "cuda":
-                images, index = images.pin_memory(), index.pin_memory()
+        else:                                               # copied while the device still computes the last step
+            images = self.images[index]
+            if self.labels.is_cuda:
+                images = images.pin_memory()
+                index = index.pin_memory()
             images = images.to(self.device, non_blocking=True)
-            labels = self.labels[index.to(self.device, non_blocking=True)]
+            index = index.to(self.device, non_blocking=True)
+        labels = self.labels[index]
         if self.one_hot:
             images = 2.0 * (images == torch.arange(self.one_hot, device=self.device).view(-1, 1, 1)) - 1
         else:
@@ -304,8 +315,8 @@ def load(data="shapes", image_size=32, split="train", device="cpu", seed=0, flip
         images, labels = [], []
         for i in range(0, n, 1000):
             x, y, masks, distances = draw(torch.arange(start + i, start + min(i + 1000, n), device=device), image_size, seed)
-            images.append({"class": lambda: to_uint8(x), "segment": lambda: masks[:, None].to(torch.uint8),
-                           "depth": lambda: to_uint8(distances)[:, None].expand(-1, 3, -1, -1)}[task]())
+            images.append({"class": lambda: pictures.to_uint8(x), "segment": lambda: masks[:, None].to(torch.uint8),
+                           "depth": lambda: pictures.to_uint8(distances)[:, None].expand(-1, 3, -1, -1)}[task]())
             labels.append(y)
         one_hot = 1 + len(SHAPES) if task == "segment" else 0
         return ImageSet(torch.cat(images), torch.cat(labels), SHAPES, device, flip, one_hot=one_hot)
@@ -352,7 +363,7 @@ def draw_clip_set(image_size, frames, split, device, seed=0, n=None):
     actions = torch.empty(n, dtype=torch.long, device=device)
     for i in torch.arange(n, device=device).split(max(1, 2000 // frames)):              # drawn in float32: a few at a time
         x, actions[i], _ = draw_clips(i + (0 if split == "train" else VAL_INDEX), image_size, frames, seed)
-        clips[i] = to_uint8(x)
+        clips[i] = pictures.to_uint8(x)
     return ImageSet(clips, actions, ACTIONS, device)
 
 
@@ -383,11 +394,6 @@ def load_clips(data, image_size, frames, frame_step, split, device, flip, skip_b
         if len(set(kept)) < len(classes):
             raise BadInput(f"--data {data}: without its unreadable and short clips a class is empty")
     return ImageSet(torch.stack(clips).to(device), torch.tensor(kept), classes, device, flip)
-
-
-def to_uint8(images):
-    """images in [-1, 1] -> uint8 by rounding, the inverse of `x / 127.5 - 1`."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def free_bytes(device):
@@ -534,17 +540,17 @@ def read_clip(name, opener, image_size, frames, frame_step=None):
     frame_step n: every n-th frame, and of these as many windows, one behind the other, as there are.
     """
     try:
-        pictures = [centre_crop(picture, image_size) for picture in pictures_of(name, opener())]
+        cropped = [centre_crop(picture, image_size) for picture in pictures_of(name, opener())]
     except (OSError, SyntaxError, ValueError, IndexError, EOFError, Image.DecompressionBombError) as e:
         raise BadInput(f"{name}: not a readable clip ({e}); remove it, or leave such files out with --skip_bad") from None
-    pictures = pictures[::frame_step]
-    if len(pictures) < frames:
+    cropped = cropped[::frame_step]
+    if len(cropped) < frames:
         every = f" with --frame_step {frame_step}" if frame_step else ""
-        raise BadInput(f"{name}: has {len(pictures)} frames{every}, fewer than --frames {frames}; remove it, or leave such "
+        raise BadInput(f"{name}: has {len(cropped)} frames{every}, fewer than --frames {frames}; remove it, or leave such "
                        "files out with --skip_bad")
     if frame_step is None:
-        pictures = [pictures[i] for i in np.linspace(0, len(pictures) - 1, frames).round().astype(int)]
-    clip = torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2)                         # (3, all of them, H, W)
+        cropped = [cropped[i] for i in np.linspace(0, len(cropped) - 1, frames).round().astype(int)]
+    clip = torch.from_numpy(np.stack(cropped)).permute(3, 0, 1, 2)                         # (3, all of them, H, W)
     return [window.contiguous() for window in clip.split(frames, 1) if window.shape[1] == frames]
 
 
@@ -607,92 +613,6 @@ def load_npz(path, image_size, split, device, flip):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Pictures: what the programs and the demos save
-
-def colour_maps(maps):
-    """Label maps (B, n, H, W), the largest channel wins -> pictures (B, 3, H, W) in [-1, 1]; channel 0 becomes black."""
-    hue = torch.arange(maps.shape[1] - 1, device=maps.device) * 0.618 % 1           # neighbours are far apart
-    wheel = ((hue[:, None] + torch.tensor([0, 1 / 3, 2 / 3], device=maps.device)) % 1 * 6 - 3).abs() - 1
-    palette = torch.cat([-torch.ones(1, 3, device=maps.device), wheel.clamp(0, 1) * 1.5 - 0.5])            # (n, 3)
-    return palette[maps.argmax(1)].permute(0, 3, 1, 2)
-
-
-def tile(images, columns, gap=1, scale=1):
-    """images (N, 3, H, W) in [-1, 1] -> one (H', W', 3) uint8 array, row by row, enlarged `scale` times."""
-    images = to_uint8(images.detach().cpu())
-    N, _, H, W = images.shape
-    rows = -(-N // columns)
-    sheet = torch.full((3, rows * (H + gap) - gap, columns * (W + gap) - gap), 255, dtype=torch.uint8)
-    for i in range(N):
-        r, c = divmod(i, columns)
-        sheet[:, r * (H + gap):r * (H + gap) + H, c * (W + gap):c * (W + gap) + W] = images[i]
-    return sheet.permute(1, 2, 0).numpy().repeat(scale, 0).repeat(scale, 1)
-
-
-def save_rows(path, rows, title=""):
-    """Save labelled rows of images: rows = [(text, images (n, 3, H, W) in [-1, 1]), ...] -> a PNG."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    n, size = max(len(images) for _, images in rows), rows[0][1].shape[-1]
-    scale, margin = max(1, 48 // size), 0.2 + 0.075 * max(len(text) for text, _ in rows)    # inches for the words
-    fig, axes = plt.subplots(len(rows), 1, figsize=(max(1.5, margin) + 0.55 * n, 0.58 * len(rows) + 0.5 * bool(title)), squeeze=False)
-    for ax, (text, images) in zip(axes[:, 0], rows):
-        ax.imshow(tile(images, n, gap=2, scale=scale), interpolation="nearest")
-        ax.set_axis_off()
-        ax.text(-0.01, 0.5, text, transform=ax.transAxes, ha="right", va="center", fontsize=9)
-    fig.suptitle(title, fontsize=10)
-    width, height = fig.get_size_inches()
-    fig.subplots_adjust(left=margin / width, right=0.995, bottom=0.01,
-                        top=1 - 0.42 * bool(title) / height, hspace=0.04)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-
-
-def save_class_grid(path, images, labels, classes, title=""):
-    """One labelled row per class: images (N, 3, H, W), labels (N,)."""
-    rows = [(str(name), images[labels.to(images.device) == k]) for k, name in enumerate(classes)]
-    save_rows(path, [r for r in rows if len(r[1])], title)
-
-
-def film(clip, n=9, given=0):
-    """A clip (3, F, H, W) as a strip: n of its frames, evenly chosen -> (n, 3, H', W'). The first `given` frames of the clip
-    get a green edge."""
-    index = torch.linspace(0, clip.shape[1] - 1, min(n, clip.shape[1])).round().long()
-    return edged(clip[:, index].transpose(0, 1), index < given) if given else clip[:, index].transpose(0, 1)
-
-
-def edged(images, which):
-    """images (N, 3, H, W) in [-1, 1] -> the same, enlarged to about 48 pixels, inside an edge: green where which (N,), else
-    white."""
-    scale = max(1, 48 // images.shape[-1])
-    images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    colour = torch.where(which[:, None].cpu(), torch.tensor([-0.6, 0.6, -0.6]), torch.ones(3))              # (N, 3)
-    sheet = colour[:, :, None, None].repeat(1, 1, images.shape[2] + 6, images.shape[3] + 6)
-    sheet[:, :, 3:-3, 3:-3] = images
-    return sheet
-
-
-def save_clips(path, clips, columns, names=(), ms=110, given=0):
-    """Moving pictures: clips (N, 3, F, H, W) in [-1, 1] in a grid -> a GIF. names: of the rows. given: see film()."""
-    clips = clips.detach().cpu()
-    F_, H = clips.shape[2], clips.shape[3]
-    scale = 1 if given else max(1, 64 // H)
-    wide = 6 * max(map(len, names)) + 6 if names else 0     # the letters of Pillow's own font are 6 pixels wide
-    pictures = []
-    for t in range(F_):
-        frames = edged(clips[:, :, t], torch.full((len(clips),), t < given)) if given else clips[:, :, t]
-        sheet = Image.fromarray(tile(frames, columns, gap=2, scale=scale))
-        picture = Image.new("RGB", (wide + sheet.width, sheet.height), "white")
-        picture.paste(sheet, (wide, 0))
-        for row, name in enumerate(names):
-            y = ((row + 0.5) * (frames.shape[2] + 2) - 1) * scale - 6
-            ImageDraw.Draw(picture).text((3, y), name, fill="black")
-        pictures.append(picture)
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=[ms] * (F_ - 1) + [6 * ms], loop=0)
-
-
-# ---------------------------------------------------------------------------------------------------
 # Demo
 
 def demo_shapes(image_size):
@@ -709,7 +629,7 @@ def demo_shapes(image_size):
     rows = left.subgridspec(len(SHAPES), 1, hspace=0.05)
     for k, name in enumerate(SHAPES):
         ax = fig.add_subplot(rows[k])
-        ax.imshow(tile(images[labels == k][:9], 9, gap=2, scale=2))
+        ax.imshow(pictures.tile(images[labels == k][:9], 9, gap=2, scale=2))
         ax.set_axis_off()
         ax.text(-0.02, 0.5, name, transform=ax.transAxes, ha="right", va="center")
         if k == 0:
@@ -720,7 +640,7 @@ def demo_shapes(image_size):
         ax = fig.add_subplot(cells[i])
         mask = (masks[i] > 0).float().expand(3, -1, -1) * 2 - 1
         depth = (-d[i] / d[i].abs().max()).expand(3, -1, -1)
-        ax.imshow(tile(torch.stack([images[i], mask, depth]), 3, gap=2, scale=2))
+        ax.imshow(pictures.tile(torch.stack([images[i], mask, depth]), 3, gap=2, scale=2))
         ax.set_axis_off()
         ax.text(1.02, 0.5, text.replace(" on a ", "\non a "), transform=ax.transAxes, ha="left", va="center", fontsize=10)
         ax.set_anchor("W")
@@ -730,7 +650,7 @@ def demo_shapes(image_size):
     cells = bottom.subgridspec(len(ACTIONS), 1, hspace=0.05)
     for k, name in enumerate(ACTIONS):
         ax = fig.add_subplot(cells[k])
-        ax.imshow(tile(videos[actions == k][0].transpose(0, 1), 9, gap=2, scale=2))
+        ax.imshow(pictures.tile(videos[actions == k][0].transpose(0, 1), 9, gap=2, scale=2))
         ax.set_axis_off()
         ax.text(-0.02, 0.5, name, transform=ax.transAxes, ha="right", va="center", fontsize=9)
     fig.suptitle(f"data.py: the drawn world at {image_size} x {image_size} pixels, its captions, masks, distances and clips")
@@ -754,8 +674,8 @@ def main():
         n = min(len(train), 4000 // args.frames)
         images, labels = train.batch(order(len(train), n, 0))
         rows = [(c, images[labels == k][:12]) for k, c in enumerate(train.classes[:20])]
-        rows = rows if args.frames == 1 else [(c, film(x[0])) for c, x in rows if len(x)]
-        save_rows("data.png", [r for r in rows if len(r[1])], f"{args.data} at {args.image_size} x {args.image_size}")
+        rows = rows if args.frames == 1 else [(c, pictures.film(x[0])) for c, x in rows if len(x)]
+        pictures.save_rows("data.png", [r for r in rows if len(r[1])], f"{args.data} at {args.image_size} x {args.image_size}")
     print("wrote data.png")
 
 
