@@ -1,25 +1,28 @@
 """
-A diffusion head: the output layer of MAR, on its own. About thirty lines of diffusion instead of the 877 everyone copies.
+A diffusion head: the output layer of MAR, on its own.
 
 A mixture of Gaussians (gmm_head.py) must guess the shape of p(x | h) in advance. MAR (Li et al. 2024,
-https://arxiv.org/abs/2406.11838) assumes nothing: a small MLP learns to remove noise from ONE token x, told by the
-hidden state h what to look for, and sampling starts from pure noise and removes it in steps. The Diffusion Loss is
+arxiv.org/abs/2406.11838) assumes nothing. A small MLP learns to remove noise from ONE token x; the hidden
+state h tells it what to look for. Sampling starts from pure noise and removes it in steps. The Diffusion Loss
+is
 
-    loss = E_{t, eps} || eps - net(x_t, t, h) ||^2,     x_t = a_t x + s_t eps,     a_t^2 + s_t^2 = 1,
+    loss = E_{t, eps} [ |eps - net(x_t, t, h)|^2 / D + vb ],     x_t = a_t x + s_t eps,     a_t^2 + s_t^2 = 1,
 
-where t = 0 is the token and t = 999 noise. The transformer runs once per token; the steps repeat the MLP alone.
-objective="flow" trains the same MLP to predict the velocity eps - x of a straight line from token to noise instead.
+where t = 0 is the token and t = 999 noise. vb, a term of the likelihood bound, trains only the variance of a
+step, which the net predicts as well. The transformer runs once per set of tokens in MAR, and once per token
+in an autoregressive model; the steps repeat the MLP alone. objective="flow" trains the same MLP to predict
+the velocity eps - x of a straight line from token to noise instead.
 
-Shapes:  B batch, T tokens, C width of h, D numbers in a token, W width of the MLP, R copies per token (batch_mul), N steps
+Shapes:  B batch, T tokens, C width of h, D numbers in a token, W width of the MLP, R batch_mul, N steps
 
     loss    h (B, T, C), x (B, T, D) --R draws of t, eps--> x_t (R, B, T, D) --net--> (R, B, T, 2D) --> (B, T)
-    sample  noise (B, T, D) --N times net--> x (B, T, D)            there is no density: log p comes back as None
+    sample  noise (B, T, D) --N times net--> x (B, T, D)       no density: log p comes back as None
 
-    python diffusion_head.py   # 2-D toy tokens against steps, writes diffusion_head.png; about 50 s on 2 CPU cores
+    python diffusion_head.py   # 2-D toy tokens against steps, writes diffusion_head.png; about 50 s
 
 Try it yourself:
   1. Run with --steps 500. Which shapes are learned first, and which of the eight Gaussians' features last?
-  2. Leave vb out: .terms(...)[0] in loss(). Which sampler suffers at few steps, which one does not care, and why?
+  2. Leave vb out: .terms(...)[0] in loss(). Which sampler suffers at few steps, which one does not, and why?
   3. Make spacing="official" the default of sample(). What does a well trained head lose by it?
 """
 import argparse
@@ -30,18 +33,23 @@ import time
 import torch
 import torch.nn as nn
 
-T_TRAIN = 1000                                              # noise levels in training; any number of them in sampling
+SIZES = {                                                   # mar.HEAD_SIZES has those that belong to each MAR
+    "small": dict(width=256, depth=3),
+    "medium": dict(width=512, depth=3),
+    "mar-b": dict(width=1024, depth=6),
+}
+T_TRAIN = 1000                                              # noise levels in training; any number in sampling
 
 
-# ---------------------------------------------------------------------------------------------------
-# The noise schedule
+# ---- The noise schedule ----------------------------------------------------------------------------
 
 def timesteps(steps, spacing="strided"):
-    """The noise levels that sampling visits: -> (steps,) int64, ascending.
+    """The noise levels that sampling visits -> (steps,) int64, ascending.
 
-    "strided" steps by 1000 / steps from 0 and never goes above t = 980. At t = 999, a_t = 5e-5 and x0 = (x - s eps) / a
-    multiplies every error of the network by 20,000: the first of 100 steps leaves it 316 times larger, and a small or
-    young model explodes. At 980 it is 32. "official" is MAR's default, 0 .. 999 in equal parts: to reproduce its numbers.
+    "strided" steps by 1000 / steps from 0 and never goes above t = 980. At t = 999, a_t = 5e-5, and
+    x0 = (x - s eps) / a multiplies every error of the network by 20,000: the first of 100 steps leaves it 316
+    times larger, and a small or young model explodes. At 980 it is 32. "official" is MAR's default, 0 .. 999
+    in equal parts, to reproduce its numbers.
     """
     if spacing not in ("strided", "official"):
         raise ValueError(f"spacing {spacing!r} is neither 'strided' nor 'official'")
@@ -55,45 +63,46 @@ def timesteps(steps, spacing="strided"):
 
 
 def schedule(t):
-    """All coefficients of steps that visit only the noise levels t (N,): -> (N, 8) float32, one row per step.
+    """All coefficients of steps that visit only the noise levels t (N,) -> (N, 8) float32, one row per step.
 
     Columns: a, s of x_t = a x0 + s eps; the same one step earlier; k0, kx of the mean k0 x0 + kx x_t of
-    q(x_earlier | x_t, x0); log of the largest (beta) and the smallest (beta~) variance such a step can need. float64
-    inside: abar falls to 2e-9. Cosine schedule, Nichol & Dhariwal 2021 (https://arxiv.org/abs/2102.09672).
+    q(x_earlier | x_t, x0); log of the largest (beta) and the smallest (beta~) variance such a step can need.
+    float64 inside: abar falls to 2e-9. Cosine schedule, Nichol & Dhariwal 2021 (arxiv.org/abs/2102.09672).
     """
     u = torch.arange(T_TRAIN + 1, dtype=torch.float64, device="cpu") / T_TRAIN
     f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-    abar = (1 - (1 - f[1:] / f[:-1]).clamp(max=0.999)).cumprod(0)[t]                        # a^2 after many small steps
+    abar = (1 - (1 - f[1:] / f[:-1]).clamp(max=0.999)).cumprod(0)[t]              # a^2 after many small steps
     before = torch.cat([torch.ones_like(abar[:1]), abar[:-1]])
     beta = 1 - abar / before
-    variance = beta * (1 - before) / (1 - abar)                                             # 0 at the last step,
-    variance[0] = variance[min(1, len(t) - 1)]                                              # but its log is needed
-    k0, kx = before.sqrt() * beta / (1 - abar), (1 - beta).sqrt() * (1 - before) / (1 - abar)
+    variance = beta * (1 - before) / (1 - abar)                                       # 0 at the last step,
+    variance[0] = variance[min(1, len(t) - 1)]                                        # but its log is needed
+    k0 = before.sqrt() * beta / (1 - abar)
+    kx = (1 - beta).sqrt() * (1 - before) / (1 - abar)
     return torch.stack([abar.sqrt(), (1 - abar).sqrt(), before.sqrt(), (1 - before).sqrt(), k0, kx,
                         beta.log(), variance.clamp(min=1e-20).log()], 1).float()
 
 
 @functools.lru_cache(maxsize=None)
 def sampling_table(steps, spacing, device):
-    """timesteps() and their schedule() on the device, made once: copying to a GPU in every sample() would stall it."""
+    """timesteps() and their schedule() on the device, made once: copies in every sample() stall a GPU."""
     t = timesteps(steps, spacing)
     return t.to(device), schedule(t).to(device)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The MLP. Module names are the official ones, so that released MAR checkpoints load.
+# ---- The MLP. Module names are the official ones, so that released weights load --------------------
 
 class TimeEmbedding(nn.Module):
-    """t (...), a noise level 0 .. 999, need not be whole -> (..., W): 128 cosines and sines, then two layers."""
+    """t (...), a noise level 0 .. 999, need not be whole -> (..., W): cosines and sines, then two layers."""
 
     def __init__(self, width, n_freq=256):
         super().__init__()
         self.n_freq = n_freq
         self.mlp = nn.Sequential(nn.Linear(n_freq, width), nn.SiLU(), nn.Linear(width, width))
 
-    def sinusoid(self, t):                                  # (...) -> (..., n_freq), wavelengths 2 pi to 20,000 pi
+    def sinusoid(self, t):                             # (...) -> (..., n_freq), wavelengths 2 pi to 20,000 pi
         half = self.n_freq // 2
-        angle = t.float().unsqueeze(-1) * torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+        frequency = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+        angle = t.float().unsqueeze(-1) * frequency
         return torch.cat([angle.cos(), angle.sin()], -1)
 
     def forward(self, t):
@@ -129,8 +138,11 @@ class AdaLNOutput(nn.Module):
 
 
 class DenoisingMLP(nn.Module):
-    """net(x, t, c): noisy token (..., D), noise level (...), condition (..., C) -> (..., n_out). Leading shapes broadcast,
-    so one t () serves all rows while sampling, and R noisy copies of a token share one c."""
+    """net(x, t, c): noisy token (..., D), noise level (...), condition (..., C) -> (..., n_out).
+
+    Leading shapes broadcast, so one t () serves all rows while sampling, and R noisy copies of a token share
+    one c.
+    """
 
     def __init__(self, n_embd, token_dim, n_out, width, depth):
         super().__init__()
@@ -139,15 +151,19 @@ class DenoisingMLP(nn.Module):
         self.input_proj = nn.Linear(token_dim, width)
         self.res_blocks = nn.ModuleList([AdaLNBlock(width) for _ in range(depth)])
         self.final_layer = AdaLNOutput(width, n_out)
+        self.init_weights()
+
+    def init_weights(self):
+        """Gates and output start at 0: the first prediction is 0, and a block joins in when useful."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for i in (0, 2):
             nn.init.normal_(self.time_embed.mlp[i].weight, std=0.02)
-        # Every gate and the output start at 0: the first prediction is 0, and each block joins in when it is useful.
-        for layer in [m.adaLN_modulation[1] for m in (*self.res_blocks, self.final_layer)] + [self.final_layer.linear]:
-            nn.init.zeros_(layer.weight)
+        for module in (*self.res_blocks, self.final_layer):
+            nn.init.zeros_(module.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
 
     def denoise(self, x, y):                                # y = time_embed(t) + cond_embed(c)
         x = self.input_proj(x)
@@ -159,8 +175,7 @@ class DenoisingMLP(nn.Module):
         return self.denoise(x, self.time_embed(t) + self.cond_embed(c))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Training and sampling
+# ---- Training and sampling --------------------------------------------------------------------------
 
 def kl_bits(mean, log_var, mean2, log_var2):
     """KL(N(mean, var) || N(mean2, var2)) in bits, averaged over the last dimension."""
@@ -169,53 +184,69 @@ def kl_bits(mean, log_var, mean2, log_var2):
 
 
 def pixel_bits(x, mean, log_var):
-    """-log2 of the probability of the 8-bit bin around x, averaged over the last dimension: pixels in [-1, 1] have
-    such bins, latents do not. A leftover of image diffusion, kept only because the official loss has it at t = 0."""
-    cdf = lambda z: 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)))
-    low, high = (cdf((x - mean + edge) * (-0.5 * log_var).exp()) for edge in (-1 / 255, 1 / 255))
-    p = torch.where(x < -0.999, high, torch.where(x > 0.999, 1 - low, high - low))          # the end bins are open
+    """-log2 of the probability of the 8-bit bin around x, averaged over the last dimension.
+
+    Pixels in [-1, 1] have such bins, latents do not. A leftover of image diffusion, kept only because the
+    official loss has it at t = 0.
+    """
+    def cdf(edge):
+        z = (x - mean + edge) * (-0.5 * log_var).exp()
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)))
+
+    low = cdf(-1 / 255)
+    high = cdf(1 / 255)
+    p = torch.where(x < -0.999, high, torch.where(x > 0.999, 1 - low, high - low))    # the end bins are open
     return -p.clamp(min=1e-12).log2().mean(-1)
 
 
 class DiffusionHead(nn.Module):
     """p(x | h) as a denoising process. h (..., C), x (..., D) of about unit variance, any leading shape.
 
-    batch_mul: noise levels per token and training step; the transformer's h is dear, the MLP is cheap.
+    batch_mul: noise levels per token and training step. The transformer's h is dear, the MLP is cheap.
     flow_time: how objective="flow" draws t in (0, 1): "logit-normal" (more in the middle, SD3) or "uniform".
     """
 
-    def __init__(self, n_embd, token_dim, width=256, depth=3, objective="diffusion", batch_mul=4, flow_time="logit-normal"):
+    def __init__(self, n_embd, token_dim, width=256, depth=3, objective="diffusion", batch_mul=4,
+                 flow_time="logit-normal"):
         super().__init__()
-        if objective not in ("diffusion", "flow") or flow_time not in ("logit-normal", "uniform"):
-            raise ValueError(f"objective {objective!r} is not diffusion | flow, or flow_time {flow_time!r} is not "
-                             "logit-normal | uniform")
-        self.token_dim, self.objective, self.batch_mul, self.flow_time = token_dim, objective, batch_mul, flow_time
-        self.net = DenoisingMLP(n_embd, token_dim, token_dim * (2 if objective == "diffusion" else 1), width, depth)
+        if objective not in ("diffusion", "flow"):
+            raise ValueError(f"objective {objective!r} is not diffusion | flow")
+        if flow_time not in ("logit-normal", "uniform"):
+            raise ValueError(f"flow_time {flow_time!r} is not logit-normal | uniform")
+        self.token_dim = token_dim
+        self.objective = objective
+        self.batch_mul = batch_mul
+        self.flow_time = flow_time
+        n_out = 2 * token_dim if objective == "diffusion" else token_dim
+        self.net = DenoisingMLP(n_embd, token_dim, n_out, width, depth)
         self.register_buffer("table", schedule(torch.arange(T_TRAIN, device="cpu")), persistent=False)
 
     @staticmethod
     def reverse(x, eps, v, row):
-        """One step towards the token, from the network's eps, v (..., D): -> its mean, log variance, and x0 (..., D).
+        """One step towards the token, from the network's eps, v (..., D) -> mean, log variance, x0 (..., D).
 
-        The variance lies between the two extremes of the schedule (in logs), and v in about -1 .. 1 says where.
+        The variance lies between the two extremes of the schedule (in logs), and v in about -1 .. 1 says
+        where.
         """
         a, s, _, _, k0, kx, log_beta, log_tilde = row
         x0 = (x - s * eps) / a
         return k0 * x0 + kx * x, log_tilde + (v + 1) / 2 * (log_beta - log_tilde), x0
 
     def terms(self, x, h, t, noise):
-        """The loss terms for given randomness: x (..., D), h (..., C), t (...), noise (..., D), broadcast -> tuple of (...).
+        """The loss terms for given randomness: x (..., D), h (..., C), t (...), noise (..., D) -> each (...).
 
-        diffusion, t in 0 .. 999: (mse, vb). mse trains eps; vb, in bits, is the part of the likelihood bound that trains
-        the variance v: there eps is detached. In a new model vb is about 700 at t = 999. flow, t in 0 .. 1: (mse,).
+        diffusion, t in 0 .. 999: (mse, vb). mse trains eps. vb, in bits, is the part of the likelihood bound
+        that trains the variance v: there eps is detached. In a new model vb is about 700 at t = 999.
+        flow, t in 0 .. 1: (mse,).
         """
-        x, h = x.float(), h.float()
+        x = x.float()
+        h = h.float()
         with torch.autocast(x.device.type, enabled=False):
             if self.objective == "flow":
                 u = t.unsqueeze(-1)
                 velocity = self.net((1 - u) * x + u * noise, T_TRAIN * t, h)
                 return ((velocity - (noise - x)) ** 2).mean(-1),
-            row = self.table[t].unsqueeze(-2).unbind(-1)                                    # eight of (..., 1)
+            row = self.table[t].unsqueeze(-2).unbind(-1)                              # eight of (..., 1)
             x_t = row[0] * x + row[1] * noise
             eps, v = self.net(x_t, t, h).chunk(2, -1)
             mean, log_var, _ = self.reverse(x_t, eps.detach(), v, row)
@@ -225,7 +256,7 @@ class DiffusionHead(nn.Module):
 
     def loss(self, h, x):
         """The Diffusion Loss, averaged over batch_mul draws, not reduced: h (..., C), x (..., D) -> (...)."""
-        noise = torch.randn(self.batch_mul, *x.shape, device=x.device)                      # (R, ..., D)
+        noise = torch.randn(self.batch_mul, *x.shape, device=x.device)                # (R, ..., D)
         if self.objective == "diffusion":
             t = torch.randint(T_TRAIN, noise.shape[:-1], device=x.device)
         elif self.flow_time == "uniform":
@@ -235,72 +266,97 @@ class DiffusionHead(nn.Module):
         return sum(self.terms(x, h, t, noise)).mean(0)
 
     def predict(self, x, time, c, cfg):
-        """The network at x, guided: -> eps or velocity (..., D), v (..., D; flow: empty). Guidance mixes the first only."""
-        out, D = self.net.denoise(x, time + c), self.token_dim
+        """The network at x, guided -> eps or velocity (..., D), v (..., D; flow: empty).
+
+        Guidance mixes the first only. c is cond_embed(h) (..., W), or with a cfg both of them, (2, ..., W).
+        """
+        out = self.net.denoise(x, time + c)
+        D = self.token_dim
         if cfg is None:
             return out[..., :D], out[..., D:]
-        cond, uncond = out                                  # c is (2, ..., W): both see the same x
+        cond, uncond = out                                  # both see the same x
         return torch.lerp(uncond[..., :D], cond[..., :D], cfg), cond[..., D:]
 
     @torch.no_grad()
-    def sample(self, h, h_uncond=None, cfg=1.0, temperature=1.0, diffusion_steps=None, sampler=None, spacing="strided",
-               noise=None, on_step=None):
+    def sample(self, h, h_uncond=None, cfg=1.0, temperature=1.0, diffusion_steps=None, sampler=None,
+               spacing="strided", noise=None, on_step=None):
         """Draw one token per position: h (..., C) -> x (..., D), None (no density to report).
 
-        sampler: "ancestral" (as in MAR) or "ddim" (no noise on the way) for diffusion, "heun" (twice the cost per
-        step) or "euler" for flow; the first is the default. temperature scales the noise of each ancestral step, not the
-        first x; the other samplers have no other noise, so there it scales the first x. With h_uncond, the guided
-        prediction is u + cfg (c - u). noise (1 + steps, ..., D) replaces the random numbers; on_step(i, x) sees each step.
+        diffusion_steps: default 100, flow 25. sampler: "ancestral" (as in MAR) or "ddim" (no noise on the
+        way) for diffusion, "heun" (twice the cost per step) or "euler" for flow; the first is the default.
+        temperature scales the noise of each ancestral step, not the first x. The other samplers have no other
+        noise, so there it scales the first x. With h_uncond, the guided prediction is u + cfg (c - u). noise
+        (1 + steps, ..., D) replaces the random numbers. on_step(i, x) sees each step.
         """
         known = ("ancestral", "ddim") if self.objective == "diffusion" else ("heun", "euler")
-        sampler, N = sampler or known[0], diffusion_steps or (100 if self.objective == "diffusion" else 25)
+        sampler = sampler or known[0]
+        steps = diffusion_steps or (100 if self.objective == "diffusion" else 25)
         if sampler not in known:
-            raise ValueError(f"sampler {sampler!r} does not fit objective={self.objective!r}, which has {known}")
-        draw = lambda i: torch.randn(*h.shape[:-1], self.token_dim, device=h.device) if noise is None else noise[i]
+            raise ValueError(f"sampler {sampler!r} does not fit objective={self.objective!r}: it has {known}")
+        if h_uncond is None or cfg == 1.0:
+            cfg = None
+
+        def draw(i):
+            if noise is not None:
+                return noise[i]
+            return torch.randn(*h.shape[:-1], self.token_dim, device=h.device)
+
         with torch.autocast(h.device.type, enabled=False):
-            cfg = None if h_uncond is None or cfg == 1.0 else cfg
-            c = self.net.cond_embed((h if cfg is None else torch.stack([h, h_uncond])).float())   # once, not per step
+            states = h if cfg is None else torch.stack([h, h_uncond])
+            c = self.net.cond_embed(states.float())         # once, not per step
             x = draw(0) * (1.0 if sampler == "ancestral" else temperature)
             if self.objective == "flow":
-                times = self.net.time_embed(torch.linspace(T_TRAIN, 0, N + 1, device=h.device))   # (N + 1, W), for all rows
-                for i in range(N):
-                    velocity, _ = self.predict(x, times[i], c, cfg)
-                    if sampler == "heun":                   # the mean of the slopes at both ends of the step
-                        velocity = (velocity + self.predict(x - velocity / N, times[i + 1], c, cfg)[0]) / 2
-                    x = x - velocity / N
-                    if on_step:
-                        on_step(i, x)
-                return x, None
-            t, table = sampling_table(N, spacing, h.device)
-            times, rows = self.net.time_embed(t), table.unbind()
-            for i in range(N):
-                j = N - 1 - i                               # from noise to token
+                return self.follow_flow(x, c, cfg, steps, sampler, on_step), None
+            t, table = sampling_table(steps, spacing, h.device)
+            times = self.net.time_embed(t)                  # (steps, W), for all rows
+            for i in range(steps):
+                j = steps - 1 - i                           # from noise to token
                 eps, v = self.predict(x, times[j], c, cfg)
-                row = rows[j].unbind()
+                row = table[j].unbind()
                 mean, log_var, x0 = self.reverse(x, eps, v, row)
                 if sampler == "ddim":
                     x = row[2] * x0 + row[3] * eps          # the same x0 and eps, less noise
+                elif j > 0:
+                    x = mean + temperature * (0.5 * log_var).exp() * draw(1 + i)
                 else:
-                    x = mean if j == 0 else mean + temperature * (0.5 * log_var).exp() * draw(1 + i)
+                    x = mean
                 if on_step:
                     on_step(i, x)
             return x, None
 
+    # ---- Extras: a straight flow in place of diffusion
 
-# ---------------------------------------------------------------------------------------------------
-# Demo: the tokens of gmm_head.py, whose picture this one is to be laid beside.
+    def follow_flow(self, x, c, cfg, steps, sampler, on_step):
+        """Walk along the velocity from noise x (..., D) to tokens (..., D). heun averages two slopes."""
+        times = self.net.time_embed(torch.linspace(T_TRAIN, 0, steps + 1, device=x.device))   # (steps + 1, W)
+        for i in range(steps):
+            velocity, _ = self.predict(x, times[i], c, cfg)
+            if sampler == "heun":                           # of the slopes at both ends of the step
+                end, _ = self.predict(x - velocity / steps, times[i + 1], c, cfg)
+                velocity = (velocity + end) / 2
+            x = x - velocity / steps
+            if on_step:
+                on_step(i, x)
+        return x
+
+
+# ---- Demo: the tokens of gmm_head.py, whose picture this one is to be laid beside -------------------
 
 def toy_tokens(label):
-    """label (N,) in {0, 1, 2, 3} -> x (N, 2): a ring, a spiral, a checkerboard, eight Gaussians on a circle."""
+    """label (N,) in {0, 1, 2, 3} -> x (N, 2): a ring, a spiral, a checkerboard, eight Gaussians."""
+    def circle(angle):
+        return torch.stack([angle.cos(), angle.sin()], -1)
+
     u, v = torch.rand(2, len(label), device=label.device)
-    circle = lambda angle: torch.stack([angle.cos(), angle.sin()], -1)
     ring = 1.5 * circle(2 * math.pi * u)
     spiral = circle(4 * math.pi * u) * (0.2 + 1.6 * u)[:, None]
-    column, row = (4 * u).floor(), (2 * v).floor()
+    column = (4 * u).floor()
+    row = (2 * v).floor()
     board = torch.stack([4 * u - 2, 2 * row + column % 2 + torch.rand_like(v) - 2], -1)
     eight = 1.5 * circle((8 * u).floor() * math.pi / 4) + 0.1 * torch.randn_like(ring)
     thick = 0.05 * torch.randn_like(ring)
-    return torch.stack([ring + thick, spiral + thick, board, eight], 1)[torch.arange(len(label), device=label.device), label]
+    kinds = torch.stack([ring + thick, spiral + thick, board, eight], 1)              # (N, 4, 2)
+    return kinds[torch.arange(len(label), device=label.device), label]
 
 
 def fit_diffusion(objective, steps, device, width=64, classes=4, batch_size=128, lr=4e-3):
@@ -319,8 +375,11 @@ def fit_diffusion(objective, steps, device, width=64, classes=4, batch_size=128,
 
 
 def sliced_distance(x, y, n_slice=64):
-    """How far two clouds (classes, n, 2) are apart: the mean distance that points move when both are projected on a
-    random line and sorted (sliced Wasserstein-1), averaged over classes. Not 0 for two draws of the same data."""
+    """How far two clouds (classes, n, 2) are apart (sliced Wasserstein-1), averaged over classes -> ().
+
+    The mean distance that points move when both clouds are projected on a random line and sorted. It is not 0
+    for two draws of the same data.
+    """
     lines = nn.functional.normalize(torch.randn(2, n_slice, device=x.device), dim=0)
     return ((x @ lines).sort(1).values - (y @ lines).sort(1).values).abs().mean()
 
@@ -330,54 +389,31 @@ def quality(heads, label, data, costs):
     curves = {}
     for sampler in ("ancestral", "ddim", "euler", "heun"):
         table, head = heads["diffusion" if sampler in ("ancestral", "ddim") else "flow"]
-        per_step = 2 if sampler == "heun" else 1            # heun looks at the network twice in each step
+        per_step = 2 if sampler == "heun" else 1            # heun asks the network twice in each step
         drawn = [head.sample(table(label), sampler=sampler, diffusion_steps=n // per_step)[0] for n in costs]
         curves[sampler] = torch.stack([sliced_distance(x.view_as(data), data) for x in drawn]).cpu()
-        print(f"{sampler:9s} distance at cost " + "  ".join(f"{n}: {d:.3f}" for n, d in zip(costs, curves[sampler])))
+        print(f"{sampler:9s} distance at cost "
+              + "  ".join(f"{n}: {d:.3f}" for n, d in zip(costs, curves[sampler])))
     return curves
 
 
 def explosion(label, counts, steps=100):
-    """{spacing: std of samples for each number of denoising steps} of a head trained for very few steps, on the CPU."""
+    """{spacing: std of samples for each number of denoising steps} of a head trained for very few steps."""
     table, head = fit_diffusion("diffusion", steps, label.device)
     std = {}
     for spacing in ("official", "strided"):
         drawn = [head.sample(table(label), diffusion_steps=n, spacing=spacing)[0] for n in counts]
         std[spacing] = torch.stack([x.std() for x in drawn]).cpu()
-        print(f"trained for {steps} steps, {spacing}: std " + "  ".join(f"{n}: {v:.2f}" for n, v in zip(counts, std[spacing])))
+        print(f"trained for {steps} steps, {spacing}: std "
+              + "  ".join(f"{n}: {v:.2f}" for n, v in zip(counts, std[spacing])))
     return std
 
 
-def main():
-    parser = argparse.ArgumentParser(description="A diffusion head and a flow head on four kinds of 2-D tokens.")
-    parser.add_argument("--steps", type=int, default=4000, help="training steps of each head")
-    args = parser.parse_args()
+def plot_clouds(columns, costs, curves, floor, counts, std, data_std, gains, path):
+    """Four classes' clouds in columns (title, (4 n, 2)); below, the curves of costs and counts -> a PNG."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    device, start, heads, strip = "cuda" if torch.cuda.is_available() else "cpu", time.perf_counter(), {}, {}
-    torch.manual_seed(0)
-    label = torch.arange(4, device=device).repeat_interleave(600)
-    data = toy_tokens(label).view(4, -1, 2)
-    for objective in ("diffusion", "flow"):
-        heads[objective] = fit_diffusion(objective, args.steps, device)
-        print(f"{objective}: trained for {args.steps} steps   ({time.perf_counter() - start:.0f} s so far)")
-    floor = torch.stack([sliced_distance(toy_tokens(label).view_as(data), data) for _ in range(8)]).mean().cpu()
-    print(f"two draws of the data: distance {floor:.3f}, std {data.std():.2f}")
-    costs, counts = [2, 4, 8, 16, 32, 100], [10, 25, 50, 100, 250]
-    curves, std = quality(heads, label, data, costs), explosion(label[::4], counts)
-    (table, head), (flow_table, flow_head) = heads.values()
-    x, _ = head.sample(table(label), diffusion_steps=100, on_step=lambda i, x: strip.update({i + 1: x}))
-    flow, _ = flow_head.sample(flow_table(label))
-    guided, _ = head.sample(table(label), table(label.roll(600)), cfg=3.0)
-    modes = 1.5 * torch.stack([(torch.arange(8, device=device) * math.pi / 4 + a).cos() for a in (0, -math.pi / 2)], 1)
-    for name, cloud in (("data", data), ("diffusion", x), ("flow", flow)):
-        near = torch.cdist(cloud.reshape(4, -1, 2)[3], modes) < 0.3
-        print(f"{name}: within 3 sigma of one of the eight modes {near.float().sum(1).mean():.3f}, "
-              f"weights of the modes {near.float().mean(0).min():.3f} to {near.float().mean(0).max():.3f}")
-
-    columns = [(f"after step {i}", strip[i]) for i in (1, 50, 75, 88, 95, 100)]
-    columns = [("the data", data), *columns, ("flow, heun 25", flow), ("guidance 3", guided)]
     fig = plt.figure(figsize=(1.55 * len(columns), 10.4), layout="constrained")
     top, bottom = fig.subfigures(2, 1, height_ratios=[4 * 1.6, 3.6])
     axes = top.subplots(4, len(columns))
@@ -385,12 +421,14 @@ def main():
         for ax, (title, cloud) in zip(axes[row], columns):
             cloud = cloud.reshape(4, -1, 2)[row].cpu()
             ax.plot(cloud[:, 0], cloud[:, 1], ".", ms=1.5, alpha=0.4)
-            ax.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), xticks=[], yticks=[], aspect="equal", title="" if row else title)
+            ax.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), xticks=[], yticks=[], aspect="equal",
+                   title="" if row else title)
         axes[row][0].set_ylabel(name)
-    top.suptitle("diffusion_head.py: noise becomes tokens of four classes (guidance: away from the class above)")
+    top.suptitle("diffusion_head.py: noise becomes tokens of four classes "
+                 "(guidance: away from the class above)")
     left, right = bottom.subplots(1, 2)
     for ax, ticks, lines, level, text in ((left, costs, curves, floor, "two draws of the data"),
-                                          (right, counts, std, data.std(), "the data")):
+                                          (right, counts, std, data_std, "the data")):
         for name, values in lines.items():
             ax.plot(ticks, values, "o-", label=name)
         ax.axhline(level.cpu(), color="k", ls=":", label=text)
@@ -398,13 +436,57 @@ def main():
         ax.set_xticks(ticks, ticks)
         ax.set_xticks([], minor=True)
         ax.legend(fontsize=9, loc="upper right" if ax is left else "center left")
-    left.set(xlabel="evaluations of the network per token", ylabel="sliced Wasserstein distance", title="quality and cost")
+    left.set(xlabel="evaluations of the network per token", ylabel="sliced Wasserstein distance",
+             title="quality and cost")
     left.set_yticks([0.05, 0.1, 0.2, 0.4], ["0.05", "0.1", "0.2", "0.4"])
     left.set_yticks([], minor=True)
-    right.set(xlabel="denoising steps", ylabel="std of the samples", title="why not to start at t = 999: 100 training steps")
+    right.set(xlabel="denoising steps", ylabel="std of the samples",
+              title="why not to start at t = 999: 100 training steps")
+    right.text(0.97, 0.55, "\n".join(["x0 = (x - s eps) / a", *gains]), transform=right.transAxes, ha="right",
+               va="center")
+    fig.savefig(path, dpi=80)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="A diffusion and a flow head on four kinds of 2-D tokens.")
+    parser.add_argument("--steps", type=int, default=4000, help="training steps of each head")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    label = torch.arange(4, device=device).repeat_interleave(600)
+    data = toy_tokens(label).view(4, -1, 2)
+    heads = {}
+    for objective in ("diffusion", "flow"):
+        heads[objective] = fit_diffusion(objective, args.steps, device)
+        print(f"{objective}: trained for {args.steps} steps   ({time.perf_counter() - start:.0f} s so far)")
+    floor = [sliced_distance(toy_tokens(label).view_as(data), data) for _ in range(8)]
+    floor = torch.stack(floor).mean().cpu()
+    print(f"two draws of the data: distance {floor:.3f}, std {data.std():.2f}")
+    costs = [2, 4, 8, 16, 32, 100]
+    counts = [10, 25, 50, 100, 250]
+    curves = quality(heads, label, data, costs)
+    std = explosion(label[::4], counts)
+
+    table, head = heads["diffusion"]
+    flow_table, flow_head = heads["flow"]
+    strip = {}
+    x, _ = head.sample(table(label), diffusion_steps=100, on_step=lambda i, x: strip.update({i + 1: x}))
+    flow, _ = flow_head.sample(flow_table(label))
+    guided, _ = head.sample(table(label), table(label.roll(600)), cfg=3.0)
+    angle = torch.arange(8, device=device) * math.pi / 4
+    modes = 1.5 * torch.stack([angle.cos(), angle.sin()], 1)                          # (8, 2)
+    for name, cloud in (("data", data), ("diffusion", x), ("flow", flow)):
+        near = torch.cdist(cloud.reshape(4, -1, 2)[3], modes) < 0.3
+        share = near.float().mean(0)
+        print(f"{name}: within 3 sigma of one of the eight modes {near.float().sum(1).mean():.3f}, "
+              f"weights of the modes {share.min():.3f} to {share.max():.3f}")
+
+    columns = [("the data", data)]
+    columns += [(f"after step {i}", strip[i]) for i in (1, 50, 75, 88, 95, 100)]
+    columns += [("flow, heun 25", flow), ("guidance 3", guided)]
     gains = [f"1 / a = {1 / head.table[t, 0]:,.0f} at t = {t}" for t in (999, 980)]
-    right.text(0.97, 0.55, "\n".join(["x0 = (x - s eps) / a", *gains]), transform=right.transAxes, ha="right", va="center")
-    fig.savefig("diffusion_head.png", dpi=80)
+    plot_clouds(columns, costs, curves, floor, counts, std, data.std(), gains, "diffusion_head.png")
     print(f"wrote diffusion_head.png   ({time.perf_counter() - start:.0f} s)")
 
 

@@ -1,0 +1,99 @@
+"""
+Text conditions: captions -> bytes that the generator learns to read, or features of a frozen T5 encoder.
+
+    texts --encode--> (N, P) uint8 of bytes, or (N, P, E) float16 of T5; P is the length of the longest, args.text_len
+
+Bytes need nothing: the model embeds them and learns to read as it learns to draw. T5 (--text_encoder
+google/flan-t5-xl, as in LlamaGen) needs the package transformers and a download; its features are kept in a file.
+"""
+import contextlib
+import functools
+import hashlib
+
+import torch
+
+import ar_transformer
+import data
+from common import runs
+from data import BadInput
+
+T5_LENGTH = 120                                             # tokens of a caption, as in LlamaGen
+MOST_BYTES = 512                                            # longer captions lose their end: every step pays for them
+
+
+def of_images(args, images, split):
+    """The captions of a data.ImageSet -> list of str."""
+    if args.data == "shapes":
+        first = data.VAL_INDEX if split == "val" else 0
+        return data.captions(torch.arange(first, first + len(images), device="cpu"), args.seed)
+    if images.texts is None:
+        raise BadInput(f"--condition text: not every image of --data {args.data} has a caption; write NAME.txt beside "
+                       "NAME.jpg")
+    return images.texts
+
+
+def length_of(args, texts):
+    """The number of positions for captions: T5's, or the bytes of the longest, at most MOST_BYTES. Says what is cut."""
+    if args.text_encoder != "bytes":
+        return T5_LENGTH
+    lengths = [len(text.encode()) for text in texts]
+    cut = sum(length > MOST_BYTES for length in lengths)
+    if cut:
+        print(f"{cut} of {len(texts)} captions are longer than {MOST_BYTES} bytes: the rest of them is left out")
+    return min(max(lengths), MOST_BYTES)
+
+
+def encode(args, texts):
+    """Captions -> bytes (N, P) uint8, or T5 features (N, P, E) float16, on the CPU, zeros in front. P: args.text_len."""
+    if args.text_encoder == "bytes":
+        cut = [text.encode()[:args.text_len].decode(errors="ignore") for text in texts]
+        return ar_transformer.bytes_of(cut, args.text_len).to(torch.uint8)
+    tokenizer, encoder = load_t5(args.text_encoder)
+    device = getattr(args, "device", torch.device("cpu"))
+    encoder = encoder.to(device)
+    parts = []
+    for i in range(0, len(texts), 64):
+        words = tokenizer(texts[i:i + 64], padding="max_length", truncation=True, max_length=args.text_len,
+                          return_tensors="pt").to(device)
+        with torch.no_grad():
+            x = encoder(**words).last_hidden_state                                    # (B, P, E), padding behind
+        lengths = words["attention_mask"].sum(1).tolist()
+        rows = [torch.cat([row[n:] * 0, row[:n]]) for row, n in zip(x, lengths)]      # LlamaGen pads in front
+        parts.append(torch.stack(rows).half().cpu())
+    return torch.cat(parts)
+
+
+@functools.lru_cache(maxsize=1)
+def load_t5(name):
+    """A frozen T5 encoder, by its name or folder -> tokenizer, encoder."""
+    try:
+        from transformers import AutoTokenizer, T5EncoderModel
+    except ImportError:
+        raise BadInput(f"--text_encoder {name}: needs the optional package transformers: pip install transformers "
+                       "sentencepiece; or --text_encoder bytes") from None
+    try:
+        return AutoTokenizer.from_pretrained(name), T5EncoderModel.from_pretrained(name).eval()
+    except (OSError, ValueError) as e:
+        raise BadInput(f"--text_encoder {name}: {runs.first_line(e)}") from None
+
+
+def cached(args, texts, path, dist):
+    """encode(args, texts), kept in `path` where it was T5's work."""
+    if args.text_encoder == "bytes":
+        return encode(args, texts)
+    key = hashlib.sha1(repr((args.text_encoder, args.text_len, texts)).encode()).hexdigest()
+    saved = None
+    if path.exists():
+        with contextlib.suppress(Exception):                # a damaged cache is made anew
+            saved = runs.load_file(path)
+    if not isinstance(saved, dict) or saved.get("key") != key:
+        saved = dict(key=key, features=encode(args, texts))
+        if dist.rank == 0:
+            runs.save_atomically(saved, path)
+    return saved["features"]
+
+
+def some(run, n):
+    """n captions of validation images of a run, evenly spread."""
+    texts = of_images(run.args, runs.open_split(run.args, "val", run.device), "val")
+    return [texts[i] for i in torch.linspace(0, len(texts) - 1, n, device="cpu").long().tolist()]

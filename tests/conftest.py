@@ -1,0 +1,28 @@
+"""Fixtures of all rooms; test_all.py takes them over."""
+import pytest
+import torch
+
+import train
+from tests.helpers import CLIPS, TINY, call
+
+
+@pytest.fixture(autouse=True)
+def seeded(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(train, "VALIDATED", 200)            # 2,000 images take a third of a tiny run's time
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """One tiny run, uninterrupted -> its runs folder."""
+    runs = tmp_path_factory.mktemp("runs")
+    call("train.py", *TINY, "--runs", runs)
+    return runs
+
+
+@pytest.fixture(scope="session")
+def clip_run(tmp_path_factory):
+    """A tiny run on clips -> its runs folder."""
+    runs = tmp_path_factory.mktemp("clips")
+    train.main([*CLIPS, "--runs", str(runs)])
+    return runs

@@ -1,0 +1,332 @@
+"""Tests of maskgit."""
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+
+import gmm_head
+import maskgit
+from tests.helpers import close, golden
+
+
+def official_givt_maskgit():
+    """The authors' tiny masked GIVT ("concat" embedding) in our layout -> MaskGIT, arrays."""
+    g = golden("givt/givt_masked_concat_tiny")
+    p = {k.removeprefix("param/"): v for k, v in g.items() if k.startswith("param/")}
+    head = gmm_head.GMMHead(32, 4, 3, min_scale=1e-6)
+    model = maskgit.MaskGIT(head, 16, 10, token_dim=4, n_layer=2, n_head=2, n_embd=32, hidden=48)
+    labels = p["EmbedLabels/embedding"]                     # ten classes, hidden, seen, stand-in for the value, no class
+    with torch.no_grad():
+        model.cls_embed.weight.copy_(labels[[*range(10), 13]])
+        model.hid_embed.weight.copy_(labels[[11, 10], ::2])                                 # they keep every second entry only
+        model.hid_value.copy_(labels[12, ::2])
+        model.tok_embed.weight.copy_(p["EmbedTargets/kernel"][:, ::2].T)
+        model.tok_embed.bias.copy_(p["EmbedTargets/bias"][::2])
+        model.pos_embed.copy_(p["decoder/pos_emb"][0])
+        for i, block in enumerate(model.blocks):
+            q = {k.removeprefix(f"decoder/EncDecBlock{i}/"): v for k, v in p.items() if f"EncDecBlock{i}/" in k}
+            block.norm1.weight.copy_(q["LayerNorm1/scale"]), block.norm2.weight.copy_(q["LayerNorm3/scale"])
+            block.wqkv.weight.copy_(torch.cat([q[f"SelfAttn/{n}/kernel"].flatten(1).T for n in ("query", "key", "value")]))
+            block.wo.weight.copy_(q["SelfAttn/out/kernel"].flatten(0, 1).T)
+            for ours, theirs in ((block.fc1, "MLP/Dense_0"), (block.fc2, "MLP/Dense_1")):
+                ours.weight.copy_(q[f"{theirs}/kernel"].T), ours.bias.copy_(q[f"{theirs}/bias"])
+        model.norm.weight.copy_(p["decoder/LayerNorm/scale"]), model.norm.bias.copy_(p["decoder/LayerNorm/bias"])
+        head.proj.weight.copy_(p["decoder/LogitsDense/kernel"].T), head.proj.bias.copy_(p["decoder/LogitsDense/bias"])
+    return model.eval(), g
+
+
+def test_maskgit_is_the_authors_masked_givt():
+    model, g = official_givt_maskgit()
+    mask = g["input_mask"].bool()
+    h = model.hidden(g["x"], g["labels"].long(), mask)
+    close(model.head.proj(h), g["logits"])
+    close(model.head.proj(model.hidden(g["x"], torch.full((2,), 10), mask)), g["logits_uncond"])
+    nll = model.head.loss(h, g["x"])
+    close(nll, g["nll"])
+    close((nll * mask).sum() / mask.sum(), g["loss"])
+
+
+@pytest.mark.parametrize("L, T", [(256, 16), (256, 8), (256, 12), (256, 32), (1024, 16), (6, 4), (16, 64)])
+def test_maskgit_schedule_is_the_authors_to_the_integer(L, T):
+    g, unknown = golden("givt/mask_schedule"), torch.tensor([[L]])
+    for t in range(T):
+        n = torch.minimum(maskgit.still_hidden(torch.tensor([[L]]), t, T), unknown - 1).clamp(min=0)
+        assert n == g[f"mask_len_L{L}_T{T}"][t] and unknown - n == g[f"uncovered_L{L}_T{T}"][t]
+        unknown = n
+    assert unknown == 0, "a token is still hidden after the last step"
+
+
+def test_maskgit_choice_is_the_authors():
+    g = golden("givt/mask_schedule")
+    score = g["topk_probs"].log() + g["topk_temperature"] * g["topk_gumbel"]
+    assert torch.equal(maskgit.keep_hidden(score, g["topk_mask_len"].long()), g["topk_mask"].bool())
+
+
+@pytest.mark.parametrize("name", ["w0p0", "w0p5"])
+def test_maskgit_replays_the_authors_parallel_decoding(name, monkeypatch):
+    """The recorded values of each pass are put in the head's place, and the recorded noise in that of torch.rand."""
+    g, (model, _) = golden(f"givt/parallel_decode_trace_{name}"), official_givt_maskgit()
+    steps, passes, seen, raw = int(g["num_steps"]), iter(range(99)), [], []
+
+    def recorded(h, h_uncond=None, cfg=1.0, temperature=1.0):
+        t = next(passes)
+        raw.append((model.head.proj(h), None if h_uncond is None else model.head.proj(h_uncond)))
+        drawn = torch.where((g["uncovered"][t] > 0)[..., None], g["inputs"][t + 1], torch.zeros(()))
+        return drawn, g["prob"][t].log()
+    uniform = iter(torch.exp(-torch.exp(-g["gumbel"].double())).float())
+    noise = lambda *a, **k: next(uniform)
+    monkeypatch.setattr(model.head, "sample", recorded)
+    monkeypatch.setattr(torch, "rand", noise)
+    weight = g["choice_temperature"].item()
+    model.sample(g["labels"].long(), steps=steps, cfg=1 + g["w"].item(), choice_temperature=weight,
+                 on_step=lambda i, x, m: seen.append((x, m)))
+    known = torch.zeros(2, 16, dtype=torch.bool)
+    for t, (x, mask) in enumerate(seen):
+        known = known | (g["uncovered"][t] > 0)
+        assert torch.equal(~mask, known), f"pass {t} reveals other tokens than the authors'"
+        close(raw[t][0], g["logits"][t], 2e-4)
+        if raw[t][1] is not None:
+            close(raw[t][1], g["logits_uncond"][t], 2e-4)
+
+
+def small_maskgit(continuous=True, **options):
+    size = dict(n_layer=2, n_head=2, n_embd=32) | options
+    if continuous:
+        return maskgit.MaskGIT(gmm_head.GMMHead(32, 3, 4), 12, 5, token_dim=3, **size)
+    return maskgit.MaskGIT(maskgit.CategoricalHead(32, 11), 12, 5, vocab_size=11, **size)
+
+
+@pytest.mark.parametrize("continuous", [True, False])
+def test_maskgit_never_sees_hidden_tokens_and_keeps_known_ones(continuous):
+    model, cond = small_maskgit(continuous).eval(), torch.tensor([1, 2])
+    draw = (lambda: torch.randn(2, 12, 3)) if continuous else (lambda: torch.randint(11, (2, 12)))
+    x, other, mask = draw(), draw(), torch.rand(2, 12) < 0.5
+    mixed = torch.where(mask.view(2, 12, *[1] * (x.ndim - 2)), other, x)
+    assert torch.equal(model.hidden(x, cond, mask), model.hidden(mixed, cond, mask)), "a hidden token leaks"
+    assert not torch.equal(model.hidden(x, cond, ~mask), model.hidden(mixed, cond, ~mask))
+    hidden = []
+    y = model.sample(cond, steps=5, cfg=2.0, known=x, known_mask=~mask, on_step=lambda i, t, m: hidden.append(m))
+    assert torch.equal(y[~mask], x[~mask]) and not torch.equal(y[mask], x[mask])
+    assert len(hidden) == 5 and not hidden[-1].any() and all((b <= a).all() for a, b in zip(hidden, hidden[1:]))
+    with pytest.raises(ValueError, match="1 to 12"):
+        model.sample(cond, steps=13)
+
+
+def test_maskgit_loss_is_the_mean_over_masked_tokens_only():
+    model, x, cond = small_maskgit(label_drop=0).eval(), torch.randn(3, 12, 3), torch.arange(3)
+    torch.manual_seed(5)
+    loss, _ = model(x, cond)
+    torch.manual_seed(5)
+    mask = model.training_mask(3, "cpu")
+    terms = [model.head.loss(model.hidden(x, cond, mask), x)[b, t].item() for b in range(3) for t in range(12) if mask[b, t]]
+    assert abs(loss.item() - sum(terms) / len(terms)) < 1e-4
+
+
+def test_maskgit_training_masks_have_the_authors_counts():
+    g, model = golden("givt/mask_schedule"), small_maskgit(u_max=0.7)
+    assert torch.equal(maskgit.n_hidden(g["train_keep"], 256).long(), g["train_num_masked_L256"].long())
+    counts = model.training_mask(4000, "cpu").sum(1)
+    u = torch.linspace(0, 0.7, 4001)
+    assert counts.min() == math.ceil(12 * math.cos(0.35 * math.pi)) and counts.max() == 12
+    assert abs(counts.float().mean() - (12 * torch.cos(math.pi / 2 * u)).ceil().mean()) < 0.1
+    mean = model.training_mask(4000, "cpu").float().mean(0)
+    assert mean.std() < 0.03, "some places are hidden more often than others"
+
+
+def test_maskgit_one_token_per_pass_comes_close_to_bars_and_stripes():
+    model = maskgit.MaskGIT(maskgit.CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=4, n_embd=64, label_drop=0,
+                            smoothing=0)
+    zeros = torch.zeros(256, dtype=torch.long)
+    maskgit.fit_ids(model, lambda step: (maskgit.bars_and_stripes(256, "cpu"), zeros), 400, 5e-3)
+    model.eval()
+    few, many = (maskgit.error_of_parallel_decoding(model, n, 1500) for n in (2, 16))
+    assert many[0] > 0.8 and many[1] < few[1], (few, many)
+
+
+@pytest.mark.parametrize("name", ["cosine", "arccos"])
+@pytest.mark.parametrize("N", [32, 64, 128, 256, 1024])
+@pytest.mark.parametrize("T", [4, 8, 10, 12, 16])
+def test_maskgit_hides_as_many_ids_as_the_authors(name, N, T):
+    theirs, unknown, ours = golden("tokenizers/maskgit_schedules")[f"{name}_N{N}_T{T}"], torch.tensor([[N]]), []
+    for t in range(T):
+        unknown = torch.minimum(maskgit.still_hidden(torch.tensor([[N]]), t, T, name), unknown - 1)
+        ours.append(unknown.item())
+    assert theirs[-1] == 1 and ours[-1] == 0, "theirs hides one after the last pass and returns its id all the same"
+    assert ours[:-1] == theirs[:-1].tolist()
+
+
+def test_maskgit_schedules_are_the_authors_functions():
+    g = golden("tokenizers/maskgit_schedules")
+    for ours, theirs in (("cosine", "cosine"), ("linear", "uniform"), ("square", "pow2")):
+        close(maskgit.SCHEDULES[ours](g["ratio_x"]), g[f"ratio_{theirs}"], 1e-6)
+    g = golden("tokenizers/maskgit_train_mask")
+    for name in ("cosine", "arccos"):
+        close(maskgit.SCHEDULES[name](g["u"]), g[f"{name}_ratio"], 1e-6)
+    assert torch.equal(maskgit.n_hidden(g["u"], 64), g["num_masked_cosine_ceil_N64"])
+    assert torch.equal(maskgit.n_hidden(g["u"], 64, "arccos"), g["num_masked_arccos_N64"])
+
+
+def test_maskgit_halton_order_is_the_authors_and_reveals_tokens_far_apart():
+    g = golden("tokenizers/maskgit_schedules")
+    for n in (8, 16):
+        rows, columns = g[f"halton_{n}x{n}_order"].unbind(1)
+        assert torch.equal(maskgit.halton_rank((n, n)).argsort(), rows * n + columns)
+    assert maskgit.halton_rank((8,)).tolist() == [7, 3, 1, 5, 0, 4, 2, 6], "the digits of 1, 2, 3 ... in base 2, mirrored"
+    assert sorted(maskgit.halton_rank((3, 4, 5)).tolist()) == list(range(60))
+    model, passes = small_maskgit(False, grid=(3, 4)).eval(), []
+    known_mask = torch.tensor([[0, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0], [0] * 12]).bool()
+    y = model.sample(torch.tensor([1, 2]), steps=4, known=torch.full((2, 12), 7), known_mask=known_mask, order="halton",
+                     schedule="linear", on_step=lambda i, x, m: passes.append(m))
+    assert (y[known_mask] == 7).all() and not passes[-1].any()
+    turn = maskgit.halton_rank((3, 4))
+    for mask in passes[:-1]:
+        for row in range(2):
+            shown = ~mask[row] & ~known_mask[row]
+            assert turn[shown].max() < turn[mask[row]].min(), "a token was revealed before its turn"
+    with pytest.raises(ValueError, match="halton"):
+        model.sample(torch.tensor([1]), order="spiral")
+    with pytest.raises(ValueError, match="arccos"):
+        model.sample(torch.tensor([1]), schedule="cubic")
+
+
+def test_maskgit_replays_the_authors_jax_decoding_of_ids(monkeypatch):
+    """Their toy network in the place of hidden(), their Gumbel noise in the place of draw_ids and rand."""
+    g = golden("tokenizers/maskgit_decode_jax")
+    K, T, steps, passes = 11, 16, 8, []
+    model = maskgit.MaskGIT(maskgit.CategoricalHead(32, K), T, 4, vocab_size=K, n_layer=1, n_head=2, n_embd=32).eval()
+    model.head.proj = nn.Identity()
+
+    def network(tokens, cond, mask):
+        ids = torch.cat([K + cond[:, None], torch.where(mask, len(g["A"]) - 1, tokens)], 1)    # -1 is their last row
+        a = g["A"][ids]
+        t = len(passes)
+        assert torch.equal(torch.where(mask, -1, tokens), g[f"step{t}_ids_in"][:, 1:].long()), f"pass {t} sees other tokens"
+        logits = g["P"] + 0.5 * a + 2 * a.mean(1, keepdim=True)
+        close(logits, g[f"step{t}_logits"])
+        return logits[:, 1:]
+
+    def gumbel_argmax(p):
+        return (p.log() + g[f"step{len(passes)}_gumbel_sample"][:, 1:, None]).argmax(-1)
+    uniform = lambda *a, **k: torch.exp(-torch.exp(-g[f"step{len(passes)}_gumbel_choice"][:, 1:].double())).float()
+    monkeypatch.setattr(model, "hidden", network)
+    monkeypatch.setattr(maskgit, "draw_ids", gumbel_argmax)
+    monkeypatch.setattr(torch, "rand", uniform)
+    tokens = model.sample(g["init"][:, 0].long() - K, steps=steps, choice_temperature=g["temperature"].item(),
+                          on_step=lambda i, x, m: passes.append((x, m)))
+    for t, (x, mask) in enumerate(passes):
+        assert torch.equal(x, g[f"step{t}_sampled"][:, 1:].long()), f"pass {t} draws other ids"
+        if t < steps - 1:                                   # their last pass hides one again, ours none
+            assert torch.equal(mask, g[f"step{t}_masking"][:, 1:]), f"pass {t} hides other tokens again"
+    assert torch.equal(tokens, g["final_seqs"][:, -1, 1:].long()) and not passes[-1][1].any()
+
+
+def test_maskgit_losses_are_the_authors(monkeypatch):
+    g = golden("tokenizers/maskgit_losses")
+    def loss_of(smoothing, **options):
+        model = maskgit.MaskGIT(maskgit.CategoricalHead(32, 9), 6, 1, vocab_size=9, n_layer=1, n_head=2, n_embd=32,
+                                smoothing=smoothing, label_drop=0, **options).train()
+        model.head.proj = nn.Identity()
+        monkeypatch.setattr(model, "hidden", lambda tokens, cond, mask: g["logits"])
+        monkeypatch.setattr(model, "training_mask", lambda B, device: g["weights"].bool())
+        return model(g["labels"], torch.zeros(2, dtype=torch.long))
+    for smoothing in (0.0, 0.1):
+        loss, logs = loss_of(smoothing)
+        close(loss, g[f"loss_ls{smoothing}"], 1e-5)
+    mask = g["weights"].bool()
+    nll = [-g["logits"][b, t].log_softmax(-1)[g["labels"][b, t]] for b in range(2) for t in range(6) if mask[b, t]]
+    hits = [g["logits"][b, t].argmax() == g["labels"][b, t] for b in range(2) for t in range(6) if mask[b, t]]
+    close(logs["nll"], torch.stack(nll).mean(), 1e-5), close(logs["accuracy"], torch.stack(hits).float().mean(), 1e-5)
+    close(loss_of(0.1, seen_weight=0.1)[0], g["titok_mlm_loss"], 1e-5)
+    close(maskgit.masked_mean(g["ce_per_token_ls0.1"], g["weights"]), g["loss_ls0.1"], 1e-5)
+
+
+@pytest.mark.parametrize("kind, others", [("imagebert", "encoder.layer.1.attention.self.key.bias"),
+                                          ("uvitbert", "out_blocks.1.skip_linear.bias")])
+def test_maskgit_loads_titoks_generators_and_gets_the_authors_logits(kind, others, tmp_path):
+    g = golden(f"tokenizers/{kind}_tiny")
+    sd = {k.removeprefix("sd."): v for k, v in g.items() if k.startswith("sd.")}
+    model = maskgit.MaskGIT.from_official(sd, n_head=4)
+    assert (model.seq_len, model.vocab_size, model.num_classes, model.smoothing) == (16, 64, 10, 0.1) and not model.training
+    mask = g["input_ids"] == 64
+    assert 0 < mask.sum() < 48
+    for cond, name in ((g["condition"], "cond"), (torch.full((3,), 10), "uncond")):
+        close(model.logits(g["input_ids"].clamp(max=63), cond, mask), g[f"logits_{name}"])
+    for step in range(4):                                   # guided as in their run: c + 3 (c - u) is u + 4 (c - u)
+        ids = g[f"step{step}_ids_in"]
+        c, u = (model.logits(ids.clamp(max=63), cond, ids == 64) for cond in (g["condition"], torch.full((3,), 10)))
+        close(u + 4 * (c - u), g[f"step{step}_guided_logits"])
+    torch.save(sd, tmp_path / "generator.bin")
+    model = maskgit.MaskGIT.from_official(tmp_path / "generator.bin", n_head=4)
+    y = model.sample(torch.tensor([3, 4]), steps=4, cfg=2.0)
+    assert y.shape == (2, 16) and 0 <= y.min() and y.max() < 64
+    with pytest.raises(ValueError, match="extra.weight"):
+        maskgit.MaskGIT.from_official(sd | {"model.extra.weight": torch.zeros(1)}, n_head=4)
+    for key in ("lm_head.bias", others, "lm_head.weight"):
+        with pytest.raises(ValueError, match=key):
+            maskgit.MaskGIT.from_official({k: v for k, v in sd.items() if k.removeprefix("model.") != key}, n_head=4)
+
+
+@pytest.mark.parametrize("name, options", [("const", dict(cfg=3.0, temperature=4.5, cfg_schedule="constant", anneal=False)),
+                                           ("linear", dict(cfg=4.5, temperature=9.5, cfg_schedule="linear")),
+                                           ("power", dict(cfg=6.9, temperature=2.8, cfg_schedule="power-cosine"))])
+@pytest.mark.parametrize("kind", ["imagebert", "uvitbert"])
+def test_maskgit_replays_titoks_sampler(kind, name, options, monkeypatch):
+    """From the uniforms that their code drew: the ids, and in the constant run what is hidden after each pass."""
+    g = golden(f"tokenizers/{kind}_tiny")
+    model = maskgit.MaskGIT.from_official({k.removeprefix("sd."): v for k, v in g.items() if k.startswith("sd.")}, n_head=4)
+    noise = iter([g[f"gen_{name}_u_{kind}{i}"] for i in range(4) for kind in ("sample", "conf")])
+    monkeypatch.setattr(torch, "rand", lambda *a, **k: next(noise))
+    passes = []
+    tokens = model.sample_titok(g["condition"], steps=4, on_step=lambda i, x, m: passes.append((x, m)), **options)
+    assert torch.equal(tokens, g[f"gen_{name}_tokens"])
+    if name == "const":
+        for i, (x, mask) in enumerate(passes[:3]):
+            assert torch.equal(torch.where(mask, 64, x), g[f"step{i + 1}_ids_in"]), f"after pass {i} other tokens are known"
+            assert mask.sum(1).tolist() == [int(g[f"step{i}_mask_len"])] * 3
+
+
+def test_maskgit_of_titok_has_its_parameter_count():
+    count = {}
+    for size, width, T in (("maskgit", 768, 32), ("uvit", 1024, 128)):
+        with torch.device("meta"):
+            model = maskgit.MaskGIT(maskgit.CategoricalHead(width, 4096), T, 1000, vocab_size=4096, **maskgit.SIZES[size])
+        count[size] = sum(p.numel() for p in model.parameters()) + 4096                     # theirs has a bias per id
+    assert count["maskgit"] + 2 * 768 == 177_202_432        # and two token types; published: 177M
+    assert round(count["uvit"] / 1e6, 1) == 295.0           # measured on their code; the paper says 287M
+    with pytest.raises(ValueError, match="odd n_layer"):
+        maskgit.MaskGIT(maskgit.CategoricalHead(32, 8), 4, 3, vocab_size=8, n_layer=4, n_embd=32, style="uvit")
+
+
+def test_maskgit_label_dropping_reaches_the_null_row_in_training_only():
+    tokens, cond = torch.randint(11, (4, 12)), torch.arange(4)
+    for drop, mode, row in ((1.0, True, True), (1.0, False, False), (0.0, True, False)):
+        model = small_maskgit(False, label_drop=drop).train(mode)
+        nn.init.normal_(model.head.proj.weight)             # at zero, no gradient would pass it
+        model(tokens, cond)[0].backward()
+        rows = model.cls_embed.weight.grad.abs().sum(1) > 0
+        assert rows[5] == row and rows[:4].any() != row
+
+
+def test_maskgit_mathematics_does_not_depend_on_the_mode():
+    model = small_maskgit(False, label_drop=0)
+    nn.init.normal_(model.head.proj.weight)
+    tokens, cond, losses = torch.randint(11, (4, 12)), torch.arange(4), []
+    for mode in (True, False):
+        torch.manual_seed(3)
+        losses.append(model.train(mode)(tokens, cond)[0])
+    assert torch.equal(*losses) and losses[0] > math.log(11)
+    nn.init.zeros_(model.head.proj.weight)
+    assert abs(model(tokens, cond)[0] - math.log(11)) < 1e-5, "smoothed or not, an undecided head pays ln V"
+
+
+def test_maskgit_guidance_takes_one_pass_and_is_off_at_one(monkeypatch):
+    model, cond, rows = small_maskgit(False).eval(), torch.arange(3), []
+    nn.init.normal_(model.head.proj.weight)
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *a: rows.append(a[1]) or hidden(*a))
+    plain = [torch.manual_seed(1) and model.sample(cond, steps=4), torch.manual_seed(1) and model.sample(cond, steps=4, cfg=1.0)]
+    assert torch.equal(*plain) and [len(r) for r in rows] == [3] * 8
+    rows.clear()
+    model.sample(cond, steps=4, cfg=3.0)
+    assert [r.tolist() for r in rows] == [[0, 1, 2, 5, 5, 5]] * 4, "classes and their absence share a pass"

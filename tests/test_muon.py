@@ -1,0 +1,60 @@
+"""Tests of common/muon.py: the stacked optimizer against torch.optim.Muon, which takes one matrix at a time."""
+import torch
+import torch.nn as nn
+
+from common import muon
+
+
+def matrices():
+    """Matrices of three shapes, several of each: square, wide and tall."""
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(shape)) for shape in [(8, 8), (24, 8), (8, 24), (8, 8), (24, 8)]]
+
+
+def test_muon_in_stacks_equals_torch_optim_muon_over_20_steps():
+    ours = matrices()
+    theirs = matrices()
+    stacked = muon.Muon(ours, lr=1e-2, weight_decay=0.1)
+    single = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(20):
+        torch.manual_seed(step)
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        stacked.step()
+        single.step()
+    for p, q in zip(ours, theirs):
+        assert torch.allclose(p, q, atol=1e-6)
+
+
+def test_muon_brings_singular_values_near_one():
+    x = torch.randn(3, 16, 40)
+    values = torch.linalg.svdvals(muon.orthogonalise(x).float())
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+def test_muon_counts_kernels_per_shape_and_not_per_matrix():
+    def kernels(n):
+        params = [nn.Parameter(torch.randn(8, 8)) for _ in range(n)]
+        optimizer = muon.Muon(params, lr=1e-2, weight_decay=0.1)
+        for p in params:
+            p.grad = torch.randn_like(p)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            optimizer.step()
+        return sum(event.count for event in profile.key_averages() if event.key == "aten::baddbmm")
+    assert kernels(6) == kernels(2) == 10
+
+
+def test_muon_goes_on_from_torchs_state():
+    """Checkpoints of runs that were trained with torch.optim.Muon can be resumed."""
+    ours = matrices()
+    theirs = matrices()
+    single = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for q in theirs:
+        q.grad = torch.ones_like(q)
+    single.step()
+    stacked = muon.Muon(ours, lr=1e-2, weight_decay=0.1)
+    state = single.state_dict()["state"]
+    stacked.load_state_dict(dict(state=state, param_groups=stacked.state_dict()["param_groups"]))
+    assert torch.equal(stacked.state[ours[0]]["momentum_buffer"], single.state[theirs[0]]["momentum_buffer"])
