@@ -153,91 +153,68 @@ class LatentDecoder(nn.Module):
 class VectorQuantizer(nn.Module):
     """Rounds each token to the nearest of V codes, with the losses that train the codes.
 
-    l2_norm: tokens and codes are compared, and handed on, at unit length; the codebook itself keeps any length.
-    beta weighs the commitment of the encoder, entropy LlamaGen's optional term (entropy_loss), off as published.
-    ema=0: the codes are a parameter and learn by the gradient of |sg(z) - e|^2. ema > 0 (0.99 in VQ-VAE): each code is the
-    running mean, with that decay per step, of the z nearest to it. A code used less than `restart` times its fair share
-    is then put on a random z of the batch (Jukebox, 2005.00341, section 3.1); 0: never.
+    l2_norm: tokens and codes are compared, and handed on, at unit length. The codebook keeps any length.
+    beta weighs the commitment of the encoder. entropy weighs LlamaGen's optional entropy_loss, off as
+    published. ema=0: the codes are a parameter and learn by the gradient of |sg(z) - e|^2. ema > 0 (0.99 in
+    VQ-VAE): each code is the running mean, with that decay per step, of the z nearest to it. A code used less
+    than `restart` times its fair share is then put on a random z of the batch (Jukebox, arxiv.org/abs/
+    2005.00341, section 3.1); 0: never.
     """
 
     def __init__(self, vocab_size, code_dim, l2_norm=True, beta=0.25, entropy=0.0, ema=0.0, restart=0.1):
         super().__init__()
-        self.vocab_size, self.l2_norm, self.beta, self.entropy = vocab_size, l2_norm, beta, entropy
-        self.ema, self.restart = ema, restart
-        codes = self.unit(torch.empty(vocab_size, code_dim).uniform_(-1 / vocab_size, 1 / vocab_size))
+        self.vocab_size = vocab_size
+        self.l2_norm = l2_norm
+        self.beta = beta
+        self.entropy = entropy
+        self.ema = ema
+        self.restart = restart
+        codes = torch.empty(vocab_size, code_dim).uniform_(-1 / vocab_size, 1 / vocab_size)
+        codes = self.unit(codes)
         if not ema:
             self.codebook = nn.Parameter(codes)
-        else:                                               # with restarts all codes count as dead at first, so that
-            count = torch.full((vocab_size,), float(restart == 0))          # the first batch seeds the whole codebook
+        else:                                               # with restarts all codes count as dead at first,
+            count = torch.full((vocab_size,), float(restart == 0))    # so the first batch seeds them all
             self.register_buffer("codebook", codes)
-            self.register_buffer("ema_count", count)                        # N_k
+            self.register_buffer("ema_count", count)                                  # N_k
             self.register_buffer("ema_sum", codes * count[:, None])         # m_k, and e_k = m_k / N_k
 
-    def unit(self, x):                                      # (..., D) -> (..., D), of length 1 where that is wanted
+    def unit(self, x):
+        """x (..., D) -> (..., D), of length 1 with l2_norm, else as it is."""
         return F.normalize(x, dim=-1) if self.l2_norm else x
 
     @staticmethod
     def distances(z, codes):
-        """Squared distances: z (N, D), codes (V, D) -> (N, V), by |z|^2 + |e|^2 - 2 z.e: no (N, V, D) differences.
+        """Squared distances: z (N, D), codes (V, D) -> (N, V). |z|^2 + |e|^2 - 2 z.e needs no (N, V, D).
 
-        In float32: bfloat16 takes another code for 6% of random tokens. (TF32, where a GPU is allowed it, swaps near ties.)
+        In float32: bfloat16 takes another code for 6% of random tokens. (TF32, where a GPU is allowed it,
+        swaps near ties.)
         """
         return (z**2).sum(1, keepdim=True) + (codes**2).sum(1) - 2 * z @ codes.T
 
     def nearest(self, z):
         """z (B, T, D) -> ids (B, T) int64."""
         with torch.autocast(z.device.type, enabled=False), torch.no_grad():
-            d = self.distances(self.unit(z.float()).flatten(0, 1), self.unit(self.codebook))
+            z = self.unit(z.type_as(self.codebook))
+            d = self.distances(z.flatten(0, 1), self.unit(self.codebook))             # (B * T, V)
             return d.argmin(1).view(z.shape[:2])
 
     def codes(self, ids):
         """ids (B, T) int64 -> (B, T, D), what the decoder sees."""
         return F.embedding(ids, self.unit(self.codebook))
 
-    def entropy_loss(self, z, temperature=0.01):
-        """Certain of each token, undecided over all of them: z (N, D) -> mean H(p) - H(mean p) (), as LlamaGen has it.
-
-        p = softmax(-squared distance / temperature) over the codes.
-        """
-        log_p = (-self.distances(z, self.unit(self.codebook)) / temperature).log_softmax(-1)                # (N, V)
-        mean = log_p.exp().mean(0)
-        return -(log_p.exp() * log_p).sum(-1).mean() + (mean * torch.log(mean + 1e-5)).sum()
-
-    @torch.no_grad()
-    def count(self, ids):
-        """How often each code occurs: ids (B, T) -> (V,) float32. bincount would wait for the GPU."""
-        ids = ids.flatten()
-        return torch.zeros(self.vocab_size, device=ids.device).index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
-
-    @torch.no_grad()
-    def update(self, z, ids):
-        """Move the running averages by one batch: z (N, D), ids (N,). All processes of a distributed run agree."""
-        count, total = self.count(ids), torch.zeros_like(self.codebook).index_add_(0, ids, z)
-        seeds = z[torch.randint(len(z), (self.vocab_size,), device=z.device)]                               # (V, D)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(count), torch.distributed.all_reduce(total)
-            torch.distributed.broadcast(seeds, 0)
-        self.ema_count.lerp_(count, 1 - self.ema)
-        self.ema_sum.lerp_(total, 1 - self.ema)
-        share = self.ema_count.mean()
-        dead = self.ema_count < self.restart * share
-        self.ema_count.copy_(torch.where(dead, share, self.ema_count))
-        self.ema_sum.copy_(torch.where(dead[:, None], share * seeds, self.ema_sum))
-        n = self.ema_count.sum()                            # Laplace smoothing: no division by 0, and the sum stays n
-        smooth = (self.ema_count + 1e-5) / (n + self.vocab_size * 1e-5) * n
-        self.codebook.copy_(self.unit(self.ema_sum / smooth[:, None]))
-
     def forward(self, z):
         """z (B, T, D) -> q (B, T, D) float32, ids (B, T), loss (), logs.
 
-        The losses are means over tokens and over the D channels. logs: commit (with its weight beta), usage (share of
-        the V codes that occur in this batch), perplexity exp(entropy of their frequencies), 1 .. V.
+        The losses are means over tokens and over the D channels. logs: commit (with its weight beta), usage
+        (share of the V codes that occur in this batch), perplexity exp(entropy of their frequencies), 1 .. V.
         """
         with torch.autocast(z.device.type, enabled=False):
-            z, ids = self.unit(z.float()), self.nearest(z)
+            ids = self.nearest(z)
+            z = self.unit(z.type_as(self.codebook))
             e = self.codes(ids)
             loss = commit = self.beta * F.mse_loss(z, e.detach())
-            p = self.count(ids) / ids.numel()                                                               # (V,)
+            p = self.count(ids) / ids.numel()                                         # (V,)
             logs = {"commit": commit.detach(), "usage": (p > 0).float().mean(),
                     "perplexity": torch.exp(-torch.xlogy(p, p).sum())}
             if not self.ema:
@@ -246,9 +223,56 @@ class VectorQuantizer(nn.Module):
                 self.update(z.detach().flatten(0, 1), ids.flatten())
             if self.entropy:
                 entropy = self.entropy * self.entropy_loss(z.flatten(0, 1))
-                loss, logs["entropy"] = loss + entropy, entropy.detach()
-            q = z + (e - z).detach()                        # straight through: the value of e, the gradient of z
+                loss = loss + entropy
+                logs["entropy"] = entropy.detach()
+            q = z + (e - z).detach()                        # value of e, gradient of z: straight through
         return q, ids, loss, logs
+
+    @torch.no_grad()
+    def count(self, ids):
+        """How often each code occurs: ids (B, T) -> (V,) in the codebook's dtype.
+
+        torch.bincount would wait for the GPU.
+        """
+        ids = ids.flatten()
+        counts = self.codebook.new_zeros(self.vocab_size)
+        return counts.index_add_(0, ids, counts.new_ones(ids.shape))
+
+    # ---- Extras: an entropy term, codes as running means
+
+    def entropy_loss(self, z, temperature=0.01):
+        """Certain of each token, undecided over all: z (N, D) -> mean H(p) - H(mean p) (). LlamaGen's.
+
+        p = softmax(-squared distance / temperature) over the codes.
+        """
+        log_p = (-self.distances(z, self.unit(self.codebook)) / temperature).log_softmax(-1)    # (N, V)
+        mean = log_p.exp().mean(0)
+        return -(log_p.exp() * log_p).sum(-1).mean() + (mean * torch.log(mean + 1e-5)).sum()
+
+    @torch.no_grad()
+    def update(self, z, ids):
+        """Move the running averages by one batch: z (N, D), ids (N,).
+
+        All processes of torch.distributed agree. They take the seeds of process 0: the others add zeros.
+        Unlike broadcast, all_reduce can be part of a graph of torch.compile.
+        """
+        count = self.count(ids)
+        total = torch.zeros_like(self.codebook).index_add_(0, ids, z)
+        seeds = z[torch.randint(len(z), (self.vocab_size,), device=z.device)]         # (V, D)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if torch.distributed.get_rank() > 0:
+                seeds = torch.zeros_like(seeds)
+            for x in (count, total, seeds):
+                torch.distributed.all_reduce(x)
+        self.ema_count.lerp_(count, 1 - self.ema)
+        self.ema_sum.lerp_(total, 1 - self.ema)
+        share = self.ema_count.mean()
+        dead = self.ema_count < self.restart * share
+        self.ema_count.copy_(torch.where(dead, share, self.ema_count))
+        self.ema_sum.copy_(torch.where(dead[:, None], share * seeds, self.ema_sum))
+        n = self.ema_count.sum()                            # Laplace smoothing: never / 0, the sum stays n
+        smooth = (self.ema_count + 1e-5) / (n + self.vocab_size * 1e-5) * n
+        self.codebook.copy_(self.unit(self.ema_sum / smooth[:, None]))
 
 
 # ---------------------------------------------------------------------------------------------------
