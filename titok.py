@@ -511,7 +511,7 @@ class TiTokVAE(TiTok):
 
     @torch.no_grad()
     def encode(self, images):
-        """images (B, 3, H, W) -> one draw of the posterior (B, T, D), float32, unit variance over the data."""
+        """images (B, 3, H, W) -> one draw of the posterior (B, T, D), float32, unit variance over data."""
         return self.normalise(self.reparameterise(*self.posterior(images)))
 
     @torch.no_grad()

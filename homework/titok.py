@@ -74,7 +74,8 @@ def test_homework_titok_decoder():
           "smooth comes last.")
     proxy = titok.LatentDecoder(8, 4, 3, 5, n_embd=8, n_layer=1, n_head=2, proxy_vocab=11)
     logits = proxy(q)
-    assert logits.shape == (2, 4, 11), f"with proxy_vocab: logits (B, P, proxy_vocab), not {tuple(logits.shape)}"
+    shape = tuple(logits.shape)
+    assert shape == (2, 4, 11), f"with proxy_vocab: logits (B, P, proxy_vocab), not {shape}"
 
 
 @exercise("titok.TiTok.decode_raw", points=2)
