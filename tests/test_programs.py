@@ -78,32 +78,6 @@ def test_every_combination_trains_loads_and_samples(words, name, tiny_run, capsy
         bf16_draws_nearly_what_fp32_draws(run)
 
 
-def test_titoks_published_stages_follow_each_other(tiny_run, capsys):
-    words = [*TINY, *RARELY, *IDS, "--runs", str(tiny_run), "--generator", "none"]
-    train.main([*words, "--tok_size", "fine", "--tok_name", "patches"])
-    words[words.index("vq")] = "titok"
-    train.main([*words, "--tokens", "6", "--stage", "finetune", "--proxy", str(tiny_run / "patches")])
-    proxy, first, then = (train.load_run(tiny_run / n).tokenizer for n in ("patches", "shapes-titok-proxy", "shapes-titok-finetune"))
-    assert (first.stage, then.stage) == ("proxy", "finetune") and then.proxy.grid == (4, 4)
-    a, b, c = (m.state_dict() for m in (proxy, first.proxy, then.proxy))
-    same = lambda x, y: {k for k in x if torch.equal(x[k], y[k])}
-    assert same(a, b) == set(a)                             # the proxy is only read, then its decoder learns
-    assert all(k in same(a, c) for k in a if k.startswith("encoder.")) and any(k not in same(a, c) for k in a if k.startswith("decoder."))
-    a, b = first.state_dict(), then.state_dict()
-    frozen = {k for k in a if k.startswith(("encoder.", "quantizer."))}
-    assert frozen <= same(a, b) and any(k not in same(a, b) for k in a if k.startswith("decoder."))
-    nats = log_of(tiny_run, "shapes-titok-proxy", "proxy_nats")
-    assert abs(nats[1] - math.log(512)) < 1 and nats[24] < nats[1] and "mse" in (tiny_run / "shapes-titok-finetune/log.csv").read_text()
-    train.main([*TINY, *RARELY, *IDS, "--runs", str(tiny_run), "--tokenizer", "titok", "--tokens", "6", "--stage", "finetune", "--proxy",
-                str(tiny_run / "patches"), "--generator", "maskgit"])
-    run = train.load_run(tiny_run / "shapes-titok-finetune-maskgit-categorical")            # complete in itself
-    assert torch.equal(run.tokenizer.decoder.canvas, then.decoder.canvas) and run.tokenizer.seq_len == 6
-    with pytest.raises(SystemExit, match="a run of --tokenizer vq is wanted"):
-        train.main([*words, "--stage", "proxy", "--proxy", str(tiny_run / "shapes-titok-proxy"), "--tok_name", "other"])
-    with pytest.raises(SystemExit, match="grid of \\(4, 4\\) ids, this TiTok 8 x 8"):
-        train.main([*words, "--image_size", "32", "--stage", "proxy", "--proxy", str(tiny_run / "patches"), "--tok_name", "other"])
-
-
 @pytest.mark.parametrize("words, folder", [(IDS, "shapes-vq-text-ar-categorical"), ([], "shapes-vae-text-ar-gmm")])
 def test_captions_are_trained_drawn_and_judged(words, folder, tiny_run, tmp_path, capsys, monkeypatch):
     train.main([*TINY, *RARELY, "--runs", str(tiny_run), "--condition", "text", *words])
