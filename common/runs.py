@@ -138,8 +138,8 @@ def resolve(given, tok_folder, folder):
     for path in filter(None, (tok_folder, folder)):
         refuse_folder(path)
         remove_leftovers(path)
-    saved1 = read_checkpoint(tok_folder) if tok_folder else None
-    saved2 = None if given.generator == "none" else read_checkpoint(folder)
+    saved1 = read_for(given, tok_folder) if tok_folder else None
+    saved2 = None if given.generator == "none" else read_for(given, folder)
     if given.resume and saved1 is None and saved2 is None:
         where = f"{folder} or {tok_folder}" if tok_folder else f"{folder}"
         raise BadInput(f"--resume: there is no run in {where}; leave --resume out to start one")
@@ -176,7 +176,18 @@ def resolve(given, tok_folder, folder):
     args.stage2_done = saved2 is not None and saved2["done"] and saved2["step"] >= args.steps
     args.resume1 = saved1 is not None and not args.stage1_done
     args.resume2 = saved2 is not None and not args.stage2_done
+    args.begun = [path for path, saved in ((tok_folder, saved1), (folder, saved2)) if saved is not None]
     return args
+
+
+def read_for(given, folder):
+    """read_checkpoint; with --overwrite a damaged one counts as none."""
+    try:
+        return read_checkpoint(folder)
+    except BadInput:
+        if given.overwrite:
+            return None
+        raise
 
 
 def saved_or_given(given, name, saved_value, folder, saved):
@@ -388,8 +399,8 @@ def fingerprint(image_set):
 
 
 def refuse_other_data(args, folder, train_set):
-    """A run that was begun before goes on with the same images only, wherever they lie now."""
-    checkpoint = read_checkpoint(folder)
+    """A run that was begun before, and is not overwritten, goes on with the same images only, wherever they lie now."""
+    checkpoint = read_checkpoint(folder) if folder in args.begun else None
     if checkpoint is None or "fingerprint" not in checkpoint:
         return
     if checkpoint["fingerprint"] != fingerprint(train_set):
@@ -437,7 +448,8 @@ def build_head(args, tokenizer, n_embd):
         return gmm_head.GMMHead(n_embd, tokenizer.token_dim, args.n_mix)
     if args.groups > 1:
         return lfq.FactorizedHead(n_embd, tokenizer.vocab_size, args.groups)
-    return ar_transformer.CategoricalHead(n_embd, tokenizer.vocab_size)               # one code in three files
+    module = dict(ar=ar_transformer, maskgit=maskgit, mar=mar)[args.generator]        # one code in three files
+    return module.CategoricalHead(n_embd, tokenizer.vocab_size)
 
 
 def build_generator(args, tokenizer, num_classes):
