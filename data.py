@@ -26,21 +26,13 @@ Try it yourself:
   3. Replace clamp() by a hard threshold in draw_scene. How does the PSNR of a trained vae.py change?
 """
 import argparse
-import io
 import math
-import re
-import tarfile
-import threading
 import time
-import zipfile
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
-from common.pictures import film, save_rows, tile, to_uint8
+from common import files, pictures
+from common.files import BadInput, clips_of, free_bytes, read_clip, read_image         # the names that programs use
 
 SHAPES = ("disc", "triangle", "square", "pentagon", "star", "trefoil", "ring", "cross", "bar", "crescent")
 ACTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "shrinks",
@@ -55,13 +47,6 @@ PLACES = ("in the upper left", "at the top", "in the upper right", "at the left"
           "at the right", "in the lower left", "at the bottom", "in the lower right")
 SMALL, LARGE = 0.58, 0.86                                  # radius of a shape, in half image widths
 VAL_INDEX = 1 << 30                                        # validation pictures start here, training at 0
-IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
-ANIMATED = {".gif", ".webp"}                               # where clips are wanted, each of these is one
-FILMS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".y4m"}          # read by the optional package av
-
-
-class BadInput(SystemExit):
-    """A user's mistake in one sentence. Uncaught, it ends the program with exit code 1 and no traceback."""
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -230,10 +215,15 @@ class ImageSet:
     """
 
     def __init__(self, images, labels, classes, device, flip=False, texts=None, one_hot=0):
-        self.images, self.labels, self.classes, self.one_hot = images, labels.to(device), list(classes), one_hot
-        self.device, self.flip, self.texts = torch.device(device), flip, texts
-        # Known once, by kind: a device with and one without an index are not equal, though they are the same.
-        self.must_travel = not isinstance(images, torch.Tensor) or images.device.type != self.device.type
+        self.images = images
+        self.labels = labels.to(device)
+        self.classes = list(classes)
+        self.device = self.labels.device                    # "cuda" has become "cuda:0" here
+        self.flip = flip
+        self.texts = texts
+        self.one_hot = one_hot
+        # Looked at once, and by kind: a device named without its number equals no tensor's device.
+        self.beside_labels = isinstance(images, torch.Tensor) and images.is_cpu == self.labels.is_cpu
 
     def __len__(self):
         return len(self.labels)
@@ -245,15 +235,17 @@ class ImageSet:
 
     def batch(self, index):
         """index (B,) int64 on the CPU -> images (B, 3, H, W) float32 in [-1, 1], labels (B,), both on the device."""
-        if isinstance(self.images, torch.Tensor) and not self.must_travel:
+        if self.beside_labels:
             index = index.to(self.device, non_blocking=True)
-            images, labels = self.images[index], self.labels[index]
-        else:
             images = self.images[index]
-            if self.device.type == "cuda":
-                images, index = images.pin_memory(), index.pin_memory()
+        else:                                               # copied while the device still computes the last step
+            images = self.images[index]
+            if self.labels.is_cuda:
+                images = images.pin_memory()
+                index = index.pin_memory()
             images = images.to(self.device, non_blocking=True)
-            labels = self.labels[index.to(self.device, non_blocking=True)]
+            index = index.to(self.device, non_blocking=True)
+        labels = self.labels[index]
         if self.one_hot:
             images = 2.0 * (images == torch.arange(self.one_hot, device=self.device).view(-1, 1, 1)) - 1
         else:
@@ -262,17 +254,6 @@ class ImageSet:
             turned = torch.rand(len(images), *[1] * (images.ndim - 1), device=self.device) < 0.5
             images = torch.where(turned, images.flip(-1), images)
         return images, labels
-
-
-class StreamedFiles:
-    """Images decoded when they are asked for, by a few threads: for sets that do not fit into memory."""
-
-    def __init__(self, files, image_size, workers=8):
-        self.files, self.image_size = files, image_size
-        self.pool = ThreadPoolExecutor(workers)
-
-    def __getitem__(self, index):
-        return torch.stack(list(self.pool.map(lambda i: read_image(*self.files[i], self.image_size), index.tolist())))
 
 
 def order(n, batch_size, step, seed=0, _cache={}):
@@ -288,321 +269,84 @@ def order(n, batch_size, step, seed=0, _cache={}):
 
 
 def load(data="shapes", image_size=32, split="train", device="cpu", seed=0, flip=False, skip_bad=False,
-         n_shapes=None, max_bytes=None, task="class", frames=1, frame_step=None):
-    """The training or validation set named by --data, as an ImageSet.
+         n_shapes=None, max_bytes=None, task="class", frames=1, frame_step=None, cache=None):
+    """The training or validation set named by --data, as an ImageSet. Its .summary says in words what was found.
 
-    data: "shapes", or a path to class folders / a .tar, .tar.gz or .zip of them / an .npz with `images` (N, H, W, 3)
-    uint8 and `labels` (N,). max_bytes: a larger set is decoded while training (default: half of the free memory).
+    data: "shapes", or the path of your own images; what may lie there: see common/files.py.
+    max_bytes: a larger set is decoded while training (default: half of the free memory).
     task: "class" gives images; of the drawn world also their maps, in the same order: "segment", one channel for the
-    ground and one for each class, or "depth", the signed distance to the outline in half image widths, cut off at -1 and 1.
-    frames: more than one gives clips of so many; the classes of drawn clips are the ACTIONS. frame_step: see read_clip.
+    ground and one for each class, or "depth", the signed distance to the outline in half image widths, cut off at -1
+    and 1. frames: more than one gives clips of so many; the classes of drawn clips are the ACTIONS. frame_step: see
+    read_clip. cache: a folder in which decoded images of yours are kept for the next time.
     Raises BadInput, in one sentence, for a path that is absent, empty, has an empty class or an unreadable image.
     """
-    if frames > 1:
-        if data == "shapes":
-            return draw_clip_set(image_size, frames, split, device, seed, n_shapes)
-        return load_clips(data, image_size, frames, frame_step, split, device, flip, skip_bad, max_bytes)
+    if image_size < 1:
+        raise BadInput(f"--image_size {image_size}: at least 1")
+    if not str(data):
+        raise BadInput("--data: names nothing; give `shapes`, or the path of your images")
+    free = files.free_bytes(device) // 2
+    if 30 * 3 * frames * image_size ** 2 > free:            # to draw or to decode one takes as much
+        raise BadInput(f"--image_size {image_size}: to read one picture takes {90 * frames * image_size ** 2 / 2**30:,.0f} GB, "
+                       "more than half of the free memory")
     if data == "shapes":
-        n = n_shapes or (20_000 if split == "train" else 2_000)
-        start = 0 if split == "train" else VAL_INDEX
-        images, labels = [], []
-        for i in range(0, n, 1000):
-            x, y, masks, distances = draw(torch.arange(start + i, start + min(i + 1000, n), device=device), image_size, seed)
-            images.append({"class": lambda: to_uint8(x), "segment": lambda: masks[:, None].to(torch.uint8),
-                           "depth": lambda: to_uint8(distances)[:, None].expand(-1, 3, -1, -1)}[task]())
-            labels.append(y)
-        one_hot = 1 + len(SHAPES) if task == "segment" else 0
-        return ImageSet(torch.cat(images), torch.cat(labels), SHAPES, device, flip, one_hot=one_hot)
+        drawn = draw_set if frames == 1 else draw_clip_set
+        return drawn(image_size, split, device, seed, n_shapes, flip=flip, task=task, frames=frames)
     if task != "class":
         raise BadInput(f"--task {task}: only the drawn world (--data shapes) comes with such maps, not {data}")
-    path = Path(data)
-    if not path.exists():
-        raise BadInput(f"--data {data}: there is no such file or folder (use `shapes` for the drawn world)")
-    if path.suffix == ".npz":
-        return load_npz(path, image_size, split, device, flip)
-    files, labels, classes = list_split(path, split)
-    fits = max_bytes if max_bytes is not None else free_bytes(device) // 2
-    texts = read_texts(files)
-    if len(files) * 3 * image_size**2 > fits:
-        if not path.is_dir():
-            raise BadInput(f"--data {data}: {len(files)} images at {image_size} pixels do not fit into memory, "
-                           "and an archive cannot be streamed: unpack it and name the folder")
-        return ImageSet(StreamedFiles(files, image_size), torch.tensor(labels), classes, device, flip, texts)
-    images, good, bad = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8), [], []
-    for i, (name, opener) in enumerate(files):
-        try:
-            images[i] = read_image(name, opener, image_size)
-            good.append(i)
-        except BadInput:
-            if not skip_bad:
-                raise
-            bad.append(name)
-    if bad:
-        print(f"--skip_bad: left out {len(bad)} unreadable images, the first is {bad[0]}")
-        images, labels = images[good], [labels[i] for i in good]
-        texts = [texts[i] for i in good] if texts else None
-        if len(set(labels)) < len(classes):
-            raise BadInput(f"--data {data}: without its unreadable images a class is empty")
-    return ImageSet(images.to(device), torch.tensor(labels), classes, device, flip, texts)
+    found = files.read_files(data, image_size, split, frames, frame_step, skip_bad,
+                             free if max_bytes is None else max_bytes, cache)
+    images = found.images.to(device) if isinstance(found.images, torch.Tensor) else found.images
+    out = ImageSet(images, torch.tensor(found.labels, device="cpu"), found.classes, device, flip, found.texts)
+    out.summary = found.summary
+    out.without_text = found.without_text
+    return out
 
 
-def draw_clip_set(image_size, frames, split, device, seed=0, n=None):
-    """The drawn world in motion, 4000 clips to learn from and 1000 to validate -> an ImageSet whose classes are ACTIONS."""
+def draw_set(image_size, split, device, seed=0, n=None, flip=False, task="class", frames=1):
+    """The drawn world, 20,000 pictures to learn from and 2,000 to validate, or maps of them, see load() -> ImageSet."""
+    n = n or (20_000 if split == "train" else 2_000)
+    refuse_too_many(n, 1, image_size, device)
+    start = 0 if split == "train" else VAL_INDEX
+    images = []
+    labels = []
+    for i in range(0, n, 1000):
+        index = torch.arange(start + i, start + min(i + 1000, n), device=device)
+        x, y, masks, distances = draw(index, image_size, seed)
+        if task == "class":
+            images.append(pictures.to_uint8(x))
+        elif task == "segment":
+            images.append(masks[:, None].to(torch.uint8))
+        else:
+            images.append(pictures.to_uint8(distances)[:, None].expand(-1, 3, -1, -1))
+        labels.append(y)
+    one_hot = 1 + len(SHAPES) if task == "segment" else 0
+    out = ImageSet(torch.cat(images), torch.cat(labels), SHAPES, device, flip, one_hot=one_hot)
+    out.summary = f"shapes: {n} drawn images in {len(SHAPES)} classes: {', '.join(SHAPES)}"
+    return out
+
+
+def draw_clip_set(image_size, split, device, seed=0, n=None, flip=False, task="class", frames=17):
+    """The drawn world in motion, 4000 clips to learn from and 1000 to validate -> an ImageSet; its classes are ACTIONS."""
     n = n or (4000 if split == "train" else 1000)
-    if n * 3 * frames * image_size**2 > free_bytes(device) // 2:
-        raise BadInput(f"{n} clips of {frames} frames at {image_size} pixels do not fit into memory: give less of "
-                       "--n_shapes, --frames or --image_size")
+    refuse_too_many(n, frames, image_size, device)
     clips = torch.empty(n, 3, frames, image_size, image_size, dtype=torch.uint8, device=device)
     actions = torch.empty(n, dtype=torch.long, device=device)
     for i in torch.arange(n, device=device).split(max(1, 2000 // frames)):              # drawn in float32: a few at a time
-        x, actions[i], _ = draw_clips(i + (0 if split == "train" else VAL_INDEX), image_size, frames, seed)
-        clips[i] = to_uint8(x)
-    return ImageSet(clips, actions, ACTIONS, device)
+        index = i + (0 if split == "train" else VAL_INDEX)
+        x, actions[i], _ = draw_clips(index, image_size, frames, seed)
+        clips[i] = pictures.to_uint8(x)
+    out = ImageSet(clips, actions, ACTIONS, device)
+    out.summary = f"shapes: {n} drawn clips of {frames} frames with {len(ACTIONS)} actions: {', '.join(ACTIONS)}"
+    return out
 
 
-def load_clips(data, image_size, frames, frame_step, split, device, flip, skip_bad, max_bytes=None):
-    """Your own clips, see read_clip, in class folders or an archive of them -> an ImageSet. Split like images, file by file,
-    so that no two windows of one film stand on both sides."""
-    path = Path(data)
-    if not path.exists():
-        raise BadInput(f"--data {data}: there is no such file or folder (use `shapes` for the drawn world)")
-    if path.suffix == ".npz":
-        raise BadInput(f"--data {data}: clips are read from class folders or an archive of them, not from an .npz")
-    files, labels, classes = list_split(path, split, clips=True)
-    fits = max_bytes if max_bytes is not None else free_bytes(device) // 4
-    clips, kept, bad = [], [], []
-    for (name, opener, *_), label in zip(files, labels):
-        try:
-            clips += read_clip(name, opener, image_size, frames, frame_step)
-            kept += [label] * (len(clips) - len(kept))
-        except BadInput as e:
-            if not skip_bad or "pip install" in str(e):
-                raise
-            bad.append(name)
-        if len(clips) * 3 * frames * image_size**2 > fits:
-            raise BadInput(f"--data {data}: more clips of {frames} frames at {image_size} pixels than fit into memory: give "
-                           "less of --frames or --image_size, or fewer files")
-    if bad:
-        print(f"--skip_bad: left out {len(bad)} clips that are unreadable or too short, the first is {bad[0]}")
-        if len(set(kept)) < len(classes):
-            raise BadInput(f"--data {data}: without its unreadable and short clips a class is empty")
-    return ImageSet(torch.stack(clips).to(device), torch.tensor(kept), classes, device, flip)
-
-
-def free_bytes(device):
-    """Free memory in bytes where the set would be held."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        text = Path("/proc/meminfo").read_text()
-        return int(text.split("MemAvailable:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        return 8 << 30                                      # not Linux: assume a laptop with 8 GB to spare
-
-
-def list_files(path):
-    """A folder or archive -> list of (name inside it, function that returns the file's bytes), sorted by name."""
-    if path.is_dir():
-        found = {p.relative_to(path).as_posix(): p for p in path.rglob("*")}
-        found = {n: p for n, p in sorted(found.items()) if not any(part.startswith(".") for part in n.split("/"))}
-        return [(n, p.read_bytes) for n, p in found.items() if p.is_file()], [n for n, p in found.items() if p.is_dir()]
-    files, folders = [], set()
-    try:
-        if zipfile.is_zipfile(path):
-            archive, lock = zipfile.ZipFile(path), threading.Lock()
-
-            def opener(name):
-                def read():
-                    with lock:
-                        return archive.read(name)
-                return read
-            files = [(n, opener(n)) for n in archive.namelist() if not n.endswith("/")]
-            folders = {n.rstrip("/") for n in archive.namelist() if n.endswith("/")}
-        elif tarfile.is_tarfile(path):
-            with tarfile.open(path) as archive:             # gzip has no random access: read it through once
-                for member in archive:
-                    if member.isdir():
-                        folders.add(member.name.strip("./"))
-                    elif member.isfile():
-                        content = archive.extractfile(member).read()
-                        files.append((member.name.removeprefix("./"), lambda content=content: content))
-        else:
-            raise BadInput(f"--data {path}: neither a folder, nor a .tar[.gz], .zip or .npz file")
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as e:
-        raise BadInput(f"--data {path}: the archive is damaged ({e})") from None
-    files = [f for f in files if not any(part.startswith((".", "__MACOSX")) for part in f[0].split("/"))]
-    return sorted(files, key=lambda f: f[0]), sorted(folders - {""})
-
-
-def list_split(path, split, clips=False):
-    """-> files of one split [(name, opener)], labels [int], class names. Classes are the folders, sorted.
-
-    Understands train/ beside val/, valid/ or test/; without them every tenth image of a class is for validation.
-    clips: the same with clips_of() in the place of images.
-    """
-    files, folders = list_files(path)
-    tops = {name.split("/")[0] for name, _ in files} | {f.split("/")[0] for f in folders}
-    if len(tops) == 1 and "train" not in tops:              # an archive of one folder: go inside
-        top = tops.pop() + "/"
-        inside = [(n, o) for n, o in files if n.startswith(top)]
-        if any("/" in n.removeprefix(top) for n, _ in inside):
-            files = [(n.removeprefix(top), o) for n, o in inside]
-            folders = [f.removeprefix(top) for f in folders if f.startswith(top)]
-            tops = {name.split("/")[0] for name, _ in files}
-    images = clips_of(files) if clips else [(n, o) for n, o in files if Path(n).suffix.lower() in IMAGE_ENDINGS]
-    kind, endings = ("clip", ANIMATED | FILMS) if clips else ("image", IMAGE_ENDINGS)
-    texts = {n: o for n, o in files if n.endswith(".txt")}
-    if not images:
-        raise BadInput(f"--data {path}: no {kind}s in it (endings: {' '.join(sorted(endings))})")
-    held_out = next((t for t in ("val", "valid", "validation", "test") if t in tops), None)
-    levels = ("train", held_out) if "train" in tops and held_out else ("train",) if "train" in tops else ("",)
-    inside = lambda level: [(n, o) for n, o in images if not level or n.startswith(level + "/")]
-    depth = 1 if levels[0] else 0
-    class_of = lambda name: name.split("/")[depth] if name.count("/") > depth else None
-    loose = next((n for n, _ in inside(levels[0]) if class_of(n) is None), None)
-    if loose and clips:
-        raise BadInput(f"--data {path}: {loose} lies in no class folder: one subfolder per class holds its clips, and "
-                       "a clip of single pictures is a folder in there")
-    if loose:
-        raise BadInput(f"--data {path}: {loose} lies in no class folder: put the images into one subfolder per class")
-    classes = sorted({class_of(n) for n, _ in inside(levels[0])})
-    for folder in folders:
-        part = folder.split("/")
-        if len(part) == depth + 1 and (not depth or part[0] == "train") and part[-1] not in classes:
-            raise BadInput(f"--data {path}: the class folder {folder} holds no {kind}: fill it or remove it")
-    level = levels[0] if split == "train" else levels[-1]
-    chosen = inside(level)
-    unknown = next((n for n, _ in chosen if class_of(n) not in classes), None)
-    if unknown:
-        raise BadInput(f"--data {path}: {unknown} belongs to a class that has no {kind}s in {levels[0]}/")
-    if len(levels) == 1:
-        counts, kept = {}, []
-        for n, o in chosen:
-            counts[class_of(n)] = counts.get(class_of(n), -1) + 1
-            if (counts[class_of(n)] % 10 == 9) == (split != "train"):
-                kept.append((n, o))
-        chosen = kept
-        if not chosen:
-            raise BadInput(f"--data {path}: too few {kind}s to hold out a tenth: each class needs at least ten")
-    if not chosen:
-        what = "training" if split == "train" else "validation"
-        raise BadInput(f"--data {path}: no {kind}s in {level}/, which is for {what}")
-    files = [(f"{path}/{n}", o) for n, o in chosen]
-    for i, (n, o) in enumerate(chosen):                     # a caption beside the image: name.txt beside name.jpg
-        text = texts.get(str(Path(n).with_suffix(".txt")).replace("\\", "/"))
-        if text:
-            files[i] = (files[i][0], o, text)
-    return files, [classes.index(class_of(n)) for n, _ in chosen], classes
-
-
-def clips_of(files):
-    """Files [(name, opener)] -> clips, the same: an animation or a film is one, a folder of pictures another. The opener of
-    such a folder gives the files in it, frame 10 after frame 9."""
-    clips, folders = [], {}
-    for name, opener in files:
-        ending = Path(name).suffix.lower()
-        if ending in ANIMATED | FILMS:
-            clips.append((name, opener))
-        elif ending in IMAGE_ENDINGS:
-            folders.setdefault(Path(name).parent.as_posix(), []).append((name, opener))
-    by_number = lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file[0])]
-    clips += [(name, lambda inside=sorted(inside, key=by_number): inside) for name, inside in folders.items()]
-    return sorted(clips, key=lambda clip: clip[0])
-
-
-def read_texts(files):
-    """Captions of all images, or None if any image has none; strips the caption reader off `files` in place."""
-    texts = [f[2]().decode("utf-8", "replace").strip() if len(f) == 3 else None for f in files]
-    files[:] = [f[:2] for f in files]
-    return texts if texts and all(t is not None for t in texts) else None
-
-
-def read_image(name, opener, image_size):
-    """One encoded image -> (3, H, W) uint8: RGB, centre crop and resize as in ADM (Dhariwal & Nichol 2021)."""
-    try:
-        image = Image.open(io.BytesIO(opener())).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise BadInput(f"{name}: not a readable image ({e}); remove it, or leave such files out with --skip_bad") from None
-    return torch.from_numpy(centre_crop(image, image_size)).permute(2, 0, 1)
-
-
-def read_clip(name, opener, image_size, frames, frame_step=None):
-    """One clip -> a list of windows (3, F, H, W) uint8, cropped like images. Which frames of it:
-
-    frame_step None: one window, its frames evenly spread from the first to the last, so that an action is seen whole.
-    frame_step n: every n-th frame, and of these as many windows, one behind the other, as there are.
-    """
-    try:
-        pictures = [centre_crop(picture, image_size) for picture in pictures_of(name, opener())]
-    except (OSError, SyntaxError, ValueError, IndexError, EOFError, Image.DecompressionBombError) as e:
-        raise BadInput(f"{name}: not a readable clip ({e}); remove it, or leave such files out with --skip_bad") from None
-    pictures = pictures[::frame_step]
-    if len(pictures) < frames:
-        every = f" with --frame_step {frame_step}" if frame_step else ""
-        raise BadInput(f"{name}: has {len(pictures)} frames{every}, fewer than --frames {frames}; remove it, or leave such "
-                       "files out with --skip_bad")
-    if frame_step is None:
-        pictures = [pictures[i] for i in np.linspace(0, len(pictures) - 1, frames).round().astype(int)]
-    clip = torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2)                         # (3, all of them, H, W)
-    return [window.contiguous() for window in clip.split(frames, 1) if window.shape[1] == frames]
-
-
-def pictures_of(name, content):
-    """The contents of a clip, bytes or a list of picture files -> PIL images, one after the other."""
-    if isinstance(content, list):
-        for _, opener in content:
-            yield Image.open(io.BytesIO(opener())).convert("RGB")
-    elif Path(name).suffix.lower() in FILMS:
-        try:
-            import av
-        except ImportError:
-            raise BadInput(f"{name}: to read films takes the optional package av: pip install av") from None
-        with av.open(io.BytesIO(content)) as film:
-            for frame in film.decode(video=0):
-                yield frame.to_image()
-    else:
-        with Image.open(io.BytesIO(content)) as animation:
-            for i in range(getattr(animation, "n_frames", 1)):
-                animation.seek(i)
-                yield animation.convert("RGB")
-
-
-def centre_crop(image, image_size):
-    """PIL image -> (image_size, image_size, 3) uint8. Halve by boxes while it is twice too big (so that nothing
-    aliases), then bicubic so that the short side fits, then the middle square."""
-    if image.size == (image_size, image_size):
-        return np.array(image)
-    while min(image.size) >= 2 * image_size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = image_size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
-    return np.array(image)[top:top + image_size, left:left + image_size]
-
-
-def load_npz(path, image_size, split, device, flip):
-    """An .npz with `images` (N, H, W, 3) or (N, H, W) uint8 and `labels` (N,), optionally `classes`; a tenth is held out."""
-    try:
-        with np.load(path, allow_pickle=False) as f:
-            arrays = {k: f[k] for k in ("images", "labels", "classes") if k in f.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as e:
-        raise BadInput(f"--data {path}: not a readable .npz ({e})") from None
-    images, labels = arrays.get("images"), arrays.get("labels")
-    if images is None or labels is None:
-        raise BadInput(f"--data {path}: an .npz needs the arrays `images` (N, H, W, 3) uint8 and `labels` (N,)")
-    if images.ndim == 3:
-        images = np.repeat(images[..., None], 3, -1)
-    fits = images.ndim == 4 and images.shape[-1] == 3 and images.dtype == np.uint8
-    if not fits or len(images) != len(labels) or len(images) < 10:
-        raise BadInput(f"--data {path}: `images` must be (N, H, W, 3) uint8 with N labels and N at least 10, "
-                       f"not {images.shape} {images.dtype} with {len(labels)} labels")
-    held_out = np.arange(len(images)) % 10 == 9
-    keep = held_out if split != "train" else ~held_out
-    values = np.unique(labels)
-    classes = [str(c) for c in arrays["classes"]] if "classes" in arrays else [str(v) for v in values]
-    small = np.stack([centre_crop(Image.fromarray(i), image_size) for i in images[keep]])
-    return ImageSet(torch.from_numpy(small).permute(0, 3, 1, 2).contiguous().to(device),
-                    torch.from_numpy(np.searchsorted(values, labels[keep])).long(), classes, device, flip)
+def refuse_too_many(n, frames, image_size, device):
+    size = n * 3 * frames * image_size ** 2
+    free = files.free_bytes(device)
+    if size > free // 2:
+        what = f"clips of {frames} frames" if frames > 1 else "images"
+        raise BadInput(f"--n_shapes: {n} {what} at {image_size} pixels take {size / 2**30:,.1f} GB, and {free / 2**30:,.1f} GB "
+                       "are free: they do not fit into memory; give less of --n_shapes, --frames or --image_size")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -622,7 +366,7 @@ def demo_shapes(image_size):
     rows = left.subgridspec(len(SHAPES), 1, hspace=0.05)
     for k, name in enumerate(SHAPES):
         ax = fig.add_subplot(rows[k])
-        ax.imshow(tile(images[labels == k][:9], 9, gap=2, scale=2))
+        ax.imshow(pictures.tile(images[labels == k][:9], 9, gap=2, scale=2))
         ax.set_axis_off()
         ax.text(-0.02, 0.5, name, transform=ax.transAxes, ha="right", va="center")
         if k == 0:
@@ -633,7 +377,7 @@ def demo_shapes(image_size):
         ax = fig.add_subplot(cells[i])
         mask = (masks[i] > 0).float().expand(3, -1, -1) * 2 - 1
         depth = (-d[i] / d[i].abs().max()).expand(3, -1, -1)
-        ax.imshow(tile(torch.stack([images[i], mask, depth]), 3, gap=2, scale=2))
+        ax.imshow(pictures.tile(torch.stack([images[i], mask, depth]), 3, gap=2, scale=2))
         ax.set_axis_off()
         ax.text(1.02, 0.5, text.replace(" on a ", "\non a "), transform=ax.transAxes, ha="left", va="center", fontsize=10)
         ax.set_anchor("W")
@@ -643,7 +387,7 @@ def demo_shapes(image_size):
     cells = bottom.subgridspec(len(ACTIONS), 1, hspace=0.05)
     for k, name in enumerate(ACTIONS):
         ax = fig.add_subplot(cells[k])
-        ax.imshow(tile(videos[actions == k][0].transpose(0, 1), 9, gap=2, scale=2))
+        ax.imshow(pictures.tile(videos[actions == k][0].transpose(0, 1), 9, gap=2, scale=2))
         ax.set_axis_off()
         ax.text(-0.02, 0.5, name, transform=ax.transAxes, ha="right", va="center", fontsize=9)
     fig.suptitle(f"data.py: the drawn world at {image_size} x {image_size} pixels, its captions, masks, distances and clips")
@@ -667,8 +411,8 @@ def main():
         n = min(len(train), 4000 // args.frames)
         images, labels = train.batch(order(len(train), n, 0))
         rows = [(c, images[labels == k][:12]) for k, c in enumerate(train.classes[:20])]
-        rows = rows if args.frames == 1 else [(c, film(x[0])) for c, x in rows if len(x)]
-        save_rows("data.png", [r for r in rows if len(r[1])], f"{args.data} at {args.image_size} x {args.image_size}")
+        rows = rows if args.frames == 1 else [(c, pictures.film(x[0])) for c, x in rows if len(x)]
+        pictures.save_rows("data.png", [r for r in rows if len(r[1])], f"{args.data} at {args.image_size} x {args.image_size}")
     print("wrote data.png")
 
 
