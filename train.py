@@ -173,10 +173,12 @@ def main(argv=None):
         runs.leave_processes(dist)
 
 
-def train_tokenizer(args, dist, folder, train_set, val_set):
-    """Stage 1: images -> tokens -> images."""
+def train_tokenizer(args, dist, folder, train_set, val_set, weights=None):
+    """Stage 1: images -> tokens -> images. weights: those by name that are not to start at random (recipes)."""
     torch.manual_seed(args.seed)
     tokenizer = runs.build_tokenizer(args)
+    if weights:
+        tokenizer.load_state_dict(weights, strict=False)
     model = add_losses(args, tokenizer, folder, train_set, val_set)                   # --perceptual and --gan
     source = clips.Stills(train_set) if args.frames > 1 else train_set               # of clips, single frames as well
 

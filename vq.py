@@ -1,27 +1,28 @@
 """
-A vector quantiser: images to a small grid of whole numbers and back.
+VQ: images to a small grid of whole numbers and back, by vector quantisation.
 
-A language model wants words. VQ-VAE (van den Oord et al. 2017, https://arxiv.org/abs/1711.00937) gives images a
-vocabulary: each of the T vectors that an encoder writes is replaced by the nearest e_k of V learned codes, and k is the
-token. Rounding has no gradient, so the decoder's is handed straight through to the encoder, and two more terms pull
-the code and the encoder's z together (sg: stop gradient):
+A language model wants words. VQ-VAE (van den Oord et al. 2017, arxiv.org/abs/1711.00937) gives images a
+vocabulary. Each of the T vectors that an encoder writes is replaced by the nearest e_k of V learned codes,
+and k is the token. Rounding has no gradient, so the decoder's is handed straight through to the encoder. Two
+more terms pull the code and the encoder's z together (sg: stop gradient), with k = argmin |z - e_k|^2:
 
-    loss = |x - decoder(e_k)|^2 + |sg(z) - e_k|^2 + beta |z - sg(e_k)|^2,     k = argmin |z - e_k|^2
+    loss = |x - decoder(e_k)|^2 + |sg(z) - e_k|^2 + beta |z - sg(e_k)|^2
 
-A code that is never nearest gets no gradient and stays dead. LlamaGen (https://arxiv.org/abs/2406.06525) keeps 97% of
-16384 codes alive by looking only at directions in 8 dimensions; in 256 dimensions 0.3% survive. The network is VQGAN's.
+A code that is never nearest gets no gradient and stays dead. LlamaGen (arxiv.org/abs/2406.06525) keeps 97% of
+16384 codes alive by comparing directions in 8 dimensions; in 256 dimensions 0.3% survive. The network is
+VQGAN's.
 
 Shapes:  B batch, H W pixels, T = h * w tokens (h = H / 2^(levels - 1)), V codes of D numbers (code_dim)
 
-    images (B, 3, H, W) --Encoder, quant_conv--> z (B, T, D) --nearest code--> ids (B, T) int64 in 0 .. V - 1
+    images (B, 3, H, W) --Encoder, quant_conv--> z (B, T, D) --nearest code--> ids (B, T) int64, 0 .. V - 1
     ids (B, T) --codebook--> (B, D, h, w) --post_quant_conv, Decoder--> images (B, 3, H, W) in [-1, 1]
 
-    python vq.py               # codes in use against their dimension, writes vq.png; about 1 minute on 2 CPU cores
+    python vq.py               # codes in use against their dimension, writes vq.png; about a minute on a CPU
 
 Try it yourself:
-  1. Give the model of any length in main() ema=0.99: dead codes restart from live vectors. How many are used then?
-  2. Take .detach() away in the straight-through line of VectorQuantizer. What does the encoder still learn from?
-  3. Change one id of a code map before it is decoded. How far does one token reach, and why farther than 4 x 4 pixels?
+  1. Give the model of any length in main() ema=0.99: dead codes restart. How many are used then?
+  2. Take .detach() away in the straight-through line of VectorQuantizer. What does the encoder learn from?
+  3. Change one id of a code map before decoding. How far does it reach, and why farther than 4 x 4 pixels?
 """
 import argparse
 import math
@@ -32,15 +33,149 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 SIZES = {
-    "ds16": dict(image_size=256, vocab_size=16384, code_dim=8, ch=128, ch_mult=(1, 1, 2, 2, 4), n_res=2, z_channels=256,
-                 groups=32),                                # 71,883,403 parameters: LlamaGen's vq_ds16, 16 x 16 tokens
-    "ds8": dict(image_size=256, vocab_size=16384, code_dim=8, ch=128, ch_mult=(1, 2, 2, 4), n_res=2, z_channels=256,
-                groups=32),                                 # 70,109,835 parameters: vq_ds8, 32 x 32 tokens
-    "small": dict(image_size=32, vocab_size=1024, code_dim=8, ch=16, ch_mult=(1, 2, 4, 4), n_res=1, z_channels=32, groups=8),
-    "fine": dict(image_size=32, vocab_size=512, code_dim=8, ch=16, ch_mult=(1, 2, 4), n_res=1, z_channels=32, groups=8),
-    "medium": dict(image_size=32, vocab_size=1024, code_dim=8, ch=64, ch_mult=(1, 2, 4), n_res=2, z_channels=128, groups=16),
-}                                                           # small: 4 x 4 tokens, for a CPU; fine and medium: 8 x 8
+    # LlamaGen's vq_ds16 and vq_ds8: 71,883,403 and 70,109,835 parameters, 16 x 16 and 32 x 32 tokens
+    "ds16": dict(image_size=256, vocab_size=16384, code_dim=8, ch=128, ch_mult=(1, 1, 2, 2, 4), n_res=2,
+                 z_channels=256, groups=32),
+    "ds8": dict(image_size=256, vocab_size=16384, code_dim=8, ch=128, ch_mult=(1, 2, 2, 4), n_res=2,
+                z_channels=256, groups=32),
+    # for 32 x 32 pixels: 4 x 4 tokens on a CPU, 8 x 8 on a CPU, 8 x 8 on a GPU
+    "small": dict(image_size=32, vocab_size=1024, code_dim=8, ch=16, ch_mult=(1, 2, 4, 4), n_res=1,
+                  z_channels=32, groups=8),
+    "fine": dict(image_size=32, vocab_size=512, code_dim=8, ch=16, ch_mult=(1, 2, 4), n_res=1,
+                 z_channels=32, groups=8),
+    "medium": dict(image_size=32, vocab_size=1024, code_dim=8, ch=64, ch_mult=(1, 2, 4), n_res=2,
+                   z_channels=128, groups=16),
+}
 
+
+# ---- The quantiser ---------------------------------------------------------------------------------
+
+class VectorQuantizer(nn.Module):
+    """Rounds each token to the nearest of V codes, with the losses that train the codes.
+
+    l2_norm: tokens and codes are compared, and handed on, at unit length. The codebook keeps any length.
+    beta weighs the commitment of the encoder. entropy weighs LlamaGen's optional entropy_loss, off as
+    published. ema=0: the codes are a parameter and learn by the gradient of |sg(z) - e|^2. ema > 0 (0.99 in
+    VQ-VAE): each code is the running mean, with that decay per step, of the z nearest to it. A code used less
+    than `restart` times its fair share is then put on a random z of the batch (Jukebox, arxiv.org/abs/
+    2005.00341, section 3.1); 0: never.
+    """
+
+    def __init__(self, vocab_size, code_dim, l2_norm=True, beta=0.25, entropy=0.0, ema=0.0, restart=0.1):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.l2_norm = l2_norm
+        self.beta = beta
+        self.entropy = entropy
+        self.ema = ema
+        self.restart = restart
+        codes = torch.empty(vocab_size, code_dim).uniform_(-1 / vocab_size, 1 / vocab_size)
+        codes = self.unit(codes)
+        if not ema:
+            self.codebook = nn.Parameter(codes)
+        else:                                               # with restarts all codes count as dead at first,
+            count = torch.full((vocab_size,), float(restart == 0))    # so the first batch seeds them all
+            self.register_buffer("codebook", codes)
+            self.register_buffer("ema_count", count)                                  # N_k
+            self.register_buffer("ema_sum", codes * count[:, None])         # m_k, and e_k = m_k / N_k
+
+    def unit(self, x):
+        """x (..., D) -> (..., D), of length 1 with l2_norm, else as it is."""
+        return F.normalize(x, dim=-1) if self.l2_norm else x
+
+    @staticmethod
+    def distances(z, codes):
+        """Squared distances: z (N, D), codes (V, D) -> (N, V). |z|^2 + |e|^2 - 2 z.e needs no (N, V, D).
+
+        In float32: bfloat16 takes another code for 6% of random tokens. (TF32, where a GPU is allowed it,
+        swaps near ties.)
+        """
+        return (z**2).sum(1, keepdim=True) + (codes**2).sum(1) - 2 * z @ codes.T
+
+    def nearest(self, z):
+        """z (B, T, D) -> ids (B, T) int64."""
+        with torch.autocast(z.device.type, enabled=False), torch.no_grad():
+            z = self.unit(z.type_as(self.codebook))
+            d = self.distances(z.flatten(0, 1), self.unit(self.codebook))             # (B * T, V)
+            return d.argmin(1).view(z.shape[:2])
+
+    def codes(self, ids):
+        """ids (B, T) int64 -> (B, T, D), what the decoder sees."""
+        return F.embedding(ids, self.unit(self.codebook))
+
+    def forward(self, z):
+        """z (B, T, D) -> q (B, T, D) float32, ids (B, T), loss (), logs.
+
+        The losses are means over tokens and over the D channels. logs: commit (with its weight beta), usage
+        (share of the V codes that occur in this batch), perplexity exp(entropy of their frequencies), 1 .. V.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            ids = self.nearest(z)
+            z = self.unit(z.type_as(self.codebook))
+            e = self.codes(ids)
+            loss = commit = self.beta * F.mse_loss(z, e.detach())
+            p = self.count(ids) / ids.numel()                                         # (V,)
+            logs = {"commit": commit.detach(), "usage": (p > 0).float().mean(),
+                    "perplexity": torch.exp(-torch.xlogy(p, p).sum())}
+            if not self.ema:
+                loss = loss + F.mse_loss(e, z.detach())
+            elif self.training:
+                self.update(z.detach().flatten(0, 1), ids.flatten())
+            if self.entropy:
+                entropy = self.entropy * self.entropy_loss(z.flatten(0, 1))
+                loss = loss + entropy
+                logs["entropy"] = entropy.detach()
+            q = z + (e - z).detach()                        # value of e, gradient of z: straight through
+        return q, ids, loss, logs
+
+    @torch.no_grad()
+    def count(self, ids):
+        """How often each code occurs: ids (B, T) -> (V,) in the codebook's dtype.
+
+        torch.bincount would wait for the GPU.
+        """
+        ids = ids.flatten()
+        counts = self.codebook.new_zeros(self.vocab_size)
+        return counts.index_add_(0, ids, counts.new_ones(ids.shape))
+
+    # ---- Extras: an entropy term, codes as running means
+
+    def entropy_loss(self, z, temperature=0.01):
+        """Certain of each token, undecided over all: z (N, D) -> mean H(p) - H(mean p) (). LlamaGen's.
+
+        p = softmax(-squared distance / temperature) over the codes.
+        """
+        log_p = (-self.distances(z, self.unit(self.codebook)) / temperature).log_softmax(-1)    # (N, V)
+        mean = log_p.exp().mean(0)
+        return -(log_p.exp() * log_p).sum(-1).mean() + (mean * torch.log(mean + 1e-5)).sum()
+
+    @torch.no_grad()
+    def update(self, z, ids):
+        """Move the running averages by one batch: z (N, D), ids (N,).
+
+        All processes of torch.distributed agree. They take the seeds of process 0: the others add zeros.
+        Unlike broadcast, all_reduce can be part of a graph of torch.compile.
+        """
+        count = self.count(ids)
+        total = torch.zeros_like(self.codebook).index_add_(0, ids, z)
+        seeds = z[torch.randint(len(z), (self.vocab_size,), device=z.device)]         # (V, D)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if torch.distributed.get_rank() > 0:
+                seeds = torch.zeros_like(seeds)
+            for x in (count, total, seeds):
+                torch.distributed.all_reduce(x)
+        self.ema_count.lerp_(count, 1 - self.ema)
+        self.ema_sum.lerp_(total, 1 - self.ema)
+        share = self.ema_count.mean()
+        dead = self.ema_count < self.restart * share
+        self.ema_count.copy_(torch.where(dead, share, self.ema_count))
+        self.ema_sum.copy_(torch.where(dead[:, None], share * seeds, self.ema_sum))
+        n = self.ema_count.sum()                            # Laplace smoothing: never / 0, the sum stays n
+        smooth = (self.ema_count + 1e-5) / (n + self.vocab_size * 1e-5) * n
+        self.codebook.copy_(self.unit(self.ema_sum / smooth[:, None]))
+
+
+# ---- The network: vae.py's, with attention at the lowest resolution of the decoder too ------------
 
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on x where the width changes."""
@@ -65,12 +200,15 @@ class AttnBlock(nn.Module):
     def __init__(self, c, groups=32):
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+        self.q = nn.Conv2d(c, c, 1)
+        self.k = nn.Conv2d(c, c, 1)
+        self.v = nn.Conv2d(c, c, 1)
+        self.proj_out = nn.Conv2d(c, c, 1)
 
     def forward(self, x):                                   # (B, c, h, w) -> (B, c, h, w)
         y = self.norm(x)
-        q, k, v = (f(y).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))      # (B, h*w, c)
-        weights = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1)                 # (B, h*w, h*w)
+        q, k, v = (f(y).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, h*w, c)
+        weights = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1)           # (B, h*w, h*w)
         return x + self.proj_out((weights @ v).transpose(1, 2).reshape(x.shape))
 
 
@@ -97,10 +235,12 @@ class Upsample(nn.Module):
 
 
 class Encoder(nn.Sequential):
-    """images (B, channels, H, W) -> features (B, c_out, h, w). Attention after the blocks of the levels in attn_levels."""
+    """images (B, channels, H, W) -> features (B, c_out, h, w). Attention in attn_levels, after each block."""
 
-    def __init__(self, c_out, ch=128, ch_mult=(1, 1, 2, 2, 4), n_res=2, attn_levels=(4,), groups=32, channels=3):
-        c, layers = ch, [nn.Conv2d(channels, ch, 3, padding=1)]
+    def __init__(self, c_out, ch=128, ch_mult=(1, 1, 2, 2, 4), n_res=2, attn_levels=(4,), groups=32,
+                 channels=3):
+        c = ch
+        layers = [nn.Conv2d(channels, ch, 3, padding=1)]
         for level, mult in enumerate(ch_mult):
             for _ in range(n_res):
                 layers.append(ResBlock(c, ch * mult, groups))
@@ -110,15 +250,18 @@ class Encoder(nn.Sequential):
             if level < len(ch_mult) - 1:
                 layers.append(Downsample(c))
         layers += [ResBlock(c, c, groups), AttnBlock(c, groups), ResBlock(c, c, groups)]
-        super().__init__(*layers, nn.GroupNorm(groups, c, eps=1e-6), nn.SiLU(), nn.Conv2d(c, c_out, 3, padding=1))
+        layers += [nn.GroupNorm(groups, c, eps=1e-6), nn.SiLU(), nn.Conv2d(c, c_out, 3, padding=1)]
+        super().__init__(*layers)
 
 
 class Decoder(nn.Sequential):
-    """features (B, c_in, h, w) -> images (B, channels, H, W); mirrors Encoder with one more block per level."""
+    """features (B, c_in, h, w) -> images (B, channels, H, W). Mirrors Encoder, one more block per level."""
 
-    def __init__(self, c_in, ch=128, ch_mult=(1, 1, 2, 2, 4), n_res=2, attn_levels=(), groups=32, channels=3):
+    def __init__(self, c_in, ch=128, ch_mult=(1, 1, 2, 2, 4), n_res=2, attn_levels=(), groups=32,
+                 channels=3):
         c = ch * ch_mult[-1]
-        layers = [nn.Conv2d(c_in, c, 3, padding=1), ResBlock(c, c, groups), AttnBlock(c, groups), ResBlock(c, c, groups)]
+        layers = [nn.Conv2d(c_in, c, 3, padding=1)]
+        layers += [ResBlock(c, c, groups), AttnBlock(c, groups), ResBlock(c, c, groups)]
         for level in reversed(range(len(ch_mult))):
             for _ in range(n_res + 1):
                 layers.append(ResBlock(c, ch * ch_mult[level], groups))
@@ -127,141 +270,56 @@ class Decoder(nn.Sequential):
                     layers.append(AttnBlock(c, groups))
             if level > 0:
                 layers.append(Upsample(c))
-        super().__init__(*layers, nn.GroupNorm(groups, c, eps=1e-6), nn.SiLU(), nn.Conv2d(c, channels, 3, padding=1))
+        layers += [nn.GroupNorm(groups, c, eps=1e-6), nn.SiLU(), nn.Conv2d(c, channels, 3, padding=1)]
+        super().__init__(*layers)
 
 
-class VectorQuantizer(nn.Module):
-    """Rounds each token to the nearest of V codes, with the losses that train the codes.
-
-    l2_norm: tokens and codes are compared, and handed on, at unit length; the codebook itself keeps any length.
-    beta weighs the commitment of the encoder, entropy LlamaGen's optional term (entropy_loss), off as published.
-    ema=0: the codes are a parameter and learn by the gradient of |sg(z) - e|^2. ema > 0 (0.99 in VQ-VAE): each code is the
-    running mean, with that decay per step, of the z nearest to it. A code used less than `restart` times its fair share
-    is then put on a random z of the batch (Jukebox, 2005.00341, section 3.1); 0: never.
-    """
-
-    def __init__(self, vocab_size, code_dim, l2_norm=True, beta=0.25, entropy=0.0, ema=0.0, restart=0.1):
-        super().__init__()
-        self.vocab_size, self.l2_norm, self.beta, self.entropy = vocab_size, l2_norm, beta, entropy
-        self.ema, self.restart = ema, restart
-        codes = self.unit(torch.empty(vocab_size, code_dim).uniform_(-1 / vocab_size, 1 / vocab_size))
-        if not ema:
-            self.codebook = nn.Parameter(codes)
-        else:                                               # with restarts all codes count as dead at first, so that
-            count = torch.full((vocab_size,), float(restart == 0))          # the first batch seeds the whole codebook
-            self.register_buffer("codebook", codes)
-            self.register_buffer("ema_count", count)                        # N_k
-            self.register_buffer("ema_sum", codes * count[:, None])         # m_k, and e_k = m_k / N_k
-
-    def unit(self, x):                                      # (..., D) -> (..., D), of length 1 where that is wanted
-        return F.normalize(x, dim=-1) if self.l2_norm else x
-
-    @staticmethod
-    def distances(z, codes):
-        """Squared distances: z (N, D), codes (V, D) -> (N, V), by |z|^2 + |e|^2 - 2 z.e: no (N, V, D) differences.
-
-        In float32: bfloat16 takes another code for 6% of random tokens. (TF32, where a GPU is allowed it, swaps near ties.)
-        """
-        return (z**2).sum(1, keepdim=True) + (codes**2).sum(1) - 2 * z @ codes.T
-
-    def nearest(self, z):
-        """z (B, T, D) -> ids (B, T) int64."""
-        with torch.autocast(z.device.type, enabled=False), torch.no_grad():
-            d = self.distances(self.unit(z.float()).flatten(0, 1), self.unit(self.codebook))
-            return d.argmin(1).view(z.shape[:2])
-
-    def codes(self, ids):
-        """ids (B, T) int64 -> (B, T, D), what the decoder sees."""
-        return F.embedding(ids, self.unit(self.codebook))
-
-    def entropy_loss(self, z, temperature=0.01):
-        """Certain of each token, undecided over all of them: z (N, D) -> mean H(p) - H(mean p) (), as LlamaGen has it.
-
-        p = softmax(-squared distance / temperature) over the codes.
-        """
-        log_p = (-self.distances(z, self.unit(self.codebook)) / temperature).log_softmax(-1)                # (N, V)
-        mean = log_p.exp().mean(0)
-        return -(log_p.exp() * log_p).sum(-1).mean() + (mean * torch.log(mean + 1e-5)).sum()
-
-    @torch.no_grad()
-    def count(self, ids):
-        """How often each code occurs: ids (B, T) -> (V,) float32. bincount would wait for the GPU."""
-        ids = ids.flatten()
-        return torch.zeros(self.vocab_size, device=ids.device).index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
-
-    @torch.no_grad()
-    def update(self, z, ids):
-        """Move the running averages by one batch: z (N, D), ids (N,). All processes of a distributed run agree."""
-        count, total = self.count(ids), torch.zeros_like(self.codebook).index_add_(0, ids, z)
-        seeds = z[torch.randint(len(z), (self.vocab_size,), device=z.device)]                               # (V, D)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(count), torch.distributed.all_reduce(total)
-            torch.distributed.broadcast(seeds, 0)
-        self.ema_count.lerp_(count, 1 - self.ema)
-        self.ema_sum.lerp_(total, 1 - self.ema)
-        share = self.ema_count.mean()
-        dead = self.ema_count < self.restart * share
-        self.ema_count.copy_(torch.where(dead, share, self.ema_count))
-        self.ema_sum.copy_(torch.where(dead[:, None], share * seeds, self.ema_sum))
-        n = self.ema_count.sum()                            # Laplace smoothing: no division by 0, and the sum stays n
-        smooth = (self.ema_count + 1e-5) / (n + self.vocab_size * 1e-5) * n
-        self.codebook.copy_(self.unit(self.ema_sum / smooth[:, None]))
-
-    def forward(self, z):
-        """z (B, T, D) -> q (B, T, D) float32, ids (B, T), loss (), logs.
-
-        The losses are means over tokens and over the D channels. logs: commit (with its weight beta), usage (share of
-        the V codes that occur in this batch), perplexity exp(entropy of their frequencies), 1 .. V.
-        """
-        with torch.autocast(z.device.type, enabled=False):
-            z, ids = self.unit(z.float()), self.nearest(z)
-            e = self.codes(ids)
-            loss = commit = self.beta * F.mse_loss(z, e.detach())
-            p = self.count(ids) / ids.numel()                                                               # (V,)
-            logs = {"commit": commit.detach(), "usage": (p > 0).float().mean(),
-                    "perplexity": torch.exp(-torch.xlogy(p, p).sum())}
-            if not self.ema:
-                loss = loss + F.mse_loss(e, z.detach())
-            elif self.training:
-                self.update(z.detach().flatten(0, 1), ids.flatten())
-            if self.entropy:
-                entropy = self.entropy * self.entropy_loss(z.flatten(0, 1))
-                loss, logs["entropy"] = loss + entropy, entropy.detach()
-            q = z + (e - z).detach()                        # straight through: the value of e, the gradient of z
-        return q, ids, loss, logs
-
+# ---- The tokenizer ---------------------------------------------------------------------------------
 
 class VQ(nn.Module):
-    """VQGAN's autoencoder around a vector quantiser: T ids per image. The defaults are LlamaGen's choices on a small scale.
+    """VQGAN's autoencoder around a vector quantiser: T ids per image. The defaults are LlamaGen's, small.
 
-    VQ-VAE's classics are l2_norm=False, code_dim=256, ema=0.99. channels as in vae.VAE: 1 sees the grey average, any other
-    number but 3 means that images are (B, channels, H, W), such as one-hot label maps.
+    VQ-VAE's classics are l2_norm=False, code_dim=256, ema=0.99. channels=1: grey. Images still come and go as
+    (B, 3, H, W); the network in between sees their average. Any other number: images are (B, channels, H, W),
+    such as one-hot label maps.
     """
 
     token_dim = None                                        # tokens are ids
 
-    def __init__(self, image_size=32, vocab_size=512, code_dim=8, l2_norm=True, beta=0.25, entropy=0.0, ema=0.0, restart=0.1,
-                 ch=16, ch_mult=(1, 2, 4), n_res=1, z_channels=32, groups=8, channels=3):
+    def __init__(self, image_size=32, vocab_size=512, code_dim=8, l2_norm=True, beta=0.25, entropy=0.0,
+                 ema=0.0, restart=0.1, ch=16, ch_mult=(1, 2, 4), n_res=1, z_channels=32, groups=8,
+                 channels=3):
         super().__init__()
-        side, lowest = image_size >> (len(ch_mult) - 1), (len(ch_mult) - 1,)
-        if image_size % (1 << lowest[0]):
-            raise ValueError(f"image_size {image_size} is not a multiple of {1 << lowest[0]}, the stride of this VQ")
-        self.grid, self.seq_len, self.vocab_size, self.channels = (side, side), side * side, vocab_size, channels
-        self.encoder = Encoder(z_channels, ch, ch_mult, n_res, lowest, groups, channels)
+        lowest = len(ch_mult) - 1                           # the only level with attention
+        side = image_size >> lowest
+        if image_size % (1 << lowest):
+            raise ValueError(f"image_size {image_size} is not a multiple of {1 << lowest}, the stride "
+                             "of this VQ")
+        self.grid = (side, side)
+        self.seq_len = side * side
+        self.vocab_size = vocab_size
+        self.channels = channels
+        self.encoder = Encoder(z_channels, ch, ch_mult, n_res, (lowest,), groups, channels)
         self.quant_conv = nn.Conv2d(z_channels, code_dim, 1)
         self.post_quant_conv = nn.Conv2d(code_dim, z_channels, 1)
-        self.decoder = Decoder(z_channels, ch, ch_mult, n_res, lowest, groups, channels)
-        for module in self.modules():                       # each block starts as the identity: a small model learns
-            if isinstance(module, nn.Conv2d):               # faster than with PyTorch's default initialisation (vae.py)
+        self.decoder = Decoder(z_channels, ch, ch_mult, n_res, (lowest,), groups, channels)
+        self.init_weights()
+        self.quantizer = VectorQuantizer(vocab_size, code_dim, l2_norm, beta, entropy, ema, restart)
+
+    def init_weights(self):
+        """Each block starts as the identity: a small model learns faster than by PyTorch's default."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
                 nn.init.zeros_(module.bias)
         for module in self.modules():
-            if isinstance(module, (ResBlock, AttnBlock)):
-                nn.init.zeros_((module.conv2 if isinstance(module, ResBlock) else module.proj_out).weight)
-        self.quantizer = VectorQuantizer(vocab_size, code_dim, l2_norm, beta, entropy, ema, restart)
+            if isinstance(module, ResBlock):
+                nn.init.zeros_(module.conv2.weight)
+            if isinstance(module, AttnBlock):
+                nn.init.zeros_(module.proj_out.weight)
 
     def pixels(self, images):
-        """What the network sees of images: (B, 3, H, W) -> (B, 1, H, W) where it is grey, else the images themselves."""
+        """What the network sees of images: their average (B, 1, H, W) if channels is 1, else the images."""
         return images.mean(1, keepdim=True) if self.channels == 1 else images
 
     def latents(self, images):
@@ -270,7 +328,7 @@ class VQ(nn.Module):
 
     def decode_raw(self, q):
         """Codes q (B, T, D) -> images (B, 3, H, W), not clamped."""
-        z = q.transpose(1, 2).unflatten(2, self.grid)                                       # (B, D, h, w)
+        z = q.transpose(1, 2).unflatten(2, self.grid)                                 # (B, D, h, w)
         raw = self.decoder(self.post_quant_conv(z)).float()
         return raw.expand(-1, 3, -1, -1) if self.channels == 1 else raw
 
@@ -295,72 +353,11 @@ class VQ(nn.Module):
         """ids (B, T) int64 -> images (B, 3, H, W) in [-1, 1]."""
         return self.decode_raw(self.quantizer.codes(tokens)).clamp(-1, 1)
 
-    @classmethod
-    def from_official(cls, state_dict, image_size=256, l2_norm=True):
-        """LlamaGen's vq_ds16 or vq_ds8: a state dict or a path -> VQ in eval mode.
 
-        The sizes are read off the shapes; of image_size (any multiple of the stride: 256, 384, 512 in the paper) and
-        l2_norm they say nothing. Refuses unknown or missing keys by name.
-        """
-        if not isinstance(state_dict, dict):
-            state_dict = load_weights(state_dict)
-        sd = next((state_dict[k] for k in ("ema", "model", "state_dict") if k in state_dict), state_dict)
-        sd = {k: v for k, v in sd.items() if k != "quantize.codebook_used"}                 # a queue for their usage meter
-        count = lambda start: len({k[len(start):].split(".")[0] for k in sd if k.startswith(start)})
-        levels, n_res = count("encoder.conv_blocks."), count("encoder.conv_blocks.0.res.")
-        widths = [f"encoder.conv_blocks.{i}.res.0.conv1.weight" for i in range(levels)]
-        for key in ("encoder.conv_in.weight", "quant_conv.weight", "quantize.embedding.weight", *widths):
-            if key not in sd:
-                raise ValueError(f"not a LlamaGen tokenizer: the key {key} is missing")
-        ch, channels = sd["encoder.conv_in.weight"].shape[:2]
-        vocab_size, code_dim = sd["quantize.embedding.weight"].shape
-        model = cls(image_size, vocab_size, code_dim, l2_norm, ch=ch, ch_mult=tuple(len(sd[k]) // ch for k in widths),
-                    n_res=n_res, z_channels=sd["quant_conv.weight"].shape[1], groups=32, channels=channels)
-        expected = {}                                       # their key: our key
-        for key in model.state_dict():
-            part, _, rest = key.partition(".")
-            if part in ("encoder", "decoder"):
-                layers = [i for i, layer in enumerate(getattr(model, part)) if list(layer.parameters())]
-                names = llamagen_names(levels, n_res + (part == "decoder"), part == "decoder")
-                i, _, rest = rest.partition(".")
-                expected[f"{part}.{names[layers.index(int(i))]}.{rest}"] = key
-            else:
-                expected["quantize.embedding.weight" if part == "quantizer" else key] = key
-        missing, unknown = ([k for k in a if k not in b] for a, b in ((expected, sd), (sd, expected)))
-        if missing or unknown:
-            raise ValueError(f"the tokenizer's weights do not fit: missing {missing[:3]}, unknown {unknown[:3]}")
-        model.load_state_dict({expected[k]: v.float() for k, v in sd.items()})
-        return model.eval()
-
-
-def llamagen_names(levels, n_res, decoder=False):
-    """LlamaGen's names of the layers that hold weights, in the order of our Sequential; level 0 comes first in both."""
-    mid, names = ["mid.0", "mid.1", "mid.2"], []
-    for i in range(levels):
-        for j in range(n_res):
-            lowest = i == (0 if decoder else levels - 1)
-            names += [f"conv_blocks.{i}.res.{j}"] + ([f"conv_blocks.{i}.attn.{j}"] if lowest else [])
-        if i < levels - 1:
-            names.append(f"conv_blocks.{i}.{'upsample' if decoder else 'downsample'}")
-    return ["conv_in"] + (mid + names if decoder else names + mid) + ["norm_out", "conv_out"]
-
-
-def load_weights(path):
-    """A .pt, .pth, .ckpt or .safetensors file -> state dict on the CPU. Never runs code from the file."""
-    if str(path).endswith(".safetensors"):
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise ValueError(f"{path} needs the optional package safetensors: pip install safetensors") from None
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Demo
+# ---- Demo: how many codes are in use, against their dimension --------------------------------------
 
 def fit_vq(model, images, steps, batch_size=8, lr=1e-3):
-    """Train on a fixed set of images (N, 3, H, W) -> seconds. Four times this lr halves the usage of short codes."""
+    """Train on a fixed set of images (N, 3, H, W) -> seconds. Four times this lr halves usage at small D."""
     opt = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.95))
     start = time.perf_counter()
     for step in range(steps):
@@ -373,27 +370,42 @@ def fit_vq(model, images, steps, batch_size=8, lr=1e-3):
     return time.perf_counter() - start
 
 
-def show(results, images, vocab):
-    """vq.png: usage and error against the dimension on the left; two images, their code maps and reconstructions."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import data
-    fig = plt.figure(figsize=(12.5, 5.6))
-    left, right = fig.add_gridspec(1, 2, width_ratios=[1, 1.75], left=0.06, right=0.99, top=0.85, bottom=0.13, wspace=0.1)
+def tried(dim, l2_norm, vocab, steps, images, held_out):
+    """Train one model and look at held_out (N, 3, 32, 32) -> its numbers, ids (N, 64), x_hat, as a dict."""
+    torch.manual_seed(0)
+    model = VQ(**SIZES["fine"] | dict(vocab_size=vocab, code_dim=dim, l2_norm=l2_norm))
+    model.to(images.device, memory_format=torch.channels_last)                        # faster on a CPU
+    seconds = fit_vq(model, images, steps)
+    ids = model.eval().encode(held_out)
+    x_hat = model.decode(ids)
+    psnr = 10 * math.log10(4 / F.mse_loss(x_hat, held_out))
+    p = model.quantizer.count(ids) / ids.numel()                                      # (V,)
+    usage = 100 * (p > 0).float().mean().item()
+    perplexity = math.exp(-torch.xlogy(p, p).sum())
+    print(f"codes of dimension {dim:3d}, {'unit length' if l2_norm else 'any length '}   {usage:5.1f}% of "
+          f"{vocab} in use, perplexity {perplexity:5.1f}   PSNR {psnr:4.1f} dB   {seconds:.0f} s")
+    return dict(dim=dim, l2_norm=l2_norm, usage=usage, psnr=psnr, ids=ids.cpu(), x_hat=x_hat.cpu())
+
+
+def plot_bars(fig, cell, results, vocab):
+    """Usage and error of each model, against the dimension of its codes."""
     names = [f"{r['dim']}" if r["l2_norm"] else f"{r['dim']}\nany length" for r in results]
     colours = ["tab:blue" if r["l2_norm"] else "tab:red" for r in results]
-    for cell, key, title in zip(left.subgridspec(2, 1, hspace=0.5), ("usage", "psnr"),
-                                (f"% of the {vocab} codes in use", "PSNR of held-out images, dB")):
-        ax = fig.add_subplot(cell)
+    titles = {"usage": f"% of the {vocab} codes in use", "psnr": "PSNR of held-out images, dB"}
+    for part, (key, title) in zip(cell.subgridspec(2, 1, hspace=0.5), titles.items()):
+        ax = fig.add_subplot(part)
         bars = ax.bar(range(len(results)), [r[key] for r in results], color=colours)
         ax.bar_label(bars, fmt="%.1f", fontsize=9)
         ax.set(title=title, xticks=range(len(results)), xticklabels=names)
         ax.margins(y=0.18)
         ax.set_ylim(bottom=0 if key == "usage" else 10)
     ax.set_xlabel("numbers in a code (blue: at unit length)")
-    shown = [next(r for r in results if r["dim"] == 8), results[-1]]
-    cells = right.subgridspec(2, 5, width_ratios=[1, 1.35, 1, 1.35, 1], wspace=0.06, hspace=0.12)
+
+
+def plot_codes(fig, cell, shown, images, vocab):
+    """Two images, and for each model in `shown` their ids and what the decoder makes of them."""
+    import matplotlib.pyplot as plt
+    cells = cell.subgridspec(2, 5, width_ratios=[1, 1.35, 1, 1.35, 1], wspace=0.06, hspace=0.12)
     hue = torch.arange(vocab) * 0.618 % 1                   # neighbouring ids get colours far apart
     for row, i in enumerate((0, 2)):
         pictures = [(images[i], "image")]
@@ -406,40 +418,36 @@ def show(results, images, vocab):
             if row == 0:
                 ax.set_title(title, fontsize=10)
             if picture.ndim == 3:
-                ax.imshow(data.tile(picture[None], 1), interpolation="nearest")
+                ax.imshow((picture.permute(1, 2, 0) + 1) / 2, interpolation="nearest")
                 continue
             ax.imshow(plt.cm.hsv(hue[picture].numpy()) * [1, 1, 1, 0.45], interpolation="nearest")
             for t, k in enumerate(picture.flatten().tolist()):
                 ax.text(t % 8, t // 8, k, ha="center", va="center", fontsize=6.5)
-    fig.suptitle("vq.py: short codes that differ only in direction stay in use, long ones die; 8 numbers draw best\n"
-                 "right: the 64 numbers that an image becomes; equal colours are equal numbers", fontsize=12)
-    fig.savefig("vq.png", dpi=80)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="How many codes of a codebook are used? It depends on their dimension.")
+    parser = argparse.ArgumentParser(description="How many codes are used? It depends on their dimension.")
     parser.add_argument("--steps", type=int, default=150, help="training steps of each of the six models")
     parser.add_argument("--vocab", type=int, default=512, help="codes in each codebook")
     args = parser.parse_args()
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
     import data
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = data.draw(torch.arange(2000, device=device))[0]
     held_out = data.draw(torch.arange(128, device=device) + data.VAL_INDEX)[0]
-    results = []
-    for dim, l2_norm in ((2, True), (4, True), (8, True), (32, True), (256, True), (256, False)):
-        torch.manual_seed(0)
-        model = VQ(**SIZES["fine"] | dict(vocab_size=args.vocab, code_dim=dim, l2_norm=l2_norm))
-        model.to(device, memory_format=torch.channels_last)                                 # faster on a CPU
-        seconds = fit_vq(model, images, args.steps)
-        ids = model.eval().encode(held_out)                                                 # (128, 64)
-        x_hat = model.decode(ids)
-        psnr = 10 * math.log10(4 / F.mse_loss(x_hat, held_out))
-        p = model.quantizer.count(ids) / ids.numel()                                        # (V,)
-        usage, perplexity = 100 * (p > 0).float().mean().item(), math.exp(-torch.xlogy(p, p).sum())
-        print(f"codes of dimension {dim:3d}, {'unit length' if l2_norm else 'any length '}   {usage:5.1f}% of {args.vocab} "
-              f"in use, perplexity {perplexity:5.1f}   PSNR {psnr:4.1f} dB   {seconds:.0f} s")
-        results.append(dict(dim=dim, l2_norm=l2_norm, usage=usage, psnr=psnr, ids=ids.cpu(), x_hat=x_hat.cpu()))
-    show(results, held_out, args.vocab)
+    arms = [(2, True), (4, True), (8, True), (32, True), (256, True), (256, False)]
+    results = [tried(*arm, args.vocab, args.steps, images, held_out) for arm in arms]
+    fig = plt.figure(figsize=(12.5, 5.6))
+    left, right = fig.add_gridspec(1, 2, width_ratios=[1, 1.75], left=0.06, right=0.99, top=0.85, bottom=0.13,
+                                   wspace=0.1)
+    plot_bars(fig, left, results, args.vocab)
+    plot_codes(fig, right, [results[2], results[-1]], held_out.cpu().clamp(-1, 1), args.vocab)
+    fig.suptitle("vq.py: short codes that differ only in direction stay in use, long ones die; 8 numbers "
+                 "draw best\nright: the 64 numbers that an image becomes; equal colours are equal numbers",
+                 fontsize=12)
+    fig.savefig("vq.png", dpi=80)
     print("wrote vq.png")
 
 

@@ -1,10 +1,12 @@
 """
 Text conditions: captions -> bytes that the generator learns to read, or features of a frozen T5 encoder.
 
-    texts --encode--> (N, P) uint8 of bytes, or (N, P, E) float16 of T5; P is the length of the longest, args.text_len
+    texts --encode--> (N, P) uint8 of bytes, or (N, P, E) float16 of T5; P is the length of the longest,
+    args.text_len
 
 Bytes need nothing: the model embeds them and learns to read as it learns to draw. T5 (--text_encoder
-google/flan-t5-xl, as in LlamaGen) needs the package transformers and a download; its features are kept in a file.
+google/flan-t5-xl, as in LlamaGen) needs the package transformers and a download; its features are kept in a
+file.
 """
 import contextlib
 import functools
@@ -18,7 +20,7 @@ from common import runs
 from data import BadInput
 
 T5_LENGTH = 120                                             # tokens of a caption, as in LlamaGen
-MOST_BYTES = 512                                            # longer captions lose their end: every step pays for them
+MOST_BYTES = 512                                    # longer captions lose their end: every step pays for them
 
 
 def of_images(args, images, split):
@@ -27,24 +29,31 @@ def of_images(args, images, split):
         first = data.VAL_INDEX if split == "val" else 0
         return data.captions(torch.arange(first, first + len(images), device="cpu"), args.seed)
     if images.texts is None:
-        raise BadInput(f"--condition text: not every image of --data {args.data} has a caption; write NAME.txt beside "
-                       "NAME.jpg")
+        raise BadInput(
+            f"--condition text: not every image of --data {args.data} has a caption; write NAME.txt beside "
+            "NAME.jpg")
     return images.texts
 
 
 def length_of(args, texts):
-    """The number of positions for captions: T5's, or the bytes of the longest, at most MOST_BYTES. Says what is cut."""
+    """The number of positions for captions: T5's, or the bytes of the longest, at most MOST_BYTES. Says what
+    is cut.
+    """
     if args.text_encoder != "bytes":
         return T5_LENGTH
     lengths = [len(text.encode()) for text in texts]
     cut = sum(length > MOST_BYTES for length in lengths)
     if cut:
-        print(f"{cut} of {len(texts)} captions are longer than {MOST_BYTES} bytes: the rest of them is left out")
+        print(
+            f"{cut} of {len(texts)} captions are longer than {MOST_BYTES} bytes: the rest of them is left out"
+        )
     return min(max(lengths), MOST_BYTES)
 
 
 def encode(args, texts):
-    """Captions -> bytes (N, P) uint8, or T5 features (N, P, E) float16, on the CPU, zeros in front. P: args.text_len."""
+    """Captions -> bytes (N, P) uint8, or T5 features (N, P, E) float16, on the CPU, zeros in front. P:
+    args.text_len.
+    """
     if args.text_encoder == "bytes":
         cut = [text.encode()[:args.text_len].decode(errors="ignore") for text in texts]
         return ar_transformer.bytes_of(cut, args.text_len).to(torch.uint8)
@@ -56,7 +65,7 @@ def encode(args, texts):
         words = tokenizer(texts[i:i + 64], padding="max_length", truncation=True, max_length=args.text_len,
                           return_tensors="pt").to(device)
         with torch.no_grad():
-            x = encoder(**words).last_hidden_state                                    # (B, P, E), padding behind
+            x = encoder(**words).last_hidden_state          # (B, P, E), padding behind
         lengths = words["attention_mask"].sum(1).tolist()
         rows = [torch.cat([row[n:] * 0, row[:n]]) for row, n in zip(x, lengths)]      # LlamaGen pads in front
         parts.append(torch.stack(rows).half().cpu())
@@ -69,8 +78,9 @@ def load_t5(name):
     try:
         from transformers import AutoTokenizer, T5EncoderModel
     except ImportError:
-        raise BadInput(f"--text_encoder {name}: needs the optional package transformers: pip install transformers "
-                       "sentencepiece; or --text_encoder bytes") from None
+        raise BadInput(
+            f"--text_encoder {name}: needs the optional package transformers: pip install transformers "
+            "sentencepiece; or --text_encoder bytes") from None
     try:
         return AutoTokenizer.from_pretrained(name), T5EncoderModel.from_pretrained(name).eval()
     except (OSError, ValueError) as e:

@@ -1,17 +1,19 @@
 """
 Muon for the matrices inside transformer blocks, with matrices of equal shape in one stack.
 
-Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest matrix
-with orthonormal rows, so that every direction is learnt at the same speed. A Newton-Schulz iteration finds it nearly:
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest
+matrix with orthonormal rows, so that every direction is learnt at the same speed. A Newton-Schulz iteration
+finds it nearly:
 
     x <- a x + (b x x^T + c (x x^T)^2) x          brings every singular value of x near 1
 
-The numbers are those of torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), which treats one matrix after the other:
-23 small kernels for each. A GPU spends most of that time on launches. Here there are 23 for each shape.
+The numbers are those of torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), which treats one matrix after the
+other: 23 small kernels for each. A GPU spends most of that time on launches. Here there are 23 for each
+shape.
 """
 import torch
 
-A, B, C = 3.4445, -4.7750, 2.0315                           # steep at 0, so that small singular values grow fast
+A, B, C = 3.4445, -4.7750, 2.0315                        # steep at 0, so that small singular values grow fast
 EPS = 1e-7
 
 
@@ -29,7 +31,9 @@ def orthogonalise(x, n_steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """params: matrices. lr and weight_decay mean what they mean to AdamW, whose update size the update is scaled to."""
+    """params: matrices. lr and weight_decay mean what they mean to AdamW, whose update size the update is
+    scaled to.
+    """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95, n_steps=5):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, n_steps=n_steps))
@@ -56,6 +60,6 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
         update = orthogonalise(torch.stack(nesterov), group["n_steps"]).to(params[0].dtype)
-        scale = 0.2 * max(params[0].shape) ** 0.5           # the root mean square of AdamW's updates is about 0.2
+        scale = 0.2 * max(params[0].shape) ** 0.5       # the root mean square of AdamW's updates is about 0.2
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"] * scale)

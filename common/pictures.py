@@ -1,8 +1,8 @@
 """
 Pictures that the programs and the demos save: labelled rows of images, film strips, animations, curves.
 
-Images are tensors (N, 3, H, W) with values in [-1, 1]; clips are (N, 3, F, H, W). Everything else in the project may
-use this room, and it uses nothing of the project.
+Images are tensors (N, 3, H, W) with values in [-1, 1]; clips are (N, 3, F, H, W). Everything else in the
+project may use this room, and it uses nothing of the project.
 """
 import torch
 from PIL import Image, ImageDraw
@@ -19,7 +19,9 @@ def pyplot():
 
 
 def plain(text):
-    """A text as matplotlib shall print it, letter by letter: `$` would begin a formula, and some names are no UTF-8."""
+    """A text as matplotlib shall print it, letter by letter: `$` would begin a formula, and some names are no
+    UTF-8.
+    """
     text = str(text).encode("utf-8", "replace").decode()
     text = "".join(letter if letter.isprintable() else " " for letter in text)
     if len(text) > MOST_LETTERS:
@@ -87,9 +89,11 @@ def save_class_grid(path, images, labels, classes, title=""):
 
 
 def colour_maps(maps):
-    """Label maps (B, n, H, W), whose largest channel wins -> pictures (B, 3, H, W). Channel 0 becomes black."""
+    """Label maps (B, n, H, W), whose largest channel wins -> pictures (B, 3, H, W). Channel 0 becomes
+    black.
+    """
     device = maps.device
-    hue = torch.arange(maps.shape[1] - 1, device=device) * 0.618 % 1                  # neighbours are far apart
+    hue = torch.arange(maps.shape[1] - 1, device=device) * 0.618 % 1                # neighbours are far apart
     thirds = torch.tensor([0, 1 / 3, 2 / 3], device=device)
     wheel = ((hue[:, None] + thirds) % 1 * 6 - 3).abs() - 1
     palette = torch.cat([-torch.ones(1, 3, device=device), wheel.clamp(0, 1) * 1.5 - 0.5])            # (n, 3)
@@ -99,14 +103,18 @@ def colour_maps(maps):
 # ---- Clips ----------------------------------------------------------------------------------------
 
 def film(clip, n=9, given=0):
-    """A clip (3, F, H, W) -> n of its frames, evenly chosen (n, 3, H', W'). The first `given` get a green edge."""
+    """A clip (3, F, H, W) -> n of its frames, evenly chosen (n, 3, H', W'). The first `given` get a green
+    edge.
+    """
     index = torch.linspace(0, clip.shape[1] - 1, min(n, clip.shape[1]), device="cpu").round().long()
     frames = clip[:, index].transpose(0, 1)
     return edged(frames, index < given) if given else frames
 
 
 def edged(images, which):
-    """images (N, 3, H, W) -> the same, enlarged to about 48 pixels, with an edge: green where which (N,), else white."""
+    """images (N, 3, H, W) -> the same, enlarged to about 48 pixels, with an edge: green where which (N,),
+    else white.
+    """
     scale = max(1, 48 // images.shape[-1])
     images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     green = torch.tensor([-0.6, 0.6, -0.6], device="cpu")
@@ -117,11 +125,14 @@ def edged(images, which):
 
 
 def save_clips(path, clips, columns, names=(), ms=110, given=0):
-    """A GIF of clips (N, 3, F, H, W) moving in a grid. names: of the rows. ms: per frame. given: see film()."""
+    """A GIF of clips (N, 3, F, H, W) moving in a grid. names: of the rows. ms: per frame. given: see
+    film().
+    """
     clips = clips.detach().cpu()
     n_frames, H = clips.shape[2], clips.shape[3]
     scale = 1 if given else max(1, 64 // H)
-    margin = 6 * max(map(len, names)) + 6 if names else 0   # the letters of Pillow's own font are 6 pixels wide
+    # the letters of Pillow's own font are 6 pixels wide
+    margin = 6 * max(map(len, names)) + 6 if names else 0
     sheets = []
     for t in range(n_frames):
         frames = clips[:, :, t]
@@ -144,9 +155,10 @@ def save_curve(path, rows, unit):
     """A PNG of training and validation loss: rows of log.csv as dicts. unit: what the loss is measured in."""
     plt = pyplot()
     fig, ax = plt.subplots(figsize=(6, 3.6))
-    for key, style, label in (("loss", "-", "training batch"), ("val_loss", "o-", "validation, averaged weights")):
+    for key, style, label in (("loss", "-", "training batch"), ("val_loss", "o-",
+                                                                "validation, averaged weights")):
         points = [(int(row["step"]), float(row[key])) for row in rows if row.get(key) not in (None, "")]
-        points = [point for point in points if point[0] > 1] or points                # step 1 would set the scale
+        points = [point for point in points if point[0] > 1] or points            # step 1 would set the scale
         if points:
             ax.plot(*zip(*points), style, ms=4, label=label)
     ax.set(xlabel="training step", ylabel=unit, title=plain(path.parent.name))

@@ -6,7 +6,7 @@ run folders say, and DEFAULTS. It travels from the program to the builders below
 "flags", so load_run can build the same models again.
 
 Recipes train models that train.py has no flag for. They set args.tok_options and args.options, which go to the
-tokenizer and to the generator as they are.
+tokenizer and to the generator as they are, and args.unit, what a loss of their own is measured in.
 
 Read DEFAULTS and REFUSALS first: what a flag is when it is not given, and what does not go together.
 """
@@ -129,25 +129,28 @@ def resolve(given, tok_folder, folder):
 
     A checkpoint in tok_folder or folder says how that stage was trained. Raises BadInput where a flag contradicts
     it, where a run stopped and neither --resume nor --overwrite is given, and where --resume finds nothing.
+    tok_folder None: there is no stage 1 of its own, folder holds all (recipes/joint.py).
     """
     device = pick_device(given.device)
     if given.resume and given.overwrite:
         raise BadInput("--resume goes on and --overwrite starts anew: give one of them")
     if given.generator != "none" and folder == tok_folder:
         raise BadInput(f"--name and --tok_name are both {folder.name}: give the two stages folders of their own")
-    for path in (tok_folder, folder):
+    for path in filter(None, (tok_folder, folder)):
         refuse_folder(path)
         remove_leftovers(path)
-    saved1 = read_checkpoint(tok_folder)
+    saved1 = read_checkpoint(tok_folder) if tok_folder else None
     saved2 = None if given.generator == "none" else read_checkpoint(folder)
     if given.resume and saved1 is None and saved2 is None:
-        raise BadInput(f"--resume: there is no run in {folder} or {tok_folder}; leave --resume out to start one")
+        where = f"{folder} or {tok_folder}" if tok_folder else f"{folder}"
+        raise BadInput(f"--resume: there is no run in {where}; leave --resume out to start one")
     if given.overwrite:
         saved2 = None
         if saved1 is not None and (given.generator == "none" or not fits(given, saved1)):
             saved1 = None                                   # else a finished tokenizer is kept
     flags = {}
-    for path, saved, names in ((tok_folder, saved1, STAGE1 + BOTH), (folder, saved2, STAGE2 + BOTH)):
+    names2 = STAGE2 + BOTH if tok_folder else STAGE1 + STAGE2 + BOTH
+    for path, saved, names in ((tok_folder, saved1, STAGE1 + BOTH), (folder, saved2, names2)):
         if saved is None:
             continue
         if not saved["done"] and not given.resume and not given.overwrite:
@@ -472,6 +475,8 @@ def build_generator(args, tokenizer, num_classes):
 
 def unit_of_loss(args, stage):
     """What the loss of a stage is measured in, for the axis of curve.png."""
+    if getattr(args, "unit", None):
+        return args.unit
     if stage == 1:
         extra = "beta KL" if args.tokenizer in CONTINUOUS else "losses of the codes"
         return f"squared error per pixel value + {extra}"
@@ -552,13 +557,18 @@ def remove_leftovers(folder):
 
 
 def averaged(checkpoint):
-    """The averaged weights of a checkpoint as a plain state dict, without the losses around a tokenizer."""
-    weights = {name.removeprefix("module."): value for name, value in checkpoint["ema"].items()
-               if name.startswith("module.")}
-    if any(name.startswith("tokenizer.") for name in weights):
-        weights = {name.removeprefix("tokenizer."): value for name, value in weights.items()
-                   if name.startswith("tokenizer.")}
+    """The averaged weights of the model of a checkpoint, without what was trained around it, as a plain state dict."""
+    weights = inside("module.", checkpoint["ema"])
+    if any(name.startswith("tokenizer.") for name in weights):        # a tokenizer, and the losses around it
+        return inside("tokenizer.", weights)
+    if any(name.startswith("vae.") for name in weights):              # a generator, and the VAE of recipes/joint.py
+        return inside("generator.", weights)
     return weights
+
+
+def inside(prefix, weights):
+    """The entries of a state dict whose name begins with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def load_run(folder, device="cpu"):

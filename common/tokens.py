@@ -1,11 +1,12 @@
 """
-Images encoded once: a VAE's tokens kept as posteriors, the others' as ids, and batches of them for the generator.
+Images encoded once: a VAE's tokens kept as posteriors, the others' as ids, and batches of them for the
+generator.
 
     images --tokenizer.posterior--> mean, std (N, T, D), or --tokenizer.encode--> ids (N, T)        encode_all
-    index (B,) --> tokens (B, T[, D]) and labels (B,), or captions (B, P[, E]) in their place        Tokens.batch
+    index (B,) --> tokens (B, T[, D]) and labels (B,), or captions (B, P[, E])         Tokens.batch
 
-They are kept in the tokenizer's run folder with a key that stands for the tokenizer and the images, so a file of
-another tokenizer, of other images, or a damaged one is made anew.
+They are kept in the tokenizer's run folder with a key that stands for the tokenizer and the images, so a file
+of another tokenizer, of other images, or a damaged one is made anew.
 """
 import contextlib
 import hashlib
@@ -16,7 +17,9 @@ from common import runs
 
 
 class Tokens:
-    """A set of images as tokens. arrays: mean, std (N, T, D), or ids (N, T); labels (N,), or captions (N, P[, E])."""
+    """A set of images as tokens. arrays: mean, std (N, T, D), or ids (N, T); labels (N,), or captions (N, P[,
+    E]).
+    """
 
     def __init__(self, tokenizer, arrays, labels):
         self.tokenizer = tokenizer
@@ -27,13 +30,15 @@ class Tokens:
         return len(self.labels)
 
     def batch(self, index):
-        """index (B,) -> tokens (B, T[, D]), labels (B,). Vectors are a fresh draw each time (GIVT section 3.1)."""
+        """index (B,) -> tokens (B, T[, D]), labels (B,). Vectors are a fresh draw each time (GIVT section
+        3.1).
+        """
         index = index.to(self.labels.device, non_blocking=True)
         cond = self.labels[index]
         if cond.is_floating_point():                        # T5's features are kept in half precision
             cond = cond.float()
         row = index
-        if "flipped" in self.arrays:                        # the second half of the arrays are the mirrored images
+        if "flipped" in self.arrays:                   # the second half of the arrays are the mirrored images
             mirrored = torch.rand(len(index), device=index.device) < 0.5
             row = index + mirrored * len(self.labels)
         if "ids" in self.arrays:
@@ -44,7 +49,9 @@ class Tokens:
 
 @torch.no_grad()
 def encode_all(tokenizer, images):
-    """A whole data.ImageSet -> dict of arrays on its device: mean, std, or ids; with --flip the mirrored images, too."""
+    """A whole data.ImageSet -> dict of arrays on its device: mean, std, or ids; with --flip the mirrored
+    images, too.
+    """
     flip = images.flip
     images.flip = False
     at_once = 250 if images.frames == 1 else max(1, 1000 // images.frames)            # clips take more memory
@@ -76,7 +83,9 @@ def key_of(tokenizer, images):
 
 
 def cached(tokenizer, images, path, dist):
-    """The tokens of a set, read from `path` if they are of this tokenizer and these images, else made and saved."""
+    """The tokens of a set, read from `path` if they are of this tokenizer and these images, else made and
+    saved.
+    """
     key = key_of(tokenizer, images)
     saved = None
     if path.exists():

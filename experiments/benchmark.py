@@ -112,7 +112,8 @@ def count_flops(s):
 
 def build_all(device):
     """-> the systems of this device, each with its peak memory. CUDA: what it adds to those before it. CPU:
-    that of a fresh process, run before this one grows: Linux starts a child at the peak of its parent."""
+    that of a fresh process, run before this one grows: Linux starts a child at the peak of its parent.
+    """
     entries, memory = [e for e in SYSTEMS if device.type in e[1].split()], {}
     for name in [e[0] for e in entries if device.type == "cpu"]:
         command = [sys.executable, __file__, "--device", "cpu", "--peak", name]
@@ -144,7 +145,8 @@ def print_peak(name):
 
 def interleave(jobs, rounds, device, times=1):
     """{name: function} -> {name: median seconds of one call}. Every round times every job in turn, `times`
-    calls at once, since a GPU is only busy when nobody waits for it after each. Round -1 is the warm-up."""
+    calls at once, since a GPU is only busy when nobody waits for it after each. Round -1 is the warm-up.
+    """
     wait = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize   # on a CPU: nothing
     seconds = {name: [] for name in jobs}
     for r in range(-1, rounds):

@@ -1,21 +1,23 @@
 """
 Tokens as a codec: bits per pixel against PSNR and MS-SSIM, beside JPEG, WebP and H.265.
 
-    pip install av                                       # brings H.265 (x265); without it there are no films and no H.265
-    python experiments/compression.py --film bigbuckbunny.mp4 --test bikes.mp4   # trains, measures; 40 minutes on one core
-    python experiments/compression.py --parts images --n 16 --out /tmp/x         # does it run? (trains what is not there)
+    pip install av  # brings H.265 (x265); without it there are no films and no H.265
+    python experiments/compression.py --film bigbuckbunny.mp4 --test bikes.mp4  # trains, measures; 40 minutes on one core
+    python experiments/compression.py --parts images --n 16 --out /tmp/x  # does it run? (trains what is not there)
 
-Three tests, on what no model was trained on. images: drawn validation images, train.py's LFQ. clips: drawn clips of 9
-frames, the image LFQ inflated to video and trained on. film: 27 frames of --test, by the same LFQ trained on crops of --film
-alone. Entropy coders are AR transformers on the training tokens ("no class" nine times in ten, for they are asked so).
+Three tests, on what no model was trained on. images: drawn validation images, train.py's LFQ. clips: drawn
+clips of 9 frames, the image LFQ inflated to video and trained on. film: 27 frames of --test, by the same LFQ
+trained on crops of --film alone. Entropy coders are AR transformers on the training tokens ("no class" nine
+times in ten, for they are asked so).
 
-What is compared with what. LFQ: the whole file of recipes.compress, its 40 bytes too, fixed-length or arithmetic-coded,
-all pictures of a test in one file; every file is decoded again, and its ids must be those that went in. JPEG and WebP: at 32
-pixels a file is mostly header, so the images are laid side by side in one large sheet; the size as single files is reported
-too. H.265: x265's preset medium, the bare stream without a container; clips lie side by side in one film. Drawn things keep
-full colour resolution in JPEG and H.265 (4:4:4), films have half (4:2:0). A classical codec's value at LFQ's rate is read
-off the straight line, over log bits, between the two settings around it. MS-SSIM: metrics.ms_ssim, per frame; 32 pixels
-have two scales, and in a sheet it is taken picture by picture. LPIPS with --lpips.
+What is compared with what. LFQ: the whole file of recipes.compress, its 40 bytes too, fixed-length or
+arithmetic-coded, all pictures of a test in one file; every file is decoded again, and its ids must be those
+that went in. JPEG and WebP: at 32 pixels a file is mostly header, so the images are laid side by side in one
+large sheet; the size as single files is reported too. H.265: x265's preset medium, the bare stream without a
+container; clips lie side by side in one film. Drawn things keep full colour resolution in JPEG and H.265
+(4:4:4), films have half (4:2:0). A classical codec's value at LFQ's rate is read off the straight line, over
+log bits, between the two settings around it. MS-SSIM: metrics.ms_ssim, per frame; 32 pixels have two scales,
+and in a sheet it is taken picture by picture. LPIPS with --lpips.
 """
 import argparse
 import io
@@ -33,7 +35,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)                                     # before experiments/, for this file is a compression.py, too
+sys.path[0] = str(ROOT)                          # before experiments/, for this file is a compression.py, too
 sys.path.append(str(ROOT / "experiments"))
 import ar_transformer
 import data
@@ -44,17 +46,26 @@ from common import metrics, pictures, runs
 from official.lpips import load_lpips
 from recipes import compress
 
-CHUNK = 9                                                   # frames of a clip: 3 frames of 8 x 8 ids at 32 pixels
+CHUNK = 9                                               # frames of a clip: 3 frames of 8 x 8 ids at 32 pixels
 
 
 # ---------------------------------------------------------------------------------------------------
 # The models
 
 def image_codec(args):
-    """train.py's own two stages on the drawn images -> tokenizer, coder. Another seed draws other images, too."""
-    words = ["--tokenizer", "lfq", "--tok_size", "small", "--head", "categorical", "--size", "tiny", "--label_drop", "0.9"]
-    train.main([*words, "--steps", str(args.ar_steps), "--device", "cpu", "--runs", str(args.folder), "--seed", str(args.seed),
-                "--tok_name", "codec-lfq", "--name", "codec-ar"])
+    """train.py's own two stages on the drawn images -> tokenizer, coder. Another seed draws other images,
+    too.
+    """
+    words = [
+        "--tokenizer", "lfq", "--tok_size", "small", "--head", "categorical", "--size", "tiny",
+        "--label_drop", "0.9"
+    ]
+    train.main([
+        *words, "--steps",
+        str(args.ar_steps), "--device", "cpu", "--runs",
+        str(args.folder), "--seed",
+        str(args.seed), "--tok_name", "codec-lfq", "--name", "codec-ar"
+    ])
     run = runs.load_run(args.folder / "codec-ar")
     return run.tokenizer, run.generator
 
@@ -67,7 +78,9 @@ def kept(path, make):
 
 
 def clip_codec(args, name, image_lfq, clips):
-    """The image LFQ inflated and trained on clips (N, 3, 9, 32, 32), then a transformer on their ids -> tokenizer, coder."""
+    """The image LFQ inflated and trained on clips (N, 3, 9, 32, 32), then a transformer on their ids ->
+    tokenizer, coder.
+    """
     tokenizer = lfq.LFQ(**lfq.SIZES["small"], frames=CHUNK).inflate(image_lfq.state_dict())
 
     def fit():
@@ -78,14 +91,15 @@ def clip_codec(args, name, image_lfq, clips):
     tokenizer.load_state_dict(kept(args.folder / f"{name}-lfq.pt", fit))
     tokenizer.eval()
     size, V = ar_transformer.SIZES["tiny"], tokenizer.vocab_size
-    model = ar_transformer.ARTransformer(ar_transformer.CategoricalHead(size["n_embd"], V), tokenizer.seq_len, 1,
-                                         vocab_size=V, grid=tokenizer.grid, label_drop=0.9, **size)
+    model = ar_transformer.ARTransformer(ar_transformer.CategoricalHead(size["n_embd"], V), tokenizer.seq_len,
+                                         1, vocab_size=V, grid=tokenizer.grid, label_drop=0.9, **size)
 
     def fit_coder():
         ids = torch.cat([tokenizer.encode(x) for x in clips.split(25)])
         torch.manual_seed(args.seed)
         start, none = time.perf_counter(), torch.zeros(16, dtype=torch.long)
-        losses = ar_transformer.fit_ids(model, lambda step: (ids[torch.randint(len(ids), (16,))], none), args.clip_ar_steps)
+        losses = ar_transformer.fit_ids(model, lambda step: (ids[torch.randint(len(ids), (16, ))], none),
+                                        args.clip_ar_steps)
         print(f"{name}: transformer, {losses[-1] / math.log(2):.2f} bits per token in training, "
               f"{time.perf_counter() - start:.0f} s", flush=True)
         return model.state_dict()
@@ -106,9 +120,11 @@ def crops(film, n, side=32, seed=0):
 # The codecs: clip (N, 3, H, W) uint8 -> bytes, the decoded clip
 
 def sheet(clip, columns):
-    """Pictures side by side: (N, 3, H, W) -> (3, rows H, columns W); clips (N, F, 3, H, W) -> (F, 3, rows H, columns W)."""
+    """Pictures side by side: (N, 3, H, W) -> (3, rows H, columns W); clips (N, F, 3, H, W) -> (F, 3, rows H,
+    columns W).
+    """
     *_, H, W = clip.shape
-    x = clip.unflatten(0, (-1, columns)).movedim(1, -2)                                     # (rows, ..., H, columns, W)
+    x = clip.unflatten(0, (-1, columns)).movedim(1, -2)     # (rows, ..., H, columns, W)
     return x.movedim(0, -4).flatten(-4, -3).flatten(-2)
 
 
@@ -130,7 +146,10 @@ def h265(clip, crf, pix_fmt):
     import av
     file = io.BytesIO()
     with av.open(file, "w", format="hevc") as film:
-        options = {"crf": str(crf), "preset": "medium", "x265-params": "info=0:log-level=none:pools=none:frame-threads=1"}
+        options = {
+            "crf": str(crf), "preset": "medium",
+            "x265-params": "info=0:log-level=none:pools=none:frame-threads=1"
+        }
         stream = film.add_stream("libx265", rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = clip.shape[-1], clip.shape[-2], pix_fmt
         for x in clip.permute(0, 2, 3, 1).contiguous().numpy():
@@ -171,12 +190,15 @@ def through_lfq(clip, tokenizer, model, lpips):
     p = ids.flatten().bincount().double() / ids.numel()
     zipped = len(zlib.compress(ids.numpy().astype("<u2").tobytes(), 9))
     others = dict(tokens=ids.numel(), bits_per_token_zlib=8 * zipped / ids.numel(),
-                  bits_per_token_by_frequency=-(torch.xlogy(p, p).sum() / math.log(2)).item())         # table not counted
+                  # table not counted
+                  bits_per_token_by_frequency=-(torch.xlogy(p, p).sum() / math.log(2)).item())
     return rows, others, decoded
 
 
 def at_rate(rows, bpp, key):
-    """`key` of a classical codec at bpp, on the line between its settings over log bpp; None outside of them."""
+    """`key` of a classical codec at bpp, on the line between its settings over log bpp; None outside of
+    them.
+    """
     points = sorted((math.log(r["bpp"]), r[key]) for r in rows)
     x = math.log(bpp)
     return float(np.interp(x, *zip(*points))) if points[0][0] <= x <= points[-1][0] else None
@@ -194,7 +216,7 @@ def rate_for(rows, psnr):
 def images(args, lpips):
     tokenizer, model = image_codec(args)
     n = args.n // 16 * 16
-    clip = pictures.to_uint8(data.draw(torch.arange(n) + data.VAL_INDEX)[0])                    # as many "frames"
+    clip = pictures.to_uint8(data.draw(torch.arange(n) + data.VAL_INDEX)[0])                # as many "frames"
     rows, others, decoded = through_lfq(clip, tokenizer, model, lpips)
     page, webps, pixels = sheet(clip, 16), [], clip[:, 0].numel()
     for kind, settings in (("JPEG", dict(subsampling=0, optimize=True)), ("WEBP", dict(method=6))):
@@ -202,8 +224,9 @@ def images(args, lpips):
             size, back = still(page, kind, quality=q, **settings)
             back = unsheet(back, 16, clip)
             alone = sum(still(x, kind, quality=q, **settings)[0] for x in clip[:64]) / len(clip[:64])
-            rows.append(dict(codec={"WEBP": "WebP"}.get(kind, kind), setting=q, bpp=8 * size / pixels, bytes=size,
-                             single_file_bytes=alone, **quality(clip, back, lpips)))
+            rows.append(
+                dict(codec={"WEBP": "WebP"}.get(kind, kind), setting=q, bpp=8 * size / pixels, bytes=size,
+                     single_file_bytes=alone, **quality(clip, back, lpips)))
             if kind == "WEBP":
                 webps.append((rows[-1]["bpp"], back))
     rate = rows[0]["bpp"]
@@ -222,7 +245,8 @@ def beside_h265(args, lpips, name, clip, codec, pix_fmt, to_film, from_film, pic
     for crf in (51, 48, 45, 42, 39, 36, 33, 30, 26, 22, 18, 12):
         size, back = h265(to_film(clip), crf, pix_fmt)
         back = from_film(back)
-        rows.append(dict(codec="H.265", setting=crf, bpp=8 * size / pixels, bytes=size, **quality(clip, back, lpips)))
+        rows.append(
+            dict(codec="H.265", setting=crf, bpp=8 * size / pixels, bytes=size, **quality(clip, back, lpips)))
         shown.append((rows[-1]["bpp"], back))
     rate = rows[1]["bpp"]
     bpp, near = min(shown, key=lambda v: abs(math.log(v[0] / rate)))
@@ -236,21 +260,24 @@ def clips(args, lpips):
     codec = clip_codec(args, "clips", tokenizer, data.draw_clips(torch.arange(args.n_clips), frames=CHUNK)[0])
     n = max(16, args.n // 4 // 16 * 16)
     held_out = data.draw_clips(torch.arange(n) + data.VAL_INDEX, frames=CHUNK)[0]
-    clip = pictures.to_uint8(held_out).transpose(1, 2).flatten(0, 1)                            # (n 9, 3, 32, 32)
+    clip = pictures.to_uint8(held_out).transpose(1, 2).flatten(0, 1)                        # (n 9, 3, 32, 32)
     columns = 8
-    to_film = lambda x: sheet(x.unflatten(0, (n, CHUNK)), columns)                          # (9, 3, rows 32, 256)
+    to_film = lambda x: sheet(x.unflatten(0, (n, CHUNK)), columns)                      # (9, 3, rows 32, 256)
     from_film = lambda x: unsheet(x, columns, clip).flatten(0, 1)
     picture = lambda x: sheet(x.unflatten(0, (n, CHUNK))[:4, ::2].flatten(0, 1)[:20], 5)
-    return beside_h265(args, lpips, f"drawn clips, {CHUNK} x 32 x 32", clip, codec, "yuv444p", to_film, from_film, picture)
+    return beside_h265(args, lpips, f"drawn clips, {CHUNK} x 32 x 32", clip, codec, "yuv444p", to_film,
+                       from_film, picture)
 
 
 def film(args, lpips):
     tokenizer, _ = image_codec(args)
     source = compress.read_clip(args.film)[0]
-    if source.shape[-1] > 800:                              # halved, so that its details are as large as those of --test
+    if source.shape[-1] > 800:                   # halved, so that its details are as large as those of --test
         source = source[..., :source.shape[-2] // 2 * 2, :source.shape[-1] // 2 * 2]
-        source = source.float().unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).mean((-1, -3)).round().to(torch.uint8)
-    codec = clip_codec(args, "film-" + Path(args.film).stem, tokenizer, crops(source, args.n_clips, seed=args.seed))
+        source = source.float().unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).mean(
+            (-1, -3)).round().to(torch.uint8)
+    codec = clip_codec(args, "film-" + Path(args.film).stem, tokenizer,
+                       crops(source, args.n_clips, seed=args.seed))
     clip = compress.read_clip(args.test)[0]
     H, W = (min(v, most) // 16 * 16 for v, most in zip(clip.shape[-2:], (192, 320)))
     y, x = ((v - m) // 2 for v, m in zip(clip.shape[-2:], (H, W)))
@@ -270,8 +297,8 @@ def draw(path, tests):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig = plt.figure(figsize=(5.2 * len(tests), 6.2))
-    grid = fig.add_gridspec(2, len(tests), height_ratios=[2.1, 1], left=0.17 / len(tests), right=0.99, top=0.87, bottom=0.01,
-                            wspace=0.16, hspace=0.28)
+    grid = fig.add_gridspec(2, len(tests), height_ratios=[2.1, 1], left=0.17 / len(tests), right=0.99,
+                            top=0.87, bottom=0.01, wspace=0.16, hspace=0.28)
     for column, test in enumerate(tests):
         ax = fig.add_subplot(grid[0, column])
         for k, codec in enumerate(dict.fromkeys(r["codec"] for r in test.rows)):
@@ -279,10 +306,12 @@ def draw(path, tests):
             style = dict(marker="*", ms=15, ls="") if codec.startswith("LFQ") else dict(marker="o", ms=4)
             ax.plot(*zip(*points), label=codec, color=["tab:red", "tab:blue", "tab:grey", "k"][k], **style)
         (a, b) = test.rows[:2]
-        ax.annotate("", (b["bpp"], b["psnr"]), (a["bpp"], a["psnr"]), arrowprops=dict(arrowstyle="->", shrinkA=6, shrinkB=8))
+        ax.annotate("", (b["bpp"], b["psnr"]), (a["bpp"], a["psnr"]),
+                    arrowprops=dict(arrowstyle="->", shrinkA=6, shrinkB=8))
         ticks = [t for t in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
                  if min(r["bpp"] for r in test.rows) <= t <= max(r["bpp"] for r in test.rows)]
-        ax.set(xscale="log", xlabel="bits per pixel", ylabel="PSNR, dB" if column == 0 else "", title=test.name)
+        ax.set(xscale="log", xlabel="bits per pixel", ylabel="PSNR, dB" if column == 0 else "",
+               title=test.name)
         ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
         ax.minorticks_off()
         ax.grid(alpha=0.3)
@@ -293,26 +322,33 @@ def draw(path, tests):
             ax.imshow(picture.permute(1, 2, 0), interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             ax.set_title(title, fontsize=8)
-    fig.suptitle("Tokens as a codec: the same ids, fixed-length and\narithmetic-coded (arrow), beside classical codecs")
+    fig.suptitle(
+        "Tokens as a codec: the same ids, fixed-length and\narithmetic-coded (arrow), beside classical codecs"
+    )
     fig.savefig(path, dpi=80)
     plt.close(fig)
 
 
 def compare_at_equal_rate(test, seed):
-    """Prints a test's rows, and gives it `equal`: each of LFQ's two rows beside every classical codec at the same rate."""
+    """Prints a test's rows, and gives it `equal`: each of LFQ's two rows beside every classical codec at the
+    same rate.
+    """
     scores = [k for k in ("psnr", "ms_ssim", "lpips") if k in test.rows[0]]
     print(f"\nseed {seed}, {test.name}: {test.others}")
     for row in test.rows:
-        print(f"  {row['codec']:22s} {row.get('setting', ''):>4} {row['bpp']:8.4f} bpp  "
-              + "  ".join(f"{k} {row[k]:.3f}" for k in scores)
-              + (f"  {row['bits_per_token']:.2f} bits per token" if "bits_per_token" in row else ""), flush=True)
+        print(
+            f"  {row['codec']:22s} {row.get('setting', ''):>4} {row['bpp']:8.4f} bpp  " +
+            "  ".join(f"{k} {row[k]:.3f}" for k in scores) +
+            (f"  {row['bits_per_token']:.2f} bits per token" if "bits_per_token" in row else ""), flush=True)
     test.equal = []
     for row in test.rows[:2]:
         for codec in dict.fromkeys(r["codec"] for r in test.rows[2:]):
             other = [r for r in test.rows if r["codec"] == codec]
-            test.equal.append(dict(lfq=row["codec"], codec=codec, bpp=row["bpp"], **{k: row[k] for k in scores},
-                                   **{f"{k}_of_codec": at_rate(other, row["bpp"], k) for k in scores},
-                                   bpp_of_codec_for_psnr=rate_for(other, row["psnr"])))
+            test.equal.append(
+                dict(lfq=row["codec"], codec=codec, bpp=row["bpp"], **{k: row[k]
+                                                                       for k in scores},
+                     **{f"{k}_of_codec": at_rate(other, row["bpp"], k)
+                        for k in scores}, bpp_of_codec_for_psnr=rate_for(other, row["psnr"])))
             print("  at equal rate:", test.equal[-1], flush=True)
 
 
@@ -326,11 +362,16 @@ def main():
     p.add_argument("--n_clips", type=int, default=400, help="training clips, drawn or cropped")
     p.add_argument("--clip_steps", type=int, default=150, help="training steps of a video tokenizer")
     p.add_argument("--ar_steps", type=int, default=400, help="training steps of the entropy coder of images")
-    p.add_argument("--clip_ar_steps", type=int, default=200, help="training steps of an entropy coder of clips")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="all is trained for each; the first is drawn")
-    p.add_argument("--lpips", nargs="+", help="LPIPS's weights: vgg16-397923af.pth of torchvision and vgg.pth of LPIPS")
-    p.add_argument("--runs", default="runs", help="the trained models, a folder per seed: what is there is used")
-    p.add_argument("--out", default=str(ROOT / "experiments/results/compression"), help="where .json and .png go")
+    p.add_argument("--clip_ar_steps", type=int, default=200,
+                   help="training steps of an entropy coder of clips")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2],
+                   help="all is trained for each; the first is drawn")
+    p.add_argument("--lpips", nargs="+",
+                   help="LPIPS's weights: vgg16-397923af.pth of torchvision and vgg.pth of LPIPS")
+    p.add_argument("--runs", default="runs",
+                   help="the trained models, a folder per seed: what is there is used")
+    p.add_argument("--out", default=str(ROOT / "experiments/results/compression"),
+                   help="where .json and .png go")
     args = p.parse_args()
     if "film" in args.parts and not (args.film and args.test):
         raise data.BadInput("--film, --test: name two films, or leave the test out with --parts images clips")
@@ -343,13 +384,20 @@ def main():
         for part in args.parts:
             tests.append(test := TESTS[part](args, lpips))
             compare_at_equal_rate(test, args.seed)
-            facts = dict(machine=machine_name(torch.device("cpu")), threads=1, torch=torch.__version__, date=str(date.today()),
-                         seconds=time.perf_counter() - begun, processor_seconds=time.process_time() - used,
-                         flags={k: v for k, v in vars(args).items() if k not in ("runs", "out", "seed", "folder")},
-                         seeds=[dict(seed=of["seed"], tests=[
-                             dict(name=t.name, ids=t.others, rows=t.rows, at_equal_rate=t.equal) for t in of["tests"]])
-                             for of in seeds])
-            Path(args.out + ".json").write_text(json.dumps(facts, indent=1) + "\n")        # after each test: they take long
+            facts = dict(
+                machine=machine_name(torch.device("cpu")), threads=1, torch=torch.__version__,
+                date=str(date.today()), seconds=time.perf_counter() - begun,
+                processor_seconds=time.process_time() - used,
+                flags={k: v
+                       for k, v in vars(args).items() if k not in ("runs", "out", "seed", "folder")}, seeds=[
+                           dict(
+                               seed=of["seed"], tests=[
+                                   dict(name=t.name, ids=t.others, rows=t.rows, at_equal_rate=t.equal)
+                                   for t in of["tests"]
+                               ]) for of in seeds
+                       ])
+            # after each test: they take long
+            Path(args.out + ".json").write_text(json.dumps(facts, indent=1) + "\n")
         if args.seed == args.seeds[0]:
             draw(args.out + ".png", tests)
     print(f"wrote {args.out}.json and .png, {time.process_time() - used:.0f} s of processor time")

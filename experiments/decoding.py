@@ -4,12 +4,13 @@ How fast does the causal transformer write ids, against the way LlamaGen's publi
     python experiments/decoding.py           # table, JSON in experiments/results; 2 minutes on one CPU core
     python experiments/decoding.py --quick   # 64 tokens, 2 rounds, no JSON: does it run? 10 seconds
 
-Both have the same weights, a KV cache, and guidance with both halves in one batch; greedy tokens are first checked to be
-equal. The published way, rebuilt here from a description of it, pays three times per layer and token: repeat_interleave(1)
-copies the whole cache, and plain ("math") attention runs over its full padded length under a boolean mask. Ours looks
-only at the filled part of the cache (CPU), or runs as one CUDA graph (compile=True). All take turns in one process;
-medians, on a CPU of processor time with one thread, because the machine may be shared. On CUDA: GPT-L and GPT-XL in bf16;
-at batch 1 a token costs one read of all weights, so its GB/s are compared with those that a large copy reads and writes.
+Both have the same weights, a KV cache, and guidance with both halves in one batch; greedy tokens are first
+checked to be equal. The published way, rebuilt here from a description of it, pays three times per layer and
+token: repeat_interleave(1) copies the whole cache, and plain ("math") attention runs over its full padded
+length under a boolean mask. Ours looks only at the filled part of the cache (CPU), or runs as one CUDA graph
+(compile=True). All take turns in one process; medians, on a CPU of processor time with one thread, because
+the machine may be shared. On CUDA: GPT-L and GPT-XL in bf16; at batch 1 a token costs one read of all
+weights, so its GB/s are compared with those that a large copy reads and writes.
 """
 import argparse
 import json
@@ -31,7 +32,7 @@ from benchmark import machine_name
 CFG = 2.0
 
 
-def rotate_published(x, table):                             # (B, S, n_head, head_dim), (S, head_dim / 2, 2) -> like x
+def rotate_published(x, table):                     # (B, S, n_head, head_dim), (S, head_dim / 2, 2) -> like x
     y, table = x.float().reshape(*x.shape[:-1], -1, 2), table.view(1, x.shape[1], 1, -1, 2)
     y = torch.stack([y[..., 0] * table[..., 0] - y[..., 1] * table[..., 1],
                      y[..., 1] * table[..., 0] + y[..., 0] * table[..., 1]], -1)
@@ -41,14 +42,14 @@ def rotate_published(x, table):                             # (B, S, n_head, hea
 def pass_published(model, x, caches, mask, at):
     """Rows x (B, S, C) at places at (S,) -> h of the last (B, C)."""
     B, S, C = x.shape
-    table, mask = model.rope[at], mask[:B, None, at]                                        # (B, 1, S, padded)
+    table, mask = model.rope[at], mask[:B, None, at]        # (B, 1, S, padded)
     for block, (keys, values) in zip(model.blocks, caches):
         q, k, v = block.attn.wqkv(block.norm1(x)).split(C, -1)
         q, k, v = (y.view(B, S, model.n_head, -1) for y in (q, k, v))
         q, k = rotate_published(q, table), rotate_published(k, table)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         keys[:, :, at], values[:, :, at] = k, v
-        k, v = keys.repeat_interleave(1, 1), values.repeat_interleave(1, 1)                 # n_head / n_kv_head is 1: a copy
+        k, v = keys.repeat_interleave(1, 1), values.repeat_interleave(1, 1)  # n_head / n_kv_head is 1: a copy
         y = F.scaled_dot_product_attention(q, k, v, mask)
         x = x + block.attn.wo(y.transpose(1, 2).contiguous().view(B, S, C))
         x = x + block.mlp(block.norm2(x))
@@ -87,42 +88,50 @@ def seconds(f, device):
 
 
 def compare(name, model, batches, rounds, device):
-    """-> one row per batch size and way: tokens (of images, both halves of guidance count once) per second."""
+    """-> one row per batch size and way: tokens (of images, both halves of guidance count once) per
+    second.
+    """
     ways = {"published": partial(sample_published, model), "ours": partial(model.sample, cfg=CFG)}
     if device.type == "cuda":
         ways["one graph"] = partial(model.sample, cfg=CFG, compile=True)
     rows = []
     for B in batches:
         cond = torch.arange(B, device=device) % model.num_classes
-        first = {way: f(cond, top_k=1) for way, f in ways.items()}                          # warms up and compiles, too
+        first = {way: f(cond, top_k=1) for way, f in ways.items()}                # warms up and compiles, too
         same = {way: (x == first["published"]).float().mean().item() for way, x in first.items()}
         times = {way: [] for way in ways}
         for _ in range(rounds):
             for way, f in ways.items():
                 times[way].append(seconds(lambda: f(cond), device))
         for way, t in times.items():
-            row = dict(model=name, batch=B, way=way, tokens_per_s=B * model.seq_len / median(t), seconds=median(t),
-                       fastest=min(t), speedup=median(times["published"]) / median(t), same_greedy_tokens=same[way])
-            print(f"{name:10s} batch {B:2d}  {way:10s} {row['tokens_per_s']:8.0f} tokens/s  {row['seconds']:6.2f} s  "
-                  f"{row['speedup']:5.2f} x   same greedy tokens: {same[way]:.1%}", flush=True)
+            row = dict(model=name, batch=B, way=way, tokens_per_s=B * model.seq_len / median(t),
+                       seconds=median(t), fastest=min(t), speedup=median(times["published"]) / median(t),
+                       same_greedy_tokens=same[way])
+            print(
+                f"{name:10s} batch {B:2d}  {way:10s} {row['tokens_per_s']:8.0f} tokens/s  {row['seconds']:6.2f} s  "
+                f"{row['speedup']:5.2f} x   same greedy tokens: {same[way]:.1%}", flush=True)
             rows.append(row)
     return rows
 
 
 def bandwidth(name, model, rounds, device):
-    """Batch 1 without guidance: bytes of the weights read per second, against a copy's bytes read and written."""
+    """Batch 1 without guidance: bytes of the weights read per second, against a copy's bytes read and
+    written.
+    """
     source = torch.empty(2 ** 30, dtype=torch.uint8, device=device)
     target, cond = torch.empty_like(source), torch.zeros(1, dtype=torch.long, device=device)
-    tables = (model.tok_embed.weight, model.cls_embed.weight)                               # looked up, not read
+    tables = (model.tok_embed.weight, model.cls_embed.weight)                            # looked up, not read
     size = sum(p.numel() * p.element_size() for p in model.parameters() if all(p is not q for q in tables))
-    draw, copy = (lambda: model.sample(cond, compile=True)), (lambda: [target.copy_(source) for _ in range(10)])
+    draw, copy = (lambda: model.sample(cond, compile=True)), (
+        lambda: [target.copy_(source) for _ in range(10)])
     draw(), draw(), copy()
     times = [(seconds(draw, device), seconds(copy, device)) for _ in range(rounds)]
     ours, copied = (median(t) for t in zip(*times))
     row = dict(model=name, tokens_per_s=model.seq_len / ours, gb_per_s=size * model.seq_len / ours / 1e9,
                copy_gb_per_s=20 * source.numel() / copied / 1e9)
-    print(f"{name:10s} batch  1, no guidance: {row['tokens_per_s']:.0f} tokens/s, {row['gb_per_s']:.0f} GB/s of weights, "
-          f"a copy {row['copy_gb_per_s']:.0f} GB/s: {row['gb_per_s'] / row['copy_gb_per_s']:.0%}", flush=True)
+    print(
+        f"{name:10s} batch  1, no guidance: {row['tokens_per_s']:.0f} tokens/s, {row['gb_per_s']:.0f} GB/s of weights, "
+        f"a copy {row['copy_gb_per_s']:.0f} GB/s: {row['gb_per_s'] / row['copy_gb_per_s']:.0%}", flush=True)
     return row
 
 
@@ -139,12 +148,14 @@ def build(device, side=16, classes=1000, V=16384, **size):
 
 
 def main():
-    p = argparse.ArgumentParser(description="Tokens per second of our cached decoding against the published way.")
+    p = argparse.ArgumentParser(
+        description="Tokens per second of our cached decoding against the published way.")
     p.add_argument("--quick", action="store_true", help="64 tokens, 2 rounds, no JSON")
     p.add_argument("--rounds", type=int, default=5, help="turns of every way at every batch size")
     p.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="images at once")
     args = p.parse_args()
-    device, rounds = torch.device("cuda" if torch.cuda.is_available() else "cpu"), 2 if args.quick else args.rounds
+    device, rounds = torch.device(
+        "cuda" if torch.cuda.is_available() else "cpu"), 2 if args.quick else args.rounds
     torch.manual_seed(0)
     if device.type == "cuda":
         names, reads, rows = ["gpt-b"] if args.quick else ["gpt-l", "gpt-xl"], [], []
@@ -154,12 +165,14 @@ def main():
             reads.append(bandwidth(name, model, rounds, device))
     else:
         torch.set_num_threads(1)                            # small products: threads wait for each other
-        model = build(device, 8 if args.quick else 16, 10, 1024, n_layer=6, n_head=8, n_embd=256, multiple_of=256)
+        model = build(device, 8 if args.quick else 16, 10, 1024, n_layer=6, n_head=8, n_embd=256,
+                      multiple_of=256)
         rows, reads = compare("5.9M", model, args.batches, rounds, device), []
     if not args.quick:
         out = Path(__file__).parent / "results" / f"decoding{'-cuda' if device.type == 'cuda' else ''}.json"
         out.parent.mkdir(exist_ok=True)
-        facts = dict(machine=machine_name(device), torch=torch.__version__, date=str(date.today()), rounds=rounds, cfg=CFG)
+        facts = dict(machine=machine_name(device), torch=torch.__version__, date=str(date.today()),
+                     rounds=rounds, cfg=CFG)
         out.write_text(json.dumps(facts | dict(rows=rows, bandwidth=reads), indent=1) + "\n")
         print(f"wrote {out}")
 

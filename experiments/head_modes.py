@@ -1,13 +1,15 @@
 """
-Do the heads find every mode? GMM, diffusion and flow heads on 2-D mixtures whose modes are known, after equal training.
+Do the heads find every mode? GMM, diffusion and flow heads on 2-D mixtures whose modes are known, after equal
+training.
 
   data       8 Gaussians on a circle of radius 1.5, std 0.1; 25 Gaussians on a 5 x 5 grid over [-2, 2]^2, std 0.05
   training   one learned h, Adam, batches of 128 tokens (4 noise levels each), one thread, until --seconds of
-             processor time are gone (not wall time: other programs do not count); the rate falls to 0 with that time
+             processor time are gone (not wall time: other programs do not count); the rate falls to 0 with
+             that time
   within     fraction of 20,000 samples within 3 standard deviations of a mode; 1 - exp(-4.5) = 0.989 is perfect
   weights    smallest and largest share of those samples in one mode, times the number of modes: 1 is perfect
 
-    python experiments/head_modes.py               # table and experiments/results/head-modes.json; 7 minutes on one core
+    python experiments/head_modes.py  # table and experiments/results/head-modes.json; 7 minutes on one core
     python experiments/head_modes.py --seconds 2   # does it run? (give --out elsewhere)
 """
 import argparse
@@ -61,9 +63,11 @@ def train(head, modes, std, lr, seconds, batch_size=128):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seconds", type=float, default=60, help="processor seconds of training for each head")
+    parser.add_argument("--seconds", type=float, default=60,
+                        help="processor seconds of training for each head")
     parser.add_argument("--seeds", type=int, default=1, help="repetitions, seeds 0, 1, ...")
-    parser.add_argument("--out", default=str(ROOT / "experiments/results/head-modes.json"), help="where the JSON goes")
+    parser.add_argument("--out", default=str(ROOT / "experiments/results/head-modes.json"),
+                        help="where the JSON goes")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -72,7 +76,7 @@ def main():
             (modes, std), trained = modes_of(data), {}
             for name, (make, lr, options) in HEADS.items():
                 torch.manual_seed(seed)
-                if lr is None:                              # another sampler of a head that is trained already
+                if lr is None:                             # another sampler of a head that is trained already
                     head, h, steps = trained[make]
                 else:
                     head = make()
@@ -84,12 +88,14 @@ def main():
                 far, mode = torch.cdist(x, modes).min(1)
                 near = far < 3 * std
                 share = torch.bincount(mode[near], minlength=len(modes)) / near.sum() * len(modes)
-                row = dict(data=data, head=name, seed=seed, train_steps=steps, within=near.float().mean().item(),
-                           weight_min=share.min().item(), weight_max=share.max().item(),
-                           sample_us_per_token=seconds / len(x) * 1e6)
+                row = dict(data=data, head=name, seed=seed, train_steps=steps,
+                           within=near.float().mean().item(), weight_min=share.min().item(),
+                           weight_max=share.max().item(), sample_us_per_token=seconds / len(x) * 1e6)
                 rows.append(row)
-                print(f"{data:7s} {name:25s} seed {seed}  {steps:6d} steps   within 3 sigma {row['within']:.3f}   weights "
-                      f"{share.min():.2f} .. {share.max():.2f}   {row['sample_us_per_token']:.1f} us per token", flush=True)
+                print(
+                    f"{data:7s} {name:25s} seed {seed}  {steps:6d} steps   within 3 sigma {row['within']:.3f}   weights "
+                    f"{share.min():.2f} .. {share.max():.2f}   {row['sample_us_per_token']:.1f} us per token",
+                    flush=True)
     result = dict(seconds=args.seconds, torch=torch.__version__, threads=1, rows=rows)
     Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {args.out}")

@@ -7,10 +7,11 @@ MAR's Table 1 at small scale: order x attention x tokens per step x head, at equ
   seeds      another seed is another drawn world, tokenizer and generator; mean and spread over them
   metrics    of evaluate.py, 1,000 samples, without guidance and with --cfg 2 (nothing is tuned per arm)
 
-    python experiments/mar_ablation.py                     # trains what is missing, measures, writes results/mar-ablation.*
-    python experiments/mar_ablation.py --seeds 1           # one seed only, so that two processes can share the work
+    python experiments/mar_ablation.py  # trains what is missing, measures, writes results/mar-ablation.*
+    python experiments/mar_ablation.py --seeds 1  # one seed only, so that two processes can share the work
 
-One seed takes about 20 minutes on one core of an AMD EPYC. Runs lie in runs/mar-ablation; a killed program goes on.
+One seed takes about 20 minutes on one core of an AMD EPYC. Runs lie in runs/mar-ablation; a killed program
+goes on.
 """
 import argparse
 import json
@@ -31,9 +32,13 @@ from common import classifier, metrics, runs
 from sampling import measure
 
 HEADS = {"categorical": "--tokenizer vq", "diffusion": "--tokenizer vae"}
-MODELS = {"raster causal": "--order raster --attention causal", "random causal": "--order random --attention causal",
-          "random bidirectional": "--order random --attention bidirectional"}
-ROWS = [("raster", "causal", "1"), ("random", "causal", "1"), ("random", "bidirectional", "1"), ("random", "bidirectional", ">1")]
+MODELS = {
+    "raster causal": "--order raster --attention causal",
+    "random causal": "--order random --attention causal",
+    "random bidirectional": "--order random --attention bidirectional"
+}
+ROWS = [("raster", "causal", "1"), ("random", "causal", "1"), ("random", "bidirectional", "1"),
+        ("random", "bidirectional", ">1")]
 PAPER = {  # FID without and with guidance (MAR-L, ImageNet 256): papers of this project, Table 1
     "categorical": [(19.58, 4.92), (16.22, 4.36), (8.75, 3.50), (8.79, 3.69)],
     "diffusion": [(19.23, 4.69), (13.07, 4.07), (3.43, 1.84), (3.50, 1.98)]}
@@ -46,9 +51,14 @@ def train_arms(folder, seed, steps):
         for model, flags in MODELS.items():
             name = f"{head}-{model.replace(' ', '-')}-{seed}"
             tok_name = f"{tokenizer.split()[1]}-{seed}"
-            words = [*tokenizer.split(), "--generator", "mar", "--head", head, *flags.split(), "--size", "tiny", "--seed", seed,
-                     "--steps", steps, "--runs", folder, "--name", name, "--tok_name", tok_name, "--device", "cpu"]
-            unfinished = [n for n in (tok_name, name) if (c := runs.read_checkpoint(folder / n)) and not c["done"]]
+            words = [
+                *tokenizer.split(), "--generator", "mar", "--head", head, *flags.split(), "--size", "tiny",
+                "--seed", seed, "--steps", steps, "--runs", folder, "--name", name, "--tok_name", tok_name,
+                "--device", "cpu"
+            ]
+            unfinished = [
+                n for n in (tok_name, name) if (c := runs.read_checkpoint(folder / n)) and not c["done"]
+            ]
             train.main([str(w) for w in words] + ["--resume"] * bool(unfinished))
             folders[head, model] = folder / name
     return folders
@@ -71,13 +81,16 @@ def measure_seed(folder, seed, steps, n):
                 tricks = dict(diffusion_steps=25) if head == "diffusion" else {}
                 tricks |= dict(steps=run.tokenizer.seq_len // 4) if per_step == ">1" else {}
                 r = measure(run, n, net, real, cfg=cfg, temperature=1.0, **tricks)
-                row |= {f"{name}_frechet": r["sample_frechet_small_cnn"], f"{name}_accuracy": r["sample_accuracy"]}
+                row |= {
+                    f"{name}_frechet": r["sample_frechet_small_cnn"], f"{name}_accuracy": r["sample_accuracy"]
+                }
             rows[head].append(row)
             print(f"seed {seed} {head} {order} {attention} {per_step}: "
                   + "  ".join(f"{k} {v:.2f}" for k, v in row.items()), flush=True)
         recon, f = evaluate.measure_reconstruction(run.tokenizer, net, val_set, index, 250)
-        ceiling[head] = {key: value for key, _, value, _, _ in recon} | dict(frechet=metrics.frechet_distance(f, real))
-    return dict(rows=rows, ceiling=ceiling, seconds=time.process_time() - start)            # of processor time
+        ceiling[head] = {key: value
+                         for key, _, value, _, _ in recon} | dict(frechet=metrics.frechet_distance(f, real))
+    return dict(rows=rows, ceiling=ceiling, seconds=time.process_time() - start)           # of processor time
 
 
 def table(seeds):
@@ -85,14 +98,19 @@ def table(seeds):
     def cell(values, digits=1):
         spread = f" +- {stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{mean(values):.{digits}f}{spread}"
-    lines = ["| order | attention | per step | " + " | ".join(
-        f"{h}: Frechet, guided | accuracy %, guided | paper FID, guided" for h in HEADS) + " |", "|---" * 9 + "|"]
+    lines = [
+        "| order | attention | per step | " +
+        " | ".join(f"{h}: Frechet, guided | accuracy %, guided | paper FID, guided" for h in HEADS) + " |",
+        "|---" * 9 + "|"
+    ]
     for i, row in enumerate(ROWS):
         cells = []
         for head in HEADS:
             of = lambda key: cell([s["rows"][head][i][key] for s in seeds])
-            cells += [f"{of('plain_frechet')}, {of('guided_frechet')}", f"{of('plain_accuracy')}, {of('guided_accuracy')}",
-                      "{}, {}".format(*PAPER[head][i])]
+            cells += [
+                f"{of('plain_frechet')}, {of('guided_frechet')}",
+                f"{of('plain_accuracy')}, {of('guided_accuracy')}", "{}, {}".format(*PAPER[head][i])
+            ]
         lines.append("| " + " | ".join([*row, *cells]) + " |")
     return "\n".join(lines)
 
@@ -102,8 +120,12 @@ def save_figure(path, seeds):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
-    names = ["\n".join((f"{order}, {attention}", f"{n} token{'s' * (n != '1')} per step")) for order, attention, n in ROWS]
-    for ax, key, title in ((axes[0], "plain_frechet", "without guidance"), (axes[1], "guided_frechet", "guidance 2")):
+    names = [
+        "\n".join((f"{order}, {attention}", f"{n} token{'s' * (n != '1')} per step"))
+        for order, attention, n in ROWS
+    ]
+    for ax, key, title in ((axes[0], "plain_frechet", "without guidance"), (axes[1], "guided_frechet",
+                                                                            "guidance 2")):
         for k, head in enumerate(HEADS):
             values = [[s["rows"][head][i][key] for s in seeds] for i in range(len(ROWS))]
             y = [i + 0.18 * (2 * k - 1) for i in range(len(ROWS))]
@@ -112,7 +134,8 @@ def save_figure(path, seeds):
                 ax.plot(v, [level] * len(v), "k.", ms=5)
             ax.axvline(mean(s["ceiling"][head]["frechet"] for s in seeds), color=f"C{k}", ls=":",
                        label=f"{'VQ' if head == 'categorical' else 'VAE'} reconstructions")
-        ax.set(xlabel="Frechet distance (small CNN), lower is better", title=title, yticks=range(len(ROWS)), yticklabels=names)
+        ax.set(xlabel="Frechet distance (small CNN), lower is better", title=title, yticks=range(len(ROWS)),
+               yticklabels=names)
         ax.invert_yaxis() if ax is axes[0] else None
         ax.grid(axis="x", alpha=0.3)
     fig.suptitle(f"order, attention and head at equal budget; dots: {len(seeds)} seeds")
@@ -122,7 +145,8 @@ def save_figure(path, seeds):
 
 
 def main():
-    p = argparse.ArgumentParser(description="MAR's ablation of order, attention and head, on the drawn shapes.")
+    p = argparse.ArgumentParser(
+        description="MAR's ablation of order, attention and head, on the drawn shapes.")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="which seeds")
     p.add_argument("--steps", type=int, default=1500, help="training steps of every arm")
     p.add_argument("--n", type=int, default=1000, help="samples per measurement")
@@ -137,7 +161,8 @@ def main():
         seeds.append(json.loads(path.read_text()))
     out = Path(__file__).parent / "results" / "mar-ablation"
     facts = dict(machine=machine_name(torch.device("cpu")), torch=torch.__version__, date=str(date.today()),
-                 steps=args.steps, n=args.n, seeds=args.seeds, seconds=sum(s["seconds"] for s in seeds), results=seeds)
+                 steps=args.steps, n=args.n, seeds=args.seeds, seconds=sum(s["seconds"] for s in seeds),
+                 results=seeds)
     out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     save_figure(out.with_suffix(".png"), seeds)
     print(table(seeds))

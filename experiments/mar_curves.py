@@ -2,8 +2,8 @@
 MAR's four curves at small scale, and how few denoising steps are enough.
 
     python experiments/mar_curves.py runs/shapes-vae-mar-diffusion                   # from one trained run
-    python experiments/mar_curves.py runs/shapes-vae-mar-diffusion --flow RUN        # and from one with --objective flow
-    python experiments/mar_curves.py runs/shapes-vae-mar-diffusion --heads           # also trains heads of other sizes
+    python experiments/mar_curves.py runs/shapes-vae-mar-diffusion --flow RUN  # and from one with --objective flow
+    python experiments/mar_curves.py runs/shapes-vae-mar-diffusion --heads  # also trains heads of other sizes
 
   head         width and depth of the head's MLP: one short training each, on the run's tokenizer
   denoising    steps per token
@@ -11,7 +11,8 @@ MAR's four curves at small scale, and how few denoising steps are enough.
   passes       autoregressive steps K over 16 tokens: quality and time
   annealing    A:B takes A denoising steps for the first token and B for the last; quality against seconds per image
 
-Writes experiments/results/mar-curves.json with .png and mar-annealing.png. Frechet distance and recall as in evaluate.py.
+Writes experiments/results/mar-curves.json with .png and mar-annealing.png. Frechet distance and recall as in
+evaluate.py.
 """
 import argparse
 import json
@@ -44,8 +45,9 @@ ANNEALED = {"ancestral, constant": (dict(), ("100", "50", "25", "15", "10", "5")
 
 
 class Scores:
-    """Measures samples of runs on one data set: the classifier and its features of the validation images are kept, and
-    what is measured lies in RUN/curves.json, so that a killed program goes on."""
+    """Measures samples of runs on one data set: the classifier and its features of the validation images are
+    kept, and what is measured lies in RUN/curves.json, so that a killed program goes on.
+    """
 
     def __init__(self, run, n):
         self.n, self.path = n, run.folder / "curves.json"
@@ -61,9 +63,11 @@ class Scores:
         if "diffusion_steps" in options:
             options["diffusion_steps"] = sample.parse_steps(options["diffusion_steps"], run)
         row = measure(run, self.n, self.net, self.real, **options)
-        print(f"{text:32s} accuracy {row['sample_accuracy']:5.1f}%  Frechet {row['sample_frechet_small_cnn']:6.2f}  recall "
-              f"{row['sample_recall']:5.1f}%  {1000 * row['seconds_per_image']:.1f} ms per image", flush=True)
-        keep = ("sample_accuracy", "sample_frechet_small_cnn", "sample_precision", "sample_recall", "seconds_per_image")
+        print(
+            f"{text:32s} accuracy {row['sample_accuracy']:5.1f}%  Frechet {row['sample_frechet_small_cnn']:6.2f}  recall "
+            f"{row['sample_recall']:5.1f}%  {1000 * row['seconds_per_image']:.1f} ms per image", flush=True)
+        keep = ("sample_accuracy", "sample_frechet_small_cnn", "sample_precision", "sample_recall",
+                "seconds_per_image")
         return self.keep(key, {k: row[k] for k in keep})
 
     def keep(self, key, value):
@@ -82,13 +86,18 @@ def head_sizes(run, scores, steps):
     for kind, values, fixed in (("width", WIDTHS, dict(depth=3)), ("depth", DEPTHS, dict(width=128))):
         for v in values:
             name = f"width-{v}" if kind == "width" else ("width-128" if v == 3 else f"depth-{v}")
-            words = ["--tokenizer", "vae", "--generator", "mar", "--head", "diffusion", "--size", name, "--runs", folder, "--name", name,
-                     "--tok_name", f"../{run.folder.name.split('-')[0]}-vae", "--steps", steps]
+            words = [
+                "--tokenizer", "vae", "--generator", "mar", "--head", "diffusion", "--size", name, "--runs",
+                folder, "--name", name, "--tok_name", f"../{run.folder.name.split('-')[0]}-vae", "--steps",
+                steps
+            ]
             mar.SIZES[name] = mar.SIZES["tiny"]             # a size of its own, for its head
             mar.HEAD_SIZES[name] = {kind: v, **fixed}
             begun = runs.read_checkpoint(folder / name)
             train.main([str(w) for w in words] + ["--resume"] * bool(begun and not begun["done"]))
-            curves[kind].append((v, scores(runs.load_run(folder / name, run.device), f"head {kind} {v}", diffusion_steps="25")))
+            curves[kind].append(
+                (v, scores(runs.load_run(folder / name, run.device), f"head {kind} {v}",
+                           diffusion_steps="25")))
     return curves
 
 
@@ -99,8 +108,11 @@ def largest(run, n, batch_size=500):
     for i in range(0, n, batch_size):
         labels = torch.arange(i, i + batch_size) % len(run.classes)
         drawn = max(drawn, drawing.draw_tokens(run, labels, diffusion_steps=25).abs().max().item())
-        real = max(real, run.tokenizer.encode(train_set.batch(torch.arange(i, i + batch_size))[0]).abs().max().item())
-    print(f"largest |number| of the tokens of {n} samples {drawn:.1f}, of {n} training images {real:.1f}", flush=True)
+        real = max(
+            real,
+            run.tokenizer.encode(train_set.batch(torch.arange(i, i + batch_size))[0]).abs().max().item())
+    print(f"largest |number| of the tokens of {n} samples {drawn:.1f}, of {n} training images {real:.1f}",
+          flush=True)
     return dict(n=n, samples=drawn, training_images=real)
 
 
@@ -108,23 +120,29 @@ def save_curves(path, curves, name, steps):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 4 if "width" in curves else 3, figsize=(15 if "width" in curves else 11.5, 3.6))
+    fig, axes = plt.subplots(1, 4 if "width" in curves else 3,
+                             figsize=(15 if "width" in curves else 11.5, 3.6))
     axes = list(axes)
     frechet = lambda points: [r["sample_frechet_small_cnn"] for _, r in points]
     if "width" in curves:
         ax = axes.pop(0)
         ax.plot([v for v, _ in curves["width"]], frechet(curves["width"]), "o-", label="width, 3 blocks")
-        ax.plot([128] * len(curves["depth"]), frechet(curves["depth"]), "s", label="1, 3, 6 blocks, width 128")
+        ax.plot([128] * len(curves["depth"]), frechet(curves["depth"]), "s",
+                label="1, 3, 6 blocks, width 128")
         for v, r in curves["depth"]:
-            ax.annotate(f"{v}", (128, r["sample_frechet_small_cnn"]), textcoords="offset points", xytext=(6, 0), fontsize=8)
+            ax.annotate(f"{v}", (128, r["sample_frechet_small_cnn"]), textcoords="offset points",
+                        xytext=(6, 0), fontsize=8)
         ax.set(xlabel="width of the head", xscale="log", title=f"size of the head ({steps} steps each)")
         ax.set_xticks(WIDTHS, WIDTHS)
         ax.set_xticks([], minor=True)
         ax.legend(fontsize=8)
-    for ax, key, xlabel, title, second, label in (
-            (axes[0], "denoising", "denoising steps per token", "denoising steps", None, None),
-            (axes[1], "temperature", "temperature", "temperature and diversity", "sample_recall", "recall, %  (diversity)"),
-            (axes[2], "passes", "autoregressive steps for 16 tokens", "tokens per step", "seconds_per_image", "ms per image")):
+    for ax, key, xlabel, title, second, label in ((axes[0], "denoising", "denoising steps per token",
+                                                   "denoising steps", None, None),
+                                                  (axes[1], "temperature", "temperature",
+                                                   "temperature and diversity", "sample_recall",
+                                                   "recall, %  (diversity)"),
+                                                  (axes[2], "passes", "autoregressive steps for 16 tokens",
+                                                   "tokens per step", "seconds_per_image", "ms per image")):
         x = [v for v, _ in curves[key]]
         ax.plot(x, frechet(curves[key]), "o-", color="C0")
         ax.set(xlabel=xlabel, title=title)
@@ -134,7 +152,8 @@ def save_curves(path, curves, name, steps):
             ax.set_xticks([], minor=True)
         if second:
             twin = ax.twinx()
-            twin.plot(x, [r[second] * (1000 if second == "seconds_per_image" else 1) for _, r in curves[key]], "s--", color="C1")
+            twin.plot(x, [r[second] * (1000 if second == "seconds_per_image" else 1) for _, r in curves[key]],
+                      "s--", color="C1")
             twin.set_ylabel(label, color="C1")
             twin.set_ylim(0, 1.08 * twin.get_ylim()[1])
     for ax in fig.axes:
@@ -156,9 +175,10 @@ def save_annealing(path, arms, name):
         x, y = zip(*((1000 * r["seconds_per_image"], r["sample_frechet_small_cnn"]) for _, r in points))
         ax.plot(x, y, "o-" if "constant" in arm else "s--", color=f"C{k // 2}", label=arm)
         for (text, _), a, b in zip(points, x, y):
-            ax.annotate(text, (a, b), textcoords="offset points", xytext=(4, 4), fontsize=7, color=f"C{k // 2}")
-    ax.set(xlabel="ms per image, in batches of 250", ylabel="Frechet distance (small CNN), lower is better", ylim=(0, None),
-           title=f"{name}: denoising steps, first:last token")
+            ax.annotate(text, (a, b), textcoords="offset points", xytext=(4, 4), fontsize=7,
+                        color=f"C{k // 2}")
+    ax.set(xlabel="ms per image, in batches of 250", ylabel="Frechet distance (small CNN), lower is better",
+           ylim=(0, None), title=f"{name}: denoising steps, first:last token")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8, loc="lower right")
     fig.tight_layout()
@@ -166,13 +186,15 @@ def save_annealing(path, arms, name):
 
 
 def main():
-    p = argparse.ArgumentParser(description="MAR's curves: head size, denoising steps, temperature, autoregressive steps, annealing.")
+    p = argparse.ArgumentParser(
+        description="MAR's curves: head size, denoising steps, temperature, autoregressive steps, annealing.")
     p.add_argument("run", help="a run with --generator mar --head diffusion")
     p.add_argument("--flow", help="a run with --objective flow, for the annealing figure")
     p.add_argument("--heads", action="store_true", help="train heads of other widths and depths too")
     p.add_argument("--head_steps", type=int, default=800, help="training steps of each of those")
     p.add_argument("--n", type=int, default=1000, help="samples per point")
-    p.add_argument("--many", type=int, default=10_000, help="samples among which an exploding one is looked for")
+    p.add_argument("--many", type=int, default=10_000,
+                   help="samples among which an exploding one is looked for")
     args = p.parse_args()
     run = runs.load_run(args.run)
     if run.generator is None or (run.args.generator, run.args.head) != ("mar", "diffusion"):
@@ -182,8 +204,10 @@ def main():
     floor, _ = classifier.look_at_real(scores.net, train_set, torch.arange(args.n))
     curves = head_sizes(run, scores, args.head_steps) if args.heads else {}
     curves["floor"] = metrics.frechet_distance(floor, scores.real)
-    curves["denoising"] = [(v, scores(run, f"{v} denoising steps", diffusion_steps=str(v))) for v in DENOISING]
-    curves["temperature"] = [(v, scores(run, f"temperature {v}", temperature=v, diffusion_steps="25")) for v in TEMPERATURES]
+    curves["denoising"] = [(v, scores(run, f"{v} denoising steps", diffusion_steps=str(v)))
+                           for v in DENOISING]
+    curves["temperature"] = [(v, scores(run, f"temperature {v}", temperature=v, diffusion_steps="25"))
+                             for v in TEMPERATURES]
     curves["passes"] = [(v, scores(run, f"{v} passes", steps=v, diffusion_steps="25")) for v in PASSES]
     if f"largest of {args.many}" not in scores.known:
         scores.keep(f"largest of {args.many}", largest(run, args.many))
@@ -196,8 +220,9 @@ def main():
         arm = arm + f" ({of.args.steps:,} training steps)" * (of.args.steps != run.args.steps)
         arms[arm] = [(text, scores(of, f"{arm} {text}", diffusion_steps=text, **options)) for text in choices]
     out = Path(__file__).parent / "results"
-    facts = dict(machine=machine_name(run.device), torch=torch.__version__, date=str(date.today()), n=args.n, threads=torch.get_num_threads(),
-                 defaults=drawing.default_of(run), generator_steps=run.args.steps, head_steps=args.head_steps)
+    facts = dict(machine=machine_name(run.device), torch=torch.__version__, date=str(date.today()), n=args.n,
+                 threads=torch.get_num_threads(), defaults=drawing.default_of(run),
+                 generator_steps=run.args.steps, head_steps=args.head_steps)
     (out / "mar-curves.json").write_text(json.dumps(facts | curves | dict(annealing=arms), indent=1) + "\n")
     save_curves(out / "mar-curves.png", curves, run.folder.name, args.head_steps)
     save_annealing(out / "mar-annealing.png", arms, run.folder.name)

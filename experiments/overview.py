@@ -1,7 +1,8 @@
 """
-The picture on top of README: one sample of every class from every system, the first that the seed gives, none chosen.
+The picture on top of README: one sample of every class from every system, the first that the seed gives, none
+chosen.
 
-    python experiments/overview.py runs/shapes-vae-ar-gmm runs/shapes-vq-ar-categorical ...     # writes pictures/overview.png
+    python experiments/overview.py runs/shapes-vae-ar-gmm runs/shapes-vq-ar-categorical ...  # writes pictures/overview.png
 """
 import argparse
 import sys
@@ -13,8 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import drawing, pictures, runs
 
-NAMES = {"vae-ar-gmm": "GIVT", "vae-maskgit-gmm": "GIVT-MaskGIT", "vae-mar-diffusion": "MAR", "vq-ar-categorical": "LlamaGen",
-         "vq-maskgit-categorical": "MaskGIT", "lfq-maskgit-categorical": "MAGVIT-v2", "titok-maskgit-categorical": "TiTok"}
+NAMES = {
+    "vae-ar-gmm": "GIVT", "vae-maskgit-gmm": "GIVT-MaskGIT", "vae-mar-diffusion": "MAR",
+    "vq-ar-categorical": "LlamaGen", "vq-maskgit-categorical": "MaskGIT",
+    "lfq-maskgit-categorical": "MAGVIT-v2", "titok-maskgit-categorical": "TiTok"
+}
 
 
 def main():

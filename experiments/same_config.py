@@ -1,16 +1,18 @@
 """
-Our models at the very configurations at which the authors' code was timed. Medians of seconds on the wall with two threads,
-float32 as there and bfloat16 as train.py has it where the processor multiplies it; and processor time of one thread.
+Our models at the very configurations at which the authors' code was timed. Medians of seconds on the wall
+with two threads, float32 as there and bfloat16 as train.py has it where the processor multiplies it; and
+processor time of one thread.
 
   mar       64 tokens of 16 numbers, 192 wide, 4 + 4 blocks, 4 heads, head 3 x 256, 64 buffer places, dropout .1, batch 32
-            authors' code on two shared cores of an AMD EPYC: forward + backward 2309 ms; 16 samples 8.45 s, of which
-            denoising 2.40 s (the note does not say in how many passes: here 16, with 100 denoising steps, no guidance)
+            authors' code on two shared cores of an AMD EPYC: forward + backward 2309 ms; 16 samples 8.45 s,
+            of which denoising 2.40 s (the note does not say in how many passes: here 16, with 100 denoising
+            steps, no guidance)
   maskgit   TiTok's generator at 256 wide, 6 layers, 64 ids of 1024, batch 32, dropout .1; 16 samples in 8 passes, guided
             authors' code there, two threads: about 600 ms a step, 1.34 s for the samples
 
-Other machine, other minute: a ratio to those figures is a rough one; give the machine to it alone. In float32 85% of a
-step of maskgit is matrix products of the same sizes as the authors', so equal is what can be had. Decoding against
-LlamaGen's, side by side in one process: experiments/decoding.py.
+Other machine, other minute: a ratio to those figures is a rough one; give the machine to it alone. In float32
+85% of a step of maskgit is matrix products of the same sizes as the authors', so equal is what can be had.
+Decoding against LlamaGen's, side by side in one process: experiments/decoding.py.
 
     python experiments/same_config.py          # 2 minutes; writes experiments/results/same-config.json
 """
@@ -37,10 +39,11 @@ def build(name):
     torch.manual_seed(0)
     if name == "mar":
         head = diffusion_head.DiffusionHead(192, 16, 256, 3)
-        model = mar.MAR(head, 64, 1000, token_dim=16, n_layer=8, n_head=4, n_embd=192, dropout=0.1, n_buffer=64)
+        model = mar.MAR(head, 64, 1000, token_dim=16, n_layer=8, n_head=4, n_embd=192, dropout=0.1,
+                        n_buffer=64)
         return model, torch.randn(32, 64, 16), dict(steps=16, diffusion_steps=100)
-    model = maskgit.MaskGIT(maskgit.CategoricalHead(256, 1024), 64, 1000, vocab_size=1024, n_layer=6, n_head=8, n_embd=256, dropout=0.1,
-                            style="bert")
+    model = maskgit.MaskGIT(maskgit.CategoricalHead(256, 1024), 64, 1000, vocab_size=1024, n_layer=6,
+                            n_head=8, n_embd=256, dropout=0.1, style="bert")
     return model, torch.randint(1024, (32, 64)), dict(steps=8, cfg=2.0)
 
 
@@ -76,14 +79,16 @@ def main():
     rows = {}
     for name, (authors_step, authors_sample) in AUTHORS.items():
         model, tokens, options = build(name)
-        rows[name] = dict(parameters=sum(p.numel() for p in model.parameters()), authors_train_ms=authors_step,
-                          authors_sample_16_ms=authors_sample, options=options)
+        rows[name] = dict(parameters=sum(p.numel() for p in model.parameters()),
+                          authors_train_ms=authors_step, authors_sample_16_ms=authors_sample, options=options)
         for threads, dtype in ((2, "fp32"), (2, "bf16"), (1, "fp32")):
             train_ms, sample_ms = measure(model, tokens, options, threads, dtype)
             rows[name][f"{threads}-{dtype}"] = dict(train_ms=train_ms, sample_16_ms=sample_ms)
-            print(f"{name:8s} {rows[name]['parameters'] / 1e6:.2f}M  {threads} threads {dtype}  forward + backward {train_ms:.0f} ms "
-                  f"(authors {authors_step})" +
-                  (f", 16 samples {sample_ms:.0f} ms (authors {authors_sample})" if sample_ms else ""), flush=True)
+            print(
+                f"{name:8s} {rows[name]['parameters'] / 1e6:.2f}M  {threads} threads {dtype}  forward + backward {train_ms:.0f} ms "
+                f"(authors {authors_step})" +
+                (f", 16 samples {sample_ms:.0f} ms (authors {authors_sample})" if sample_ms else ""),
+                flush=True)
     out = Path(__file__).parent / "results" / "same-config.json"
     facts = dict(machine=machine_name(torch.device("cpu")), torch=torch.__version__, date=str(date.today()))
     out.write_text(json.dumps(facts | rows, indent=1) + "\n")

@@ -1,11 +1,12 @@
 """
-How do temperature and guidance move the samples of a trained run? Two curves each: class accuracy, Frechet distance.
+How do temperature and guidance move the samples of a trained run? Two curves each: class accuracy, Frechet
+distance.
 
-    python experiments/sampling.py runs/shapes-vae-ar-gmm      # 11 x 1000 samples, about 2 minutes on 2 CPU cores
+    python experiments/sampling.py runs/shapes-vae-ar-gmm  # 11 x 1000 samples, about 2 minutes on 2 CPU cores
 
-Writes experiments/results/sampling-RUN.json and .png. Guidance w stands for p(x|c)^(1+w) p(x|0)^(-w), --cfg is 1 + w; the
-temperature multiplies every sigma. One is varied at a time, the other stays at the default of sample.py. All metrics are
-those of evaluate.py: the classifier knows real images only.
+Writes experiments/results/sampling-RUN.json and .png. Guidance w stands for p(x|c)^(1+w) p(x|0)^(-w), --cfg
+is 1 + w; the temperature multiplies every sigma. One is varied at a time, the other stays at the default of
+sample.py. All metrics are those of evaluate.py: the classifier knows real images only.
 """
 import argparse
 import json
@@ -42,7 +43,8 @@ def save_figure(path, name, by_temperature, by_guidance):
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.7))
     for ax, xlabel, points in ((axes[0], "temperature (factor of every sigma)", by_temperature),
                                (axes[1], "guidance w", by_guidance)):
-        x, accuracy, distance = zip(*((a, r["sample_accuracy"], r["sample_frechet_small_cnn"]) for a, r in points))
+        x, accuracy, distance = zip(*((a, r["sample_accuracy"], r["sample_frechet_small_cnn"])
+                                      for a, r in points))
         ax.plot(x, accuracy, "o-", color="C0")
         ax.set_xlabel(xlabel)
         ax.set_ylabel("class accuracy, %  (higher is better)", color="C0")
@@ -58,7 +60,8 @@ def save_figure(path, name, by_temperature, by_guidance):
 
 
 def main():
-    p = argparse.ArgumentParser(description="Class accuracy and Frechet distance along temperature and guidance.")
+    p = argparse.ArgumentParser(
+        description="Class accuracy and Frechet distance along temperature and guidance.")
     p.add_argument("run", help="a run folder of a generator")
     p.add_argument("--n", type=int, default=1000, help="samples per point")
     args = p.parse_args()
@@ -75,8 +78,9 @@ def main():
         for v in values:
             curves[name].append((v, measure(run, args.n, net, real, **options(v))))
             r = curves[name][-1][1]
-            print(f"{name} {v:5.2f}: accuracy {r['sample_accuracy']:.1f}%  Frechet {r['sample_frechet_small_cnn']:.2f}  "
-                  f"precision {r['sample_precision']:.1f}  recall {r['sample_recall']:.1f}", flush=True)
+            print(
+                f"{name} {v:5.2f}: accuracy {r['sample_accuracy']:.1f}%  Frechet {r['sample_frechet_small_cnn']:.2f}  "
+                f"precision {r['sample_precision']:.1f}  recall {r['sample_recall']:.1f}", flush=True)
     out = Path(__file__).parent / "results"
     out.mkdir(exist_ok=True)
     name = run.folder.name

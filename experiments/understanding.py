@@ -1,21 +1,24 @@
 """
-Do tokens hold what happens in a clip? MAGVIT-v2's two questions (its section 4.4), on drawn clips with ten actions.
+Do tokens hold what happens in a clip? MAGVIT-v2's two questions (its section 4.4), on drawn clips with ten
+actions.
 
 Tokens as the INPUT: the same small transformer learns the action from 3 x 4 x 4 places, each given as
     pixels        the 4 x 4 x 4 pixel values themselves (the first frame four times over)
     LFQ, VQ ids   the token's number, through an embedding table of 1024 rows learned from nothing
     LFQ, VQ codes its vector, the signs or the codebook's row, through a linear layer
-Tokens as the TARGET: the transformer of pixels first learns to name what is hidden, 60% of the places, without labels,
-as pixel values (squared error), as VQ ids or as LFQ ids (cross-entropy), and then the action from few labels; "from
-scratch" gets the same labels, steps and learning rate, without the first part.
+Tokens as the TARGET: the transformer of pixels first learns to name what is hidden, 60% of the places,
+without labels, as pixel values (squared error), as VQ ids or as LFQ ids (cross-entropy), and then the action
+from few labels; "from scratch" gets the same labels, steps and learning rate, without the first part.
 
-Both tokenizers are lfq.py's causal 3-D CNN, trained for as many steps; one has vq.py's quantizer (running means) in it.
+Both tokenizers are lfq.py's causal 3-D CNN, trained for as many steps; one has vq.py's quantizer (running
+means) in it.
 
     python experiments/understanding.py                   # about 16 minutes of processor time, one core
-    python experiments/understanding.py --n 120 --tok_steps 5 --steps 5 --pre_steps 5 --labels 50 --seeds 0 --out /tmp/x
+    python experiments/understanding.py --n 120 --tok_steps 5 --steps 5 --pre_steps 5 --labels 50 --seeds 0
+    --out /tmp/x
 
-A seed is that of the classifier's weights and of the choice of labels; tokenizers and pre-training are made once. Writes
-results/understanding.json and .png. What is already in --runs is not made again.
+A seed is that of the classifier's weights and of the choice of labels; tokenizers and pre-training are made
+once. Writes results/understanding.json and .png. What is already in --runs is not made again.
 """
 import argparse
 import json
@@ -68,7 +71,9 @@ def places(clips):
 
 
 class Reader(nn.Module):
-    """A transformer over the T places of a clip: (B, T, ...) --embed--> (B, T, C), to actions or to what is hidden."""
+    """A transformer over the T places of a clip: (B, T, ...) --embed--> (B, T, C), to actions or to what is
+    hidden.
+    """
 
     def __init__(self, embed, T, width=64, n=2):
         super().__init__()
@@ -111,13 +116,15 @@ def classify(reader, train, val, steps, seed, labels=None):
 
 
 def pretrain(reader, x, target, steps):
-    """Teach a reader to name what is hidden: x (N, T, 192); target the same, or ids (N, T) -> the last loss."""
+    """Teach a reader to name what is hidden: x (N, T, 192); target the same, or ids (N, T) -> the last
+    loss.
+    """
     ids, (N, T) = target.dtype == torch.long, x.shape[:2]
     head = nn.Linear(reader.place.shape[-1], 1 << BITS if ids else x.shape[-1])
     n = round(HIDDEN * T)
 
     def loss_of(i):
-        hide = torch.rand(len(i), T).argsort(1).argsort(1) < n                              # n places of each clip
+        hide = torch.rand(len(i), T).argsort(1).argsort(1) < n                         # n places of each clip
         out, truth = head(reader.states(x[i], hide)[hide]), target[i][hide]
         return F.cross_entropy(out, truth) if ids else F.mse_loss(out, truth)
     return learn([*reader.parameters(), *head.parameters()], loss_of, N, steps, 32, 0)
@@ -157,18 +164,24 @@ def as_inputs(clips, tokens):
     for kind, t in tokens.items():
         ids = t["train"], t["val"]
         inputs[f"{kind} ids"] = ids, lambda: nn.Embedding(1 << BITS, 64)
-        inputs[f"{kind} codes"] = tuple(F.embedding(i, t["vectors"]) for i in ids), lambda: nn.Linear(BITS, 64)
+        inputs[f"{kind} codes"] = tuple(F.embedding(i, t["vectors"])
+                                        for i in ids), lambda: nn.Linear(BITS, 64)
     return inputs
 
 
 def experiment(args):
-    """-> accuracies {"input": {name: [per seed]}, "target": {name: {labels: [per seed]}}}, facts of the tokenizers."""
+    """-> accuracies {"input": {name: [per seed]}, "target": {name: {labels: [per seed]}}}, facts of the
+    tokenizers.
+    """
     sets = clip_set(args.n), clip_set(args.n // 3, "val")
     clips, actions = zip(*(s.batch(torch.arange(len(s))) for s in sets))
     x, T = [places(c) for c in clips], places(clips[0][:1]).shape[1]
     tag = f"{args.n}-{args.tok_steps}"
-    tokens = {kind: keep(args.runs / f"tokens-{kind}-{tag}.pt", lambda: make_tokens(kind, sets, clips[1], args.tok_steps))
-              for kind in ("LFQ", "VQ")}
+    tokens = {
+        kind: keep(args.runs / f"tokens-{kind}-{tag}.pt",
+                   lambda: make_tokens(kind, sets, clips[1], args.tok_steps))
+        for kind in ("LFQ", "VQ")
+    }
     facts = {kind: dict(psnr=t["psnr"], used=t["used"]) for kind, t in tokens.items()}
     out = {"input": {}, "target": {}}
     inputs = as_inputs(x, tokens)
@@ -192,7 +205,9 @@ def experiment(args):
             reader = fresh()
             loss = pretrain(reader, x[0], target, args.pre_steps)
             return dict(reader=reader.state_dict(), loss=loss)
-        states[name] = keep(args.runs / f"pretrained-{name.replace(' ', '-')}-{tag}-{args.pre_steps}.pt", make)
+
+        states[name] = keep(args.runs / f"pretrained-{name.replace(' ', '-')}-{tag}-{args.pre_steps}.pt",
+                            make)
 
     def start(state):
         reader = fresh()
@@ -203,20 +218,28 @@ def experiment(args):
     for seed in args.seeds:
         for name, state in states.items():
             for n in args.labels:
-                value = accuracy(f"target {name} {args.pre_steps}", lambda: start(state), x, args.steps // 2, seed, n)
+                value = accuracy(f"target {name} {args.pre_steps}", lambda: start(state), x, args.steps // 2,
+                                 seed, n)
                 out["target"].setdefault(name, {}).setdefault(n, []).append(value)
     facts["loss"] = {name: s["loss"] for name, s in states.items() if s}
     return out, facts
 
 
 def table(result, labels):
-    cell = lambda v: f"{100 * mean(v):.1f}" + (f" ({100 * min(v):.1f} .. {100 * max(v):.1f})" if len(v) > 1 else "")
+    cell = lambda v: f"{100 * mean(v):.1f}" + (f" ({100 * min(v):.1f} .. {100 * max(v):.1f})"
+                                               if len(v) > 1 else "")
     lines = ["| what the transformer reads | accuracy, % | paper, SSv2 |", "|---|---|---|"]
-    lines += [f"| {name} | {cell(v)} | {PAPER['input'].get(name, '')} |" for name, v in result["input"].items()]
+    lines += [
+        f"| {name} | {cell(v)} | {PAPER['input'].get(name, '')} |" for name, v in result["input"].items()
+    ]
     budgets = " | ".join(f"{n} labels, %" for n in labels)
-    lines += ["", f"| what it named before, without labels | {budgets} | paper, SSv2 |", "|---" * (len(labels) + 2) + "|"]
+    lines += [
+        "", f"| what it named before, without labels | {budgets} | paper, SSv2 |",
+        "|---" * (len(labels) + 2) + "|"
+    ]
     for name, by in result["target"].items():
-        lines.append(f"| {name} | " + " | ".join(cell(by[n]) for n in labels) + f" | {PAPER['target'].get(name, '')} |")
+        lines.append(f"| {name} | " + " | ".join(cell(by[n])
+                                                 for n in labels) + f" | {PAPER['target'].get(name, '')} |")
     return "\n".join(lines)
 
 
@@ -229,8 +252,8 @@ def save_figure(path, result, labels):
     for y, (name, v) in enumerate(result["input"].items()):
         left.barh(y, 100 * mean(v), 0.7, color=colours[name], alpha=0.4 if name.endswith("codes") else 0.75)
         left.plot([100 * a for a in v], [y] * len(v), "k.", ms=5)
-    left.set(title="tokens as the input, all labels", xlabel="action accuracy on held-out clips, %", xlim=(0, 100),
-             yticks=range(len(result["input"])), yticklabels=result["input"])
+    left.set(title="tokens as the input, all labels", xlabel="action accuracy on held-out clips, %",
+             xlim=(0, 100), yticks=range(len(result["input"])), yticklabels=result["input"])
     left.axvline(10, color="k", ls=":", lw=1)
     left.invert_yaxis()
     k, width = len(result["target"]), 0.8 / len(result["target"])
@@ -241,8 +264,8 @@ def save_figure(path, result, labels):
                   label=name if name == "from scratch" else f"after naming hidden {name}")
         for a, n in zip(at, labels):
             right.plot([a] * len(by[n]), [100 * v for v in by[n]], "k.", ms=5)
-    right.set(title="tokens as the target of pre-training; the input is pixels", ylabel="action accuracy, %", ylim=(0, 100),
-              xticks=range(len(labels)), xticklabels=[f"{n} labelled clips" for n in labels])
+    right.set(title="tokens as the target of pre-training; the input is pixels", ylabel="action accuracy, %",
+              ylim=(0, 100), xticks=range(len(labels)), xticklabels=[f"{n} labelled clips" for n in labels])
     right.axhline(10, color="k", ls=":", lw=1)
     right.legend(fontsize=8, loc="lower center", framealpha=0.95)
     for ax, axis in ((left, "x"), (right, "y")):
@@ -255,22 +278,28 @@ def save_figure(path, result, labels):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="Action recognition: tokens as the input, and as the target of pre-training.")
+    p = argparse.ArgumentParser(
+        description="Action recognition: tokens as the input, and as the target of pre-training.")
     p.add_argument("--n", type=int, default=3000, help="training clips; a third as many are held out")
     p.add_argument("--tok_steps", type=int, default=400, help="training steps of both tokenizers")
-    p.add_argument("--steps", type=int, default=1200, help="training steps of the classifiers; half as many with few labels")
+    p.add_argument("--steps", type=int, default=1200,
+                   help="training steps of the classifiers; half as many with few labels")
     p.add_argument("--pre_steps", type=int, default=1500, help="training steps of each pre-training")
-    p.add_argument("--labels", type=int, nargs="+", default=[200, 1000], help="how many labels the pre-trained ones get")
+    p.add_argument("--labels", type=int, nargs="+", default=[200, 1000],
+                   help="how many labels the pre-trained ones get")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the classifiers")
-    p.add_argument("--runs", default=ROOT / "runs" / "understanding", type=Path, help="where intermediate results lie")
-    p.add_argument("--out", default=Path(__file__).parent / "results", type=Path, help="folder of the JSON and the PNG")
+    p.add_argument("--runs", default=ROOT / "runs" / "understanding", type=Path,
+                   help="where intermediate results lie")
+    p.add_argument("--out", default=Path(__file__).parent / "results", type=Path,
+                   help="folder of the JSON and the PNG")
     args = p.parse_args(argv)
     args.runs.mkdir(parents=True, exist_ok=True), args.out.mkdir(parents=True, exist_ok=True)
     result, facts = experiment(args)
     out = args.out / "understanding"
-    facts = dict(machine=machine_name(torch.device("cpu")), torch=torch.__version__, date=str(date.today()), clips=args.n,
-                 held_out=args.n // 3, tok_steps=args.tok_steps, steps=args.steps, pre_steps=args.pre_steps, lr=LR,
-                 hidden=HIDDEN, seeds=args.seeds, tokenizers=facts, accuracy=result)
+    facts = dict(machine=machine_name(torch.device("cpu")), torch=torch.__version__, date=str(date.today()),
+                 clips=args.n, held_out=args.n // 3, tok_steps=args.tok_steps, steps=args.steps,
+                 pre_steps=args.pre_steps, lr=LR, hidden=HIDDEN, seeds=args.seeds, tokenizers=facts,
+                 accuracy=result)
     out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     save_figure(out.with_suffix(".png"), result, args.labels)
     print(f"tokenizers: {facts['tokenizers']}\n" + table(result, args.labels))

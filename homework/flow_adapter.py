@@ -12,7 +12,8 @@ def test_homework_flow_adapter_coupling():
     block.shift = lambda x: torch.sin(3 * x) + x.flip(1)
     a, b = block(x1, x2)
     check("the first half of the output", a, x2, "The halves swap, or half of the channels would never move.")
-    check("the second half of the output", b, x1 + block.shift(x2), "x1 moves by F(x2), and F sees only what stays.")
+    check("the second half of the output", b, x1 + block.shift(x2),
+          "x1 moves by F(x2), and F sees only what stays.")
 
 
 @exercise("flow_adapter.Coupling.inverse", points=2)
@@ -45,7 +46,8 @@ def test_homework_flow_adapter_inverse():
     x1, x2 = flow.split(x)
     for block in flow.blocks:
         x1, x2 = block(x1, x2)
-    check("inverse(forward(x))", flow.inverse(flow.join(x1, x2)), x, "The coupling that came last must be undone first.")
+    check("inverse(forward(x))", flow.inverse(flow.join(x1, x2)), x,
+          "The coupling that came last must be undone first.")
 
 
 class Stretch(nn.Module):
@@ -84,5 +86,6 @@ def test_homework_flow_adapter_sample():
     x = model.sample(cond, known=known, known_mask=mask)
     check("the known tokens that the generator is given", model.generator.known[mask], 2 * known[mask] + 1,
           "It lives in the bent space: known tokens go through the adapter first.")
-    check("the known tokens in the result", x[mask], known[mask], "At the end the given values are put back.", 1e-6)
+    check("the known tokens in the result", x[mask], known[mask], "At the end the given values are put back.",
+          1e-6)
     check("the other tokens in the result", x[~mask], three[~mask], "Only known tokens are put back.")

@@ -8,19 +8,22 @@ from homework.kit import check, exercise
 
 @exercise("gmm_head.GMMHead.density", points=3)
 def test_homework_gmm_head_density():
-    log_pi, mu, sigma = torch.randn(200, 4).log_softmax(-1), torch.randn(200, 4, 3), torch.rand(200, 4, 3) + 0.2
+    log_pi, mu, sigma = torch.randn(200, 4).log_softmax(-1), torch.randn(200, 4,
+                                                                         3), torch.rand(200, 4, 3) + 0.2
     truth = D.MixtureSameFamily(D.Categorical(logits=log_pi), D.Independent(D.Normal(mu, sigma), 1))
     x = truth.sample()
     check("log p", gmm_head.GMMHead.density((log_pi, mu, sigma), x), truth.log_prob(x),
           "A missing log(2 pi) / 2 per channel is +2.757 here, a missing log sigma about "
           f"{(log_pi.exp() * sigma.log().sum(-1)).sum(-1).mean():+.1f}.")
-    check("log p of a far point", gmm_head.GMMHead.density((log_pi, mu, sigma), x + 1e3), truth.log_prob(x + 1e3),
-          "exp(log N) is 0 there, and its log -inf: torch.logsumexp.")
+    check("log p of a far point", gmm_head.GMMHead.density((log_pi, mu, sigma), x + 1e3),
+          truth.log_prob(x + 1e3), "exp(log N) is 0 there, and its log -inf: torch.logsumexp.")
 
 
 @exercise("gmm_head.GMMHead.draw", points=2)
 def test_homework_gmm_head_draw():
-    pi, mu, sigma = torch.tensor([0.7, 0.3]), torch.tensor([[-1.0, 2.0], [3.0, 0.0]]), torch.tensor([[0.5, 1.0], [0.2, 0.8]])
+    pi, mu, sigma = torch.tensor([0.7, 0.3]), torch.tensor([[-1.0, 2.0], [3.0,
+                                                                          0.0]]), torch.tensor([[0.5, 1.0],
+                                                                                                [0.2, 0.8]])
     many = [v.expand(50_000, *v.shape) for v in (pi.log(), mu, sigma)]
     x = gmm_head.GMMHead.draw(many, temperature=0.5)
     mean = pi @ mu
@@ -51,15 +54,18 @@ def test_homework_gmm_head_guided_normal():
     true_mean, true_std = guided_on_a_grid(mc, sc, mu, su, 2.5)
     check("the mean", mean, true_mean,
           "Precisions add: cfg / sc^2 - (cfg - 1) / su^2, and each mean counts with its own.", 1e-3)
-    check("the std", std, true_std, "Precisions add, variances do not; and std is the root of 1 / precision.", 1e-3)
-    assert proper.dtype == torch.bool and proper.all(), "all of these products are densities: proper should be True"
+    check("the std", std, true_std, "Precisions add, variances do not; and std is the root of 1 / precision.",
+          1e-3)
+    assert proper.dtype == torch.bool and proper.all(
+    ), "all of these products are densities: proper should be True"
 
 
 @exercise("gmm_head.guided_normal", points=1, hidden=True)
 def test_homework_gmm_head_guided_normal_where_there_is_no_density():
     mc, sc, mu, su = torch.tensor([1.0, 1.0]), torch.ones(2), torch.zeros(2), torch.tensor([0.5, 4.0])
     mean, std, proper = gmm_head.guided_normal(mc, sc, mu, su, 3.0)
-    assert proper.tolist() == [False, True], f"proper is {proper.tolist()}: the first product grows without bound"
+    assert proper.tolist() == [False,
+                               True], f"proper is {proper.tolist()}: the first product grows without bound"
     check("the unguided channel's mean", mean[:1], mc[:1], "Where lam <= 0.01 the channel stays N(mc, sc).")
     check("the unguided channel's std", std[:1], sc[:1], "Where lam <= 0.01 the channel stays N(mc, sc).")
 
@@ -79,5 +85,6 @@ def test_homework_gmm_head_nucleus():
     assert torch.equal(kept > -torch.inf, truth > 0), (
         f"{(kept > -torch.inf).sum(-1).float().mean():.1f} of 6 components stay on average (nan counts as gone), "
         f"{(truth > 0).sum(-1).float().mean():.1f} are needed. The one that reaches top_p belongs to them.")
-    check("the weights kept", kept.exp(), truth / truth.sum(-1, keepdim=True), "What is left must be renormalised.")
+    check("the weights kept", kept.exp(), truth / truth.sum(-1, keepdim=True),
+          "What is left must be renormalised.")
     assert torch.equal(log_pi, before), "the weights given must stay as they are"

@@ -47,7 +47,8 @@ def functions(source):
     found = {}
     for node in parsed(source).body:
         inner = node.body if isinstance(node, ast.ClassDef) else [node]
-        found |= {(f"{node.name}.{n.name}" if n is not node else n.name): n for n in inner if isinstance(n, ast.FunctionDef)}
+        found |= {(f"{node.name}.{n.name}" if n is not node else n.name): n
+                  for n in inner if isinstance(n, ast.FunctionDef)}
     return found
 
 
@@ -61,7 +62,8 @@ def blanked(source, name, targets):
     lines, nodes = source.split("\n"), functions(source)
     for target in sorted(targets, key=lambda t: -nodes[t].lineno):     # from the end: line numbers stay right
         first, last = body(nodes[target])[0], nodes[target].end_lineno
-        lines[first.lineno - 1:last] = [f'{" " * first.col_offset}raise NotImplementedError("homework: {name}.{target}")']
+        lines[first.lineno -
+              1:last] = [f'{" " * first.col_offset}raise NotImplementedError("homework: {name}.{target}")']
     return "\n".join(lines)
 
 
@@ -78,18 +80,27 @@ def without(source, cut):
 
 
 def without_answers(name, hidden=False):
-    """{file: text} of the project's Python files as handed out for NAME.py. Functions of other files with the same name
-    and code as an exercise are blanked, too. hidden: whether the hidden tests stay, as they do while grading."""
+    """{file: text} of the project's Python files as handed out for NAME.py. Functions of other files with the
+    same name and code as an exercise are blanked, too. hidden: whether the hidden tests stay, as they do
+    while grading.
+    """
     rooms = ("", "common", "official", "recipes", "homework", "tests")
-    texts = {str(path.relative_to(ROOT)): path.read_text() for room in rooms for path in sorted((ROOT / room).glob("*.py"))}
+    texts = {
+        str(path.relative_to(ROOT)): path.read_text()
+        for room in rooms
+        for path in sorted((ROOT / room).glob("*.py"))
+    }
     for path in FOR_TEACHERS:
         texts.pop(path, None)
     code = lambda node: "".join(map(ast.dump, body(node)))
     nodes = functions(texts[f"{name}.py"])
-    targets = [target for target in exercises(name) if target in nodes]                     # in a handout one may be gone
+    targets = [target for target in exercises(name) if target in nodes]         # in a handout one may be gone
     answers = {(target.split(".")[-1], code(nodes[target])) for target in targets}
     for other in MODELS:
-        same = [t for t, node in functions(texts[f"{other}.py"]).items() if (t.split(".")[-1], code(node)) in answers]
+        same = [
+            t for t, node in functions(texts[f"{other}.py"]).items()
+            if (t.split(".")[-1], code(node)) in answers
+        ]
         texts[f"{other}.py"] = blanked(texts[f"{other}.py"], other, targets if other == name else same)
     cut = [] if hidden else [t.__name__ for t in graded(name) if t.hidden]
     texts[f"homework/{name}.py"] = without(texts[f"homework/{name}.py"], cut)
@@ -105,7 +116,9 @@ def write_project(folder, name, hidden=False):
 
 
 class Stopped(BaseException):
-    """A student's code went on for too long, or printed too much. No Exception: `except Exception` must not catch it."""
+    """A student's code went on for too long, or printed too much. No Exception: `except Exception` must not
+    catch it.
+    """
 
 
 class Capped(io.StringIO):
@@ -116,7 +129,9 @@ class Capped(io.StringIO):
 
 
 def trial(test, seconds=0):
-    """Run one graded test -> what is wrong, in a sentence, or "". seconds: of processor time, 0: any number."""
+    """Run one graded test -> what is wrong, in a sentence, or "". seconds: of processor time, 0: any
+    number.
+    """
     def late(*_):
         raise Stopped(f"not done after {seconds:g} s of processor time: an endless loop?")
     name = test.exercise.split(".")[0]
@@ -134,7 +149,9 @@ def trial(test, seconds=0):
     except NotImplementedError:
         text = "not written yet"
     except BaseException as e:
-        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).name == f"{name}.py"]
+        lines = [
+            f.lineno for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).name == f"{name}.py"
+        ]
         text = f"{type(e).__name__}: {e}" + (f" ({name}.py, line {lines[-1]})" if lines else "")
         if isinstance(e, MemoryError) or "allocate memory" in text:
             text = "asks for more memory than it may have: " + text
@@ -145,8 +162,10 @@ def trial(test, seconds=0):
 
 
 def run_tests(name, seconds, tests):
-    """The part of grading that runs in a process of its own, in the student's copy of the project: a line to results.jsonl
-    before and after each test, so that the grader knows how far a process has come that dies."""
+    """The part of grading that runs in a process of its own, in the student's copy of the project: a line to
+    results.jsonl before and after each test, so that the grader knows how far a process has come that
+    dies.
+    """
     by_name = {t.__name__: t for t in graded(name)}
     with open("results.jsonl", "a") as f:
         for test in tests:
@@ -157,7 +176,7 @@ def run_tests(name, seconds, tests):
 
 def limits(gigabytes):
     """For a student's process: memory, the size of a file, no core dumps."""
-    import resource                                         # not on Windows, where the tests run and grading does not
+    import resource                                 # not on Windows, where the tests run and grading does not
     for kind, most in (("DATA", int(gigabytes * 2**30)), ("FSIZE", 2**24), ("CORE", 0)):
         kind = getattr(resource, f"RLIMIT_{kind}")
         hard = resource.getrlimit(kind)[1]
@@ -166,11 +185,15 @@ def limits(gigabytes):
 
 
 def run_process(folder, name, tests, args, seconds):
-    """Run `tests` in the student's copy of the project -> {test: what is wrong, or ""} for those that came to an end, the
-    tests that began, and what ended the process, in a sentence."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}
-    # Imported and not run as a script, for its compiled file lies beside it; and without torch's compiler, which mar.py's
-    # one use of torch._disable_dynamo would load: together they halve the 3 s until the first test.
+    """Run `tests` in the student's copy of the project -> {test: what is wrong, or ""} for those that came to
+    an end, the tests that began, and what ended the process, in a sentence.
+    """
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"
+    }
+    # Imported and not run as a script, for its compiled file lies beside it; and without torch's compiler,
+    # which mar.py's one use of torch._disable_dynamo would load: together they halve the 3 s until the first
+    # test.
     start = "import torch; torch._disable_dynamo = lambda f: f; from homework import grading; grading.main()"
     words = [sys.executable, "-c", start, "_run", name, str(args.test_seconds), *tests]
     results, output = folder / "results.jsonl", folder / "output.txt"
@@ -205,7 +228,9 @@ def run_process(folder, name, tests, args, seconds):
 
 
 def grade_one(name, path, clean, args):
-    """Grade one student -> dict: student, file, points, of, seconds, remark, and tests: [(test, points, what is wrong)]."""
+    """Grade one student -> dict: student, file, points, of, seconds, remark, and tests: [(test, points, what
+    is wrong)].
+    """
     start, tests, wrong, remark = time.perf_counter(), graded(name), {}, ""
     file = path if path.suffix == ".py" else path / f"{name}.py"
     student = file.resolve().parent.name if file.name == f"{name}.py" else file.stem
@@ -224,11 +249,12 @@ def grade_one(name, path, clean, args):
         remark = f"{name}.py is no Python: {e}"
     queue = [] if remark else [t.__name__ for t in tests]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        while queue:                                        # once more for the rest if a question has killed the process
+        while queue:                             # once more for the rest if a question has killed the process
             here = Path(folder) / str(len(queue))
             shutil.copytree(clean, here)
             (here / f"{name}.py").write_bytes(text)
-            done, began, ending = run_process(here, name, queue, args, args.seconds - (time.perf_counter() - start))
+            done, began, ending = run_process(here, name, queue, args,
+                                              args.seconds - (time.perf_counter() - start))
             wrong |= done
             queue = [t for t in queue if t not in done]
             if queue and (not began or ending.startswith("stopped")):
@@ -238,16 +264,22 @@ def grade_one(name, path, clean, args):
             if queue:
                 wrong[queue.pop(0)] = ending
     rows = [(t, t.points if wrong.get(t.__name__) == "" else 0, wrong.get(t.__name__, "")) for t in tests]
-    return dict(student=student, file=name, points=sum(points for _, points, _ in rows), of=sum(t.points for t in tests),
-                seconds=time.perf_counter() - start, remark=remark, tests=rows)
+    return dict(student=student, file=name, points=sum(points for _, points, _ in rows),
+                of=sum(t.points for t in tests), seconds=time.perf_counter() - start, remark=remark,
+                tests=rows)
 
 
 def gradescope(row):
-    """One student's grades as Gradescope's results.json has them. Hidden tests are shown after the due date."""
-    tests = [dict(name=f"{t.exercise}: {t.__name__}", score=points, max_score=t.points, output=wrong or row["remark"],
-                  status="passed" if points else "failed", visibility="after_due_date" if t.hidden else "visible")
-             for t, points, wrong in row["tests"]]
-    return dict(score=row["points"], execution_time=round(row["seconds"], 1), output=row["remark"], tests=tests)
+    """One student's grades as Gradescope's results.json has them. Hidden tests are shown after the due
+    date.
+    """
+    tests = [
+        dict(name=f"{t.exercise}: {t.__name__}", score=points, max_score=t.points, output=wrong or
+             row["remark"], status="passed" if points else "failed",
+             visibility="after_due_date" if t.hidden else "visible") for t, points, wrong in row["tests"]
+    ]
+    return dict(score=row["points"], execution_time=round(row["seconds"], 1), output=row["remark"],
+                tests=tests)
 
 
 def grade(args):
@@ -256,22 +288,27 @@ def grade(args):
     with tempfile.TemporaryDirectory() as folder:
         clean = Path(folder)
         write_project(clean, args.file, hidden=True)
-        compileall.compile_dir(clean, maxlevels=1, quiet=2)                                 # once, not once per student
+        compileall.compile_dir(clean, maxlevels=1, quiet=2)                       # once, not once per student
         for old in (clean / "__pycache__").glob(f"{args.file}.*"):
             old.unlink()
         for path in args.students:
             row = grade_one(args.file, Path(path), clean, args)
             if any(row["student"] == r["student"] for r in rows):
-                row["student"] = str(path).replace("/", "_")                                # two folders of one name
+                row["student"] = str(path).replace("/", "_")                         # two folders of one name
             rows.append(row)
             print(f"{row['student']:20s} {row['points']:2d} of {row['of']} points   {row['seconds']:.1f} s"
                   + (f"   {row['remark']}" if row["remark"] else ""))
             for t, points, wrong in row["tests"] if row["points"] or not row["remark"] else []:
-                print(f"    {points} of {t.points}  " + (f"{t.exercise:46s} {wrong}" if wrong else t.exercise), flush=True)
+                print(
+                    f"    {points} of {t.points}  " + (f"{t.exercise:46s} {wrong}" if wrong else t.exercise),
+                    flush=True)
     try:
         with open(args.csv, "w", newline="") as f:
             out = csv.writer(f)
-            out.writerow(["student", "file", "points", "of", *[t.__name__ for t in graded(args.file)], "seconds", "remark"])
+            out.writerow([
+                "student", "file", "points", "of", *[t.__name__ for t in graded(args.file)], "seconds",
+                "remark"
+            ])
             for row in rows:
                 out.writerow([row["student"], row["file"], row["points"], row["of"],
                               *[points for _, points, _ in row["tests"]],
@@ -303,10 +340,11 @@ def handout(args):
     except OSError as e:
         raise data.BadInput(f"could not write ({e})") from None
     hidden = sum(t.points for t in graded(args.file) if t.hidden)
-    print(f"wrote {folder}: {args.file}.py with {len(exercises(args.file))} functions to write: the docstrings say what.\n"
-          f"There, python -m pytest test_all.py -k homework_{args.file} says how far one has come, and "
-          f"python test_all.py grade {args.file} . counts the points"
-          + (f"; hidden tests give {hidden} more." if hidden else "."))
+    print(
+        f"wrote {folder}: {args.file}.py with {len(exercises(args.file))} functions to write: the docstrings say what.\n"
+        f"There, python -m pytest test_all.py -k homework_{args.file} says how far one has come, and "
+        f"python test_all.py grade {args.file} . counts the points" +
+        (f"; hidden tests give {hidden} more." if hidden else "."))
 
 
 def list_exercises(args):
@@ -321,29 +359,36 @@ def list_exercises(args):
 def main():
     if sys.argv[1:2] == ["_run"]:                           # grading: see run_process
         return run_tests(sys.argv[2], sys.argv[3], sys.argv[4:])
-    parser = argparse.ArgumentParser(description="The tests as homework: hand a file out, grade what comes back. (The tests "
-                                     "themselves: python -m pytest test_all.py)")
+    parser = argparse.ArgumentParser(
+        description="The tests as homework: hand a file out, grade what comes back. (The tests "
+        "themselves: python -m pytest test_all.py)")
     commands = parser.add_subparsers(required=True, metavar="list | handout | grade")
     p = commands.add_parser("list", help="points, functions and tests")
-    p.add_argument("file", nargs="?", choices=MODELS, metavar="FILE", help="one model file, such as vae; default: all")
+    p.add_argument("file", nargs="?", choices=MODELS, metavar="FILE",
+                   help="one model file, such as vae; default: all")
     p.set_defaults(run=list_exercises)
     p = commands.add_parser("handout", help="copy the project with the exercises of one file blanked")
     p.add_argument("file", choices=MODELS, metavar="FILE", help=" | ".join(MODELS))
     p.add_argument("-o", metavar="DIR", help="a new or empty folder (default: homework-FILE)")
     p.set_defaults(run=handout)
-    p = commands.add_parser("grade", help="run the graded tests on students' files, each in a process of its own",
-                            description="Runs students' code with your rights. A time limit, a memory limit and a folder of "
-                            "its own stop accidents; nothing stops somebody who wants to read, delete or send your files, "
-                            "or to fake results. Grade what you do not trust in a container. Linux, or macOS, where the "
-                            "memory limit has no effect.")
+    p = commands.add_parser(
+        "grade", help="run the graded tests on students' files, each in a process of its own",
+        description="Runs students' code with your rights. A time limit, a memory limit and a folder of "
+        "its own stop accidents; nothing stops somebody who wants to read, delete or send your files, "
+        "or to fake results. Grade what you do not trust in a container. Linux, or macOS, where the "
+        "memory limit has no effect.")
     p.add_argument("file", choices=MODELS, metavar="FILE", help=" | ".join(MODELS))
     p.add_argument("students", nargs="+", help="folders that hold FILE.py, or Python files by any name")
-    p.add_argument("--csv", default="grades.csv", metavar="PATH", help="a row per student (default: grades.csv)")
+    p.add_argument("--csv", default="grades.csv", metavar="PATH",
+                   help="a row per student (default: grades.csv)")
     p.add_argument("--json", metavar="PATH",
                    help="Gradescope's results.json; with several students a folder of one for each")
-    p.add_argument("--seconds", type=float, default=60.0, help="time limit of one student, for all questions (default: 60)")
-    p.add_argument("--test_seconds", type=float, default=10.0, help="processor time limit of one question (default: 10)")
-    p.add_argument("--gigabytes", type=float, default=4.0, help="memory limit of a student's process (default: 4)")
+    p.add_argument("--seconds", type=float, default=60.0,
+                   help="time limit of one student, for all questions (default: 60)")
+    p.add_argument("--test_seconds", type=float, default=10.0,
+                   help="processor time limit of one question (default: 10)")
+    p.add_argument("--gigabytes", type=float, default=4.0,
+                   help="memory limit of a student's process (default: 4)")
     p.set_defaults(run=grade)
     args = parser.parse_args()
     args.run(args)

@@ -6,7 +6,7 @@ import torch.nn as nn
 from torch import distributions as D
 
 import titok
-from homework.kit import check, exercise
+from homework.kit import check, exercise, gradient
 
 
 class Stir(nn.Module):
@@ -30,26 +30,39 @@ def latent_outputs(encoder, images):
 
 @exercise("titok.LatentEncoder.forward", points=2)
 def test_homework_titok_encoder():
-    encoder, images = titok.LatentEncoder(8, 4, 3, 5, n_embd=8, n_layer=1, n_head=2), torch.randn(2, 3, 8, 8)
+    encoder = titok.LatentEncoder(8, 4, 3, 5, n_embd=8, n_layer=1, n_head=2)
+    images = torch.randn(2, 3, 8, 8)
     encoder.blocks = nn.ModuleList([Stir()])
     check("z", encoder(images), encoder.out(latent_outputs(encoder, images)),
-          "Patches (with pos) and latents stand in one sequence, cls in front; the last T outputs are the tokens.")
+          "Patches (with pos) and latents stand in one sequence, cls in front. "
+          "The last T outputs are the tokens.")
 
 
 @exercise("titok.LatentEncoder.forward", points=1, hidden=True)
-def test_homework_titok_encoder_of_the_published_weights():
-    encoder, images = titok.LatentEncoder(8, 4, 3, 5, n_embd=8, n_layer=1, n_head=2, legacy=True), torch.randn(2, 3, 8, 8)
+def test_homework_titok_encoder_of_one_image_and_one_token():
+    encoder = titok.LatentEncoder(12, 4, 1, 5, n_embd=8, n_layer=1, n_head=2)
     encoder.blocks = nn.ModuleList([Stir()])
-    flat = latent_outputs(encoder, images).flatten(1)                                       # (B, T * C)
-    shuffled = torch.stack([flat[:, t::3] for t in range(3)], 1)                            # their (C, T), read as (T, C)
-    check("z with legacy=True", encoder(images), encoder.out(shuffled), "See the docstring of the class.")
+    images = torch.randn(1, 3, 12, 12)
+    before = images.clone()
+    z = encoder(images)
+    truth = encoder.out(latent_outputs(encoder, images))
+    check("z of one image and one token", z, truth)
+    assert z.dtype == torch.float32, f"z is {z.dtype} and not float32"
+    assert torch.equal(images, before), "the images are changed in place"
+    learned = {"latents": encoder.latents, "pos": encoder.pos, "cls": encoder.cls, "out": encoder.out.weight}
+    for name, weight in learned.items():
+        ours = gradient(z.square().sum(), weight)
+        assert ours is not None, f"no gradient reaches {name}"
+        check(f"the gradient of {name}", ours, gradient(truth.square().sum(), weight))
 
 
 @exercise("titok.LatentDecoder.forward", points=3)
 def test_homework_titok_decoder():
-    decoder, q = titok.LatentDecoder(8, 4, 3, 5, n_embd=8, n_layer=1, n_head=2), torch.randn(2, 3, 5)
+    decoder = titok.LatentDecoder(8, 4, 3, 5, n_embd=8, n_layer=1, n_head=2)
+    q = torch.randn(2, 3, 5)
     decoder.blocks = nn.ModuleList([Stir()])
-    x = torch.cat([torch.cat([decoder.cls, decoder.canvas]).expand(2, -1, -1), decoder.embed(q) + decoder.pos], 1)
+    canvas = torch.cat([decoder.cls, decoder.canvas]).expand(2, -1, -1)
+    x = torch.cat([canvas, decoder.embed(q) + decoder.pos], 1)
     x = decoder.out(decoder.norm_post(Stir()(decoder.norm_pre(x)))[:, 1:5])                 # (2, 4, 48)
     images = torch.zeros(2, 3, 8, 8)
     for i in range(8):
@@ -57,24 +70,30 @@ def test_homework_titok_decoder():
             start = (i % 4 * 4 + j % 4) * 3                 # a patch holds (row, column, colour)
             images[:, :, i, j] = x[:, i // 4 * 2 + j // 4, start:start + 3]
     check("images", decoder(q), decoder.smooth(images),
-          "The canvas, not the tokens, becomes the picture; a patch holds (row, column, colour); smooth comes last.")
+          "The canvas, not the tokens, becomes the picture. A patch holds (row, column, colour). "
+          "smooth comes last.")
     proxy = titok.LatentDecoder(8, 4, 3, 5, n_embd=8, n_layer=1, n_head=2, proxy_vocab=11)
-    assert proxy(q).shape == (2, 4, 11), f"with proxy_vocab: logits (B, P, proxy_vocab), not {tuple(proxy(q).shape)}"
+    logits = proxy(q)
+    shape = tuple(logits.shape)
+    assert shape == (2, 4, 11), f"with proxy_vocab: logits (B, P, proxy_vocab), not {shape}"
 
 
 @exercise("titok.TiTok.decode_raw", points=2)
 def test_homework_titok_soft_codes():
     table, logits = torch.randn(6, 3), torch.randn(2, 4, 6)
-    proxy = SimpleNamespace(decode_raw=lambda q: 10 + q, quantizer=SimpleNamespace(codes=lambda ids: table[ids]))
+    codes = SimpleNamespace(codes=lambda ids: table[ids])
+    proxy = SimpleNamespace(decode_raw=lambda q: 10 + q, quantizer=codes)
 
     class Decoder(SimpleNamespace):
         def __call__(self, q):
             return logits
     mixed = sum(logits.softmax(-1)[..., k, None] * table[k] for k in range(6))              # (2, 4, 3)
-    ours = titok.TiTok.decode_raw(SimpleNamespace(decoder=Decoder(proxy_vocab=6), proxy=proxy), torch.randn(2, 3, 5))
+    model = SimpleNamespace(decoder=Decoder(proxy_vocab=6), proxy=proxy)
+    ours = titok.TiTok.decode_raw(model, torch.randn(2, 3, 5))
     check("what the proxy's decoder makes of the mixed codes", ours, 10 + mixed,
           "Each of the proxy's codes counts with its probability, a softmax over the vocabulary.")
-    ours = titok.TiTok.decode_raw(SimpleNamespace(decoder=Decoder(proxy_vocab=None), proxy=None), torch.randn(2, 3, 5))
+    model = SimpleNamespace(decoder=Decoder(proxy_vocab=None), proxy=None)
+    ours = titok.TiTok.decode_raw(model, torch.randn(2, 3, 5))
     check("without a proxy", ours, logits, "There the decoder's output is the image.")
 
 

@@ -28,12 +28,14 @@ def nearest_by_loop(codes, z):
 def test_homework_vq_nearest():
     for l2_norm in (False, True):
         quantizer, z = vq.VectorQuantizer(7, 3, l2_norm), torch.randn(2, 5, 3)
-        quantizer.codebook = nn.Parameter(torch.randn(7, 3) * torch.linspace(0.2, 3, 7)[:, None])           # of all lengths
+        # of all lengths
+        quantizer.codebook = nn.Parameter(torch.randn(7, 3) * torch.linspace(0.2, 3, 7)[:, None])
         quantizer.distances = slow_distances
         unit = (lambda x: x / x.norm(dim=-1, keepdim=True)) if l2_norm else (lambda x: x)
         truth = nearest_by_loop(unit(quantizer.codebook.detach()), unit(z))
         ids = quantizer.nearest(z)
-        assert ids.shape == (2, 5) and ids.dtype == torch.long, f"ids {tuple(ids.shape)} {ids.dtype} are not (2, 5) int64"
+        assert ids.shape == (
+            2, 5) and ids.dtype == torch.long, f"ids {tuple(ids.shape)} {ids.dtype} are not (2, 5) int64"
         right = (ids == truth).float().mean()
         assert right == 1, f"with l2_norm={l2_norm} {100 * right:.0f}% of the ids are the nearest code's" + \
             (": z and codes are both compared at unit length" if l2_norm else "")
@@ -41,7 +43,8 @@ def test_homework_vq_nearest():
 
 @exercise("vq.VectorQuantizer.forward", points=3)
 def test_homework_vq_losses_and_straight_through():
-    quantizer, z = vq.VectorQuantizer(7, 3, l2_norm=False, beta=0.25), torch.randn(2, 5, 3, requires_grad=True)
+    quantizer, z = vq.VectorQuantizer(7, 3, l2_norm=False,
+                                      beta=0.25), torch.randn(2, 5, 3, requires_grad=True)
     nn.init.normal_(quantizer.codebook)
     quantizer.nearest = lambda z: nearest_by_loop(quantizer.codebook.detach(), z.detach())
     quantizer.distances = slow_distances
@@ -56,7 +59,8 @@ def test_homework_vq_losses_and_straight_through():
           "|sg(z) - e|^2 + beta |z - sg(e)|^2, means over tokens and channels.")
     to_z, to_codes = gradient(loss, z), gradient(loss, quantizer.codebook)
     assert to_z is not None and to_codes is not None, "the loss must move both the encoder (commitment) and the codes"
-    check("the gradient of the loss for z", to_z, 0.25 * 2 * (z - e) / n, "beta, and only beta, weighs the encoder's term.")
+    check("the gradient of the loss for z", to_z, 0.25 * 2 * (z - e) / n,
+          "beta, and only beta, weighs the encoder's term.")
     moved = torch.zeros(7, 3).index_add_(0, ids.flatten(), (2 * (e - z) / n).detach().flatten(0, 1))
     check("the gradient of the loss for the codes", to_codes, moved,
           "The codes' own term has weight 1, and z is detached in it.")
@@ -64,11 +68,13 @@ def test_homework_vq_losses_and_straight_through():
 
 @exercise("vq.VectorQuantizer.forward", points=1, hidden=True)
 def test_homework_vq_running_averages():
-    quantizer, z, calls = vq.VectorQuantizer(7, 3, l2_norm=False, ema=0.9), torch.randn(2, 5, 3, requires_grad=True), []
+    quantizer, z, calls = vq.VectorQuantizer(7, 3, l2_norm=False,
+                                             ema=0.9), torch.randn(2, 5, 3, requires_grad=True), []
     quantizer.nearest = lambda z: torch.arange(10).view(2, 5) % 7
     quantizer.update = lambda z, ids: calls.append((z, ids))
     _, ids, loss, _ = quantizer.train()(z)
-    assert len(calls) == 1, f"update() is called {len(calls)} times in a training step with ema: once is right"
+    assert len(
+        calls) == 1, f"update() is called {len(calls)} times in a training step with ema: once is right"
     assert torch.equal(calls[0][0], z.detach().flatten(0, 1)) and torch.equal(calls[0][1], ids.flatten()), \
         "update(z (N, D), ids (N,))"
     assert not calls[0][0].requires_grad, "the running averages are no part of the graph"
@@ -86,5 +92,7 @@ def test_homework_vq_entropy():
     quantizer.distances = slow_distances
     p = (-slow_distances(z, quantizer.codebook.detach()) / 0.7).softmax(-1)
     entropies, whole = D.Categorical(probs=p).entropy(), D.Categorical(probs=p.mean(0)).entropy()
-    check("the entropy loss", quantizer.entropy_loss(z, 0.7), entropies.mean() - whole,
-          f"The mean entropy of a token, {entropies.mean():.3f}, minus that of the mean, {whole:.3f} nats.", 1e-3)
+    check("the entropy loss", quantizer.entropy_loss(z, 0.7),
+          entropies.mean() - whole,
+          f"The mean entropy of a token, {entropies.mean():.3f}, minus that of the mean, {whole:.3f} nats.",
+          1e-3)

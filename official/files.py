@@ -16,7 +16,8 @@ def load_weights(x):
 
 
 def fit_keys(sd, names, what):
-    """sd: their state dict; names: their keys -> ours, or None. -> {our key: tensor} of those with a name of ours.
+    """sd: their state dict; names: their keys -> ours, or None. -> {our key: tensor} of those with a name of
+    ours.
 
     Raises ValueError that names the first keys which are missing or unknown.
     """

@@ -1,13 +1,14 @@
 """
-The authors' weights of TiTok (bytedance/1d-tokenizer) and of the VQGAN of MaskGIT that its first models build on.
+The authors' weights of TiTok (bytedance/1d-tokenizer) and of the VQGAN of MaskGIT that its first models build
+on.
 
     tokenizer = load_tokenizer("tokenizer_titok_l32.bin")        # titok.TiTok or titok.TiTokVAE
-    generator = load_generator("generator_titok_l32.bin")        # a maskgit.MaskGIT with the authors' blocks and sampler
+    generator = load_generator("generator_titok_l32.bin")  # a maskgit.MaskGIT, their blocks and sampler
     vqgan = load_maskgit_vqgan("maskgit-vqgan-imagenet-f16-256.bin")
 
-Each takes a path or a state dict, reads the sizes off the shapes, returns the model in eval mode and raises ValueError
-for unknown or missing keys, by name. What only this release needs is here: a BERT and a U-ViT in MaskGIT's place, a
-sampler that reveals by raw logits, a reshape that mixes tokens and channels.
+Each takes a path or a state dict, reads the sizes off the shapes, returns the model in eval mode and raises
+ValueError for unknown or missing keys, by name. What only this release needs is here: a BERT and a U-ViT in
+MaskGIT's place, a sampler that reveals by raw logits, a reshape that mixes tokens and channels.
 
 Shapes:  B batch, T tokens, V codes, C width, D numbers in a code, S = 1 + T positions
 """
@@ -25,7 +26,9 @@ from official.files import fit_keys, load_weights
 
 
 class BertBlock(nn.Module):
-    """A post-norm transformer block with biases everywhere. Dropout after the second linear layer, as in BERT."""
+    """A post-norm transformer block with biases everywhere. Dropout after the second linear layer, as in
+    BERT.
+    """
 
     def __init__(self, n_embd, n_head, n_mlp, dropout=0.1):
         super().__init__()
@@ -54,7 +57,9 @@ class BertBlock(nn.Module):
 
 
 class UViTBlock(BertBlock):
-    """The same pre-norm, without a bias for queries, keys and values. Dropout before the second linear layer."""
+    """The same pre-norm, without a bias for queries, keys and values. Dropout before the second linear
+    layer.
+    """
 
     def __init__(self, n_embd, n_head, n_mlp, dropout=0.1):
         super().__init__(n_embd, n_head, n_mlp, dropout)
@@ -70,7 +75,7 @@ class UViTBlock(BertBlock):
         return x + self.mlp(self.norm2(x))
 
 
-SCALES = {                                                  # of guidance at progress r in [0, 1): c + cfg (c - u)
+SCALES = {                                              # of guidance at progress r in [0, 1): c + cfg (c - u)
     "constant": lambda cfg, r: 1 + cfg,
     "linear": lambda cfg, r: 1 + cfg * r,
     "power-cosine": lambda cfg, r: 1 + (cfg - 1) * (1 - math.cos(math.pi * r**3)) / 2,
@@ -80,8 +85,9 @@ SCALES = {                                                  # of guidance at pro
 class TiTokGenerator(maskgit.MaskGIT):
     """MaskGIT as TiTok's authors trained and sampled it: "bert" blocks, or "uvit" blocks with long skips.
 
-    Training masks round(T arccos(u) / (pi/2)) tokens, and the tokens that are not masked count a tenth in the loss,
-    which is a mean over the batch. n_layer of "uvit" is odd: as many blocks after the middle one as before.
+    Training masks round(T arccos(u) / (pi/2)) tokens, and the tokens that are not masked count a tenth in the
+    loss, which is a mean over the batch. n_layer of "uvit" is odd: as many blocks after the middle one as
+    before.
     """
 
     def __init__(self, seq_len, num_classes, vocab_size, style, n_layer, n_head, n_embd, n_mlp, dropout=0.1,
@@ -90,8 +96,8 @@ class TiTokGenerator(maskgit.MaskGIT):
             raise ValueError(f"a U-ViT has an odd n_layer, not {n_layer}")
         head = maskgit.CategoricalHead(n_embd, vocab_size)
         head.proj = nn.Linear(n_embd, vocab_size)           # theirs has a bias
-        super().__init__(head, seq_len, num_classes, vocab_size=vocab_size, n_layer=0, n_head=n_head, n_embd=n_embd,
-                         dropout=dropout)
+        super().__init__(head, seq_len, num_classes, vocab_size=vocab_size, n_layer=0, n_head=n_head,
+                         n_embd=n_embd, dropout=dropout)
         self.seen_weight = seen_weight
         block = UViTBlock if style == "uvit" else BertBlock
         self.blocks = nn.ModuleList(block(n_embd, n_head, n_mlp, dropout) for _ in range(n_layer))
@@ -101,7 +107,9 @@ class TiTokGenerator(maskgit.MaskGIT):
         self.norm = nn.LayerNorm(n_embd, eps=1e-5) if style == "uvit" else nn.Identity()
 
     def hidden_states(self, tokens, cond, mask):
-        """tokens (B, T), cond (B,), mask (B, T) -> h (B, T, C). In a U-ViT the last block also sees what left the first."""
+        """tokens (B, T), cond (B,), mask (B, T) -> h (B, T, C). In a U-ViT the last block also sees what left
+        the first.
+        """
         x = torch.cat([self.cls_embed(cond).unsqueeze(1), self.embed(tokens, mask)], dim=1)
         x = self.dropout(self.norm_in(x + self.pos_embed))                            # (B, 1 + T, C)
         n_skips = len(self.merges)
@@ -122,7 +130,9 @@ class TiTokGenerator(maskgit.MaskGIT):
         return rank < n
 
     def forward(self, tokens, cond):
-        """tokens (B, T), cond (B,) -> loss (), logs. Tokens that are not masked weigh seen_weight, masked ones 1."""
+        """tokens (B, T), cond (B,) -> loss (), logs. Tokens that are not masked weigh seen_weight, masked
+        ones 1.
+        """
         if self.training and self.label_drop > 0:
             drop = torch.rand(cond.shape, device=cond.device) < self.label_drop
             cond = torch.where(drop, self.num_classes, cond)
@@ -136,14 +146,15 @@ class TiTokGenerator(maskgit.MaskGIT):
         return loss, {"nll": nll, "accuracy": accuracy}
 
     @torch.no_grad()
-    def sample(self, cond, steps=8, cfg=4.5, temperature=9.5, cfg_schedule="linear", anneal=True, on_step=None):
+    def sample(self, cond, steps=8, cfg=4.5, temperature=9.5, cfg_schedule="linear", anneal=True,
+               on_step=None):
         """The authors' sampler: cond (B,) class labels -> ids (B, T). All T tokens are drawn.
 
-        Unlike MaskGIT.sample, it takes the likeliest id under noise that fades, and keeps tokens by the raw logit of
-        that id under such noise, not by its probability; how many stay masked falls along arccos. cfg is theirs,
-        c + cfg (c - u), constant or growing by equal steps from 0. With "power-cosine" it is the usual scale, from 1 up
-        to cfg. anneal: logits / (0.5 + 0.8 (1 - progress)). Published as (steps, temperature, cfg): L-32 (8, 9.5, 4.5)
-        and B-64 (8, 11, 3), linear; S-128 (64, 2.8, 6.9), power-cosine.
+        Unlike MaskGIT.sample, it takes the likeliest id under noise that fades, and keeps tokens by the raw
+        logit of that id under such noise, not by its probability; how many stay masked falls along arccos.
+        cfg is theirs, c + cfg (c - u), constant or growing by equal steps from 0. With "power-cosine" it is
+        the usual scale, from 1 up to cfg. anneal: logits / (0.5 + 0.8 (1 - progress)). Published as (steps,
+        temperature, cfg): L-32 (8, 9.5, 4.5) and B-64 (8, 11, 3), linear; S-128 (64, 2.8, 6.9), power-cosine.
         """
         if cfg_schedule not in SCALES:
             raise ValueError(f"cfg_schedule must be one of {', '.join(SCALES)}, not {cfg_schedule}")
@@ -154,7 +165,7 @@ class TiTokGenerator(maskgit.MaskGIT):
         n_left = T
         for step in range(steps):
             r = (step + 1) / steps
-            c, u = self.logits(tokens.repeat(2, 1), both, mask.repeat(2, 1)).chunk(2)                 # (B, T, V)
+            c, u = self.logits(tokens.repeat(2, 1), both, mask.repeat(2, 1)).chunk(2)              # (B, T, V)
             logits = u + SCALES[cfg_schedule](cfg, step / steps) * (c - u)
             if anneal:
                 logits = logits / (0.5 + 0.8 * (1 - r))
@@ -182,7 +193,10 @@ def load_generator(x, n_head=16):
 
     Their ids are one table: V codes, masked, the classes, no class. n_head is not to be read off the shapes.
     """
-    sd = {k.removeprefix("model."): v.float() for k, v in load_weights(x).items() if not k.endswith("position_ids")}
+    sd = {
+        k.removeprefix("model."): v.float()
+        for k, v in load_weights(x).items() if not k.endswith("position_ids")
+    }
     uvit = "mid_block.norm1.weight" in sd
     if uvit:
         table, place, fc1 = "embeddings.weight", "pos_embed", "mid_block.mlp.fc1.weight"
@@ -196,13 +210,16 @@ def load_generator(x, n_head=16):
     seq_len = sd[place].shape[-2] - 1
     half = len({key.split(".")[1] for key in sd if key.startswith("in_blocks.")})
     n_layer = 2 * half + 1 if uvit else len({k.split(".")[2] for k in sd if k.startswith("encoder.layer.")})
-    model = TiTokGenerator(seq_len, len(sd[table]) - V - 2, V, "uvit" if uvit else "bert", n_layer, n_head, n_embd,
+    model = TiTokGenerator(seq_len,
+                           len(sd[table]) - V - 2, V, "uvit" if uvit else "bert", n_layer, n_head, n_embd,
                            n_mlp=len(sd[fc1]))
     names = uvit_names(half) if uvit else bert_names(n_layer)                         # theirs: ours
     ours = fit_keys(sd, names, "the generator's weights")
     for i in range(0 if uvit else n_layer):
         for kind in ("weight", "bias"):
-            qkv = [sd[f"encoder.layer.{i}.attention.self.{name}.{kind}"] for name in ("query", "key", "value")]
+            qkv = [
+                sd[f"encoder.layer.{i}.attention.self.{name}.{kind}"] for name in ("query", "key", "value")
+            ]
             ours[f"blocks.{i}.wqkv.{kind}"] = torch.cat(qkv)
     ours["tok_embed.weight"] = sd[table][:V]
     ours["mask_embed"] = sd[table][V]
@@ -213,10 +230,14 @@ def load_generator(x, n_head=16):
 
 
 def bert_names(n_layer):
-    """The keys of a BERT of n_layer layers with its output layer -> ours, None where load_generator puts it together."""
+    """The keys of a BERT of n_layer layers with its output layer -> ours, None where load_generator puts it
+    together.
+    """
     names = {f"embeddings.{name}_embeddings.weight": None for name in ("word", "position", "token_type")}
-    parts = {"attention.output.dense": "wo", "attention.output.LayerNorm": "norm1", "intermediate.dense": "fc1",
-             "output.dense": "fc2", "output.LayerNorm": "norm2"}
+    parts = {
+        "attention.output.dense": "wo", "attention.output.LayerNorm": "norm1", "intermediate.dense": "fc1",
+        "output.dense": "fc2", "output.LayerNorm": "norm2"
+    }
     for kind in ("weight", "bias"):
         names[f"embeddings.LayerNorm.{kind}"] = f"norm_in.{kind}"
         names[f"lm_head.{kind}"] = f"head.proj.{kind}"
@@ -231,7 +252,8 @@ def bert_names(n_layer):
 def uvit_names(half):
     """The keys of a U-ViT of half + 1 + half blocks with its output layer -> ours, None as in bert_names."""
     names = {"embeddings.weight": None, "pos_embed": None}
-    blocks = [f"in_blocks.{i}" for i in range(half)] + ["mid_block"] + [f"out_blocks.{i}" for i in range(half)]
+    blocks = [f"in_blocks.{i}"
+              for i in range(half)] + ["mid_block"] + [f"out_blocks.{i}" for i in range(half)]
     parts = {"norm1": "norm1", "attn.proj": "wo", "norm2": "norm2", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}
     for kind in ("weight", "bias"):
         names[f"norm.{kind}"] = f"norm.{kind}"
@@ -251,7 +273,8 @@ def uvit_names(half):
 class ShuffledLinear(nn.Linear):
     """The last layer of the first three published encoders, which learned to live with a slip of the pen.
 
-    They reshape (T, C) to (C, T) where they should transpose, so that the T outputs are shuffled among themselves.
+    They reshape (T, C) to (C, T) where they should transpose, so that the T outputs are shuffled among
+    themselves.
     """
 
     def forward(self, x):                                   # (B, T, C) -> (B, T, D)
@@ -262,15 +285,15 @@ class ShuffledLinear(nn.Linear):
 def load_tokenizer(x, n_head=None, l2_norm=None):
     """The authors' tokenizer_titok_* -> titok.TiTok, or titok.TiTokVAE for real vectors, in eval mode.
 
-    n_head is width / 64, and l2_norm true for the two-stage models, unless given. Their pixels are in [0, 1]: that is put
-    into the first and the last layer, so that images come and go in [-1, 1] as everywhere here.
+    n_head is width / 64, and l2_norm true for the two-stage models, unless given. Their pixels are in [0, 1]:
+    that is put into the first and the last layer, so that images come and go in [-1, 1] as everywhere here.
     """
     sd = {k: v.float() for k, v in load_weights(x).items()}
     for key in ("encoder.patch_embed.weight", "encoder.conv_out.weight", "decoder.decoder_embed.weight",
                 "latent_tokens", "decoder.ffn.0.weight", "decoder.positional_embedding"):
         if key not in sd:
             raise ValueError(f"not a TiTok: the key {key} is missing")
-    pixel = {}                                              # the decoder of the proxy, of the two-stage models
+    pixel = {}                                             # the decoder of the proxy, of the two-stage models
     for key in list(sd):
         if key.startswith(("pixel_decoder.", "pixel_quantize.")):
             ours = key.replace("pixel_decoder.", "decoder.").replace("pixel_quantize.", "quantize.")
@@ -359,8 +382,8 @@ def titok_names(model):
 class PixelBlock(nn.Module):
     """A residual block as MaskGIT wrote it.
 
-    Where the width changes, the shortcut starts from h and not from x, and what is added to h is a 1 x 1 convolution of
-    h itself. Published weights need it so.
+    Where the width changes, the shortcut starts from h and not from x, and what is added to h is a 1 x 1
+    convolution of h itself. Published weights need it so.
     """
 
     def __init__(self, c_in, c_out):
@@ -382,7 +405,9 @@ def last_layers(c, n_out, kernel):
 
 
 class MaskGITVQGAN(nn.Module):
-    """MaskGIT's tokenizer (2202.04200, section 3.1), for published weights: no attention, pixels in [0, 1] inside."""
+    """MaskGIT's tokenizer (2202.04200, section 3.1), for published weights: no attention, pixels in [0, 1]
+    inside.
+    """
 
     token_dim = None
 
@@ -402,7 +427,7 @@ class MaskGITVQGAN(nn.Module):
             if level < len(ch_mult) - 1:
                 down.append(nn.AvgPool2d(2))
         down += [PixelBlock(c, c) for _ in range(n_res)] + last_layers(c, code_dim, 1)
-        self.encoder = nn.Sequential(*down) if encoder else None                      # a TiTok file has only the rest
+        self.encoder = nn.Sequential(*down) if encoder else None              # a TiTok file has only the rest
         self.quantizer = titok.VectorQuantizer(vocab_size, code_dim, l2_norm=False)
         up = [nn.Conv2d(code_dim, lowest, 3, padding=1)] + [PixelBlock(lowest, lowest) for _ in range(n_res)]
         for level in reversed(range(len(ch_mult))):
@@ -435,8 +460,8 @@ class MaskGITVQGAN(nn.Module):
 def load_maskgit_vqgan(x, grid=(16, 16)):
     """The PyTorch port of the weights, maskgit-vqgan-imagenet-f16-256.bin -> MaskGITVQGAN in eval mode.
 
-    grid: (rows, columns) of ids, which the shapes do not tell. Decoder and codebook alone, as TiTok's files have them, are
-    enough.
+    grid: (rows, columns) of ids, which the shapes do not tell. Decoder and codebook alone, as TiTok's files
+    have them, are enough.
     """
     sd = {k: v.float() for k, v in load_weights(x).items()}
     for key in ("decoder.norm_out.weight", "quantize.embedding.weight"):
@@ -454,7 +479,9 @@ def load_maskgit_vqgan(x, grid=(16, 16)):
     model = MaskGITVQGAN(grid, vocab_size, code_dim, ch, mult, n_res, encoder="encoder.conv_in.weight" in sd)
 
     mid = [f"mid.{j}" for j in range(n_res)]
-    order = {"encoder": [f"down.{i}.block.{j}" for i in range(levels) for j in range(n_res)] + mid, "decoder": mid}
+    order = {
+        "encoder": [f"down.{i}.block.{j}" for i in range(levels) for j in range(n_res)] + mid, "decoder": mid
+    }
     for i in reversed(range(levels)):
         order["decoder"] = order["decoder"] + [f"up.{i}.block.{j}" for j in range(n_res)]
         if i:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import ar_transformer
+from official import llamagen as official_llamagen
+from official import open_magvit2 as official_open_magvit2
 from official import titok as official_titok
 from official.mar import load_mar
 
@@ -101,7 +102,7 @@ def llamagen(name, **options):
     """The arrays of golden/llamagen/<name>.npz and the model with the weights in them."""
     g = golden(f"llamagen/{name}")
     sd = {k[2:]: v for k, v in g.items() if k.startswith("w/")}
-    return ar_transformer.ARTransformer.from_official(sd, n_head=4, grid=(4, 4), **options), g, sd
+    return official_llamagen.load_gpt(sd, n_head=4, grid=(4, 4), **options), g, sd
 
 
 
@@ -109,7 +110,7 @@ def llamagen(name, **options):
 def open_magvit2():
     g = golden("tokenizers/open_magvit2_gpt_tiny")
     sd = {k[3:]: v for k, v in g.items() if k.startswith("sd.")}
-    return ar_transformer.ARTransformer.from_official(sd, n_head=4, grid=(4, 4)), g, sd
+    return official_open_magvit2.load_gpt(sd, n_head=4, grid=(4, 4)), g, sd
 
 
 def official_mar():

@@ -6,13 +6,13 @@ A GPU that is not there: CPU tensors that say they lie on cuda:0, and complain a
         x + torch.ones(3)                      # RuntimeError: ... at least two devices, cuda:0 and cpu
         x.sum().item()                         # counted in gpu.waits: ("item", "file.py", 12)
 
-The numbers are real: the CPU computes them, with the CPU's random generator. So are autograd, optimizers, and the
-device that each tensor lies on. Pretended are that CUDA is available, has bfloat16 and 80 GB. Kernels, streams and
-torch.compile are not covered, and autocast("cuda") becomes autocast("cpu").
+The numbers are real: the CPU computes them, with the CPU's random generator. So are autograd, optimizers, and
+the device that each tensor lies on. Pretended are that CUDA is available, has bfloat16 and 80 GB. Kernels,
+streams and torch.compile are not covered, and autocast("cuda") becomes autocast("cpu").
 
 Refused as on CUDA: operands on two devices (CUDA lets CPU tensors without dimensions join, and CPU tensors as
-indices), pinning a CUDA tensor, .numpy() of one. gpu.waits counts where Python waits for the device, gpu.copies where
-memory goes there, by (what, file, line) of the project.
+indices), pinning a CUDA tensor, .numpy() of one. gpu.waits counts where Python waits for the device,
+gpu.copies where memory goes there, by (what, file, line) of the project.
 """
 import contextlib
 import sys
@@ -40,15 +40,43 @@ WAITS = {
 }
 # What may take tensors of two devices.
 MIXES = {
-    Tensor.copy_, Tensor.type_as, Tensor.data.__set__, Tensor.grad.__set__, Tensor.view_as, Tensor.expand_as,
-    Tensor.reshape_as, Tensor.__getitem__, Tensor.__setitem__, Tensor.index_put_, Tensor.to, torch._foreach_copy_,
-    torch.is_same_size, torch._has_compatible_shallow_copy_type,
+    Tensor.copy_,
+    Tensor.type_as,
+    Tensor.data.__set__,
+    Tensor.grad.__set__,
+    Tensor.view_as,
+    Tensor.expand_as,
+    Tensor.reshape_as,
+    Tensor.__getitem__,
+    Tensor.__setitem__,
+    Tensor.index_put_,
+    Tensor.to,
+    torch._foreach_copy_,
+    torch.is_same_size,
+    torch._has_compatible_shallow_copy_type,
 }
 # No elementwise kernels: here not even a CPU tensor without dimensions may join.
 STRICT = {
-    torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.cat, torch.stack, torch.cdist, torch.searchsorted,
-    torch.bucketize, Tensor.gather, Tensor.scatter, Tensor.index_select, Tensor.index_add_, Tensor.index_copy_,
-    F.embedding, F.linear, F.conv2d, F.conv3d, F.cross_entropy, F.scaled_dot_product_attention, F.pad,
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.cat,
+    torch.stack,
+    torch.cdist,
+    torch.searchsorted,
+    torch.bucketize,
+    Tensor.gather,
+    Tensor.scatter,
+    Tensor.index_select,
+    Tensor.index_add_,
+    Tensor.index_copy_,
+    F.embedding,
+    F.linear,
+    F.conv2d,
+    F.conv3d,
+    F.cross_entropy,
+    F.scaled_dot_product_attention,
+    F.pad,
 }
 TWO_DEVICES = "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"
 
@@ -171,10 +199,12 @@ class Pretend(TorchFunctionMode):
                 raise RuntimeError(f"{TWO_DEVICES} ({name} of a CPU tensor)")
         if func in (Tensor.__getitem__, Tensor.__setitem__, Tensor.index_put_):
             if not isinstance(args[0], OnGPU) and any(isinstance(i, OnGPU) for i in tensors_in(args[1])):
-                raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
+                raise RuntimeError(
+                    "indices should be either on cpu or on the same device as the indexed tensor (cpu)")
         if ours and func in (Tensor.numpy, Tensor.__array__):
-            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to "
-                            "host memory first.")
+            raise TypeError(
+                "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to "
+                "host memory first.")
         if ours and func is Tensor.pin_memory:
             raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
 
@@ -220,12 +250,11 @@ def pretend_gpu(root=ROOT):
         saved.append((where, name, getattr(where, name)))
         setattr(where, name, value)
 
-    answers = dict(
-        _lazy_init=None, is_available=True, is_bf16_supported=True, device_count=1, current_device=0,
-        mem_get_info=(80 << 30, 80 << 30), get_device_name="no GPU at all", get_device_capability=(9, 0),
-        manual_seed=None, manual_seed_all=None, synchronize=None, set_device=None, set_rng_state=None,
-        get_rng_state=torch.zeros(16, dtype=torch.uint8), max_memory_allocated=0, reset_peak_memory_stats=None,
-        empty_cache=None)
+    answers = dict(_lazy_init=None, is_available=True, is_bf16_supported=True, device_count=1,
+                   current_device=0, mem_get_info=(80 << 30, 80 << 30), get_device_name="no GPU at all",
+                   get_device_capability=(9, 0), manual_seed=None, manual_seed_all=None, synchronize=None,
+                   set_device=None, set_rng_state=None, get_rng_state=torch.zeros(16, dtype=torch.uint8),
+                   max_memory_allocated=0, reset_peak_memory_stats=None, empty_cache=None)
     for name, answer in answers.items():
         patch(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
 
@@ -235,7 +264,8 @@ def pretend_gpu(root=ROOT):
 
     def load(file, map_location=None, **options):
         state = real_load(file, map_location="cpu", **options)
-        there = map_location is not None and not callable(map_location) and torch.device(map_location).type == "cuda"
+        there = map_location is not None and not callable(map_location) and torch.device(
+            map_location).type == "cuda"
         return tree_map_only(Tensor, to_gpu, state) if there else state
 
     def autocast(kind, *args, **kwargs):
@@ -243,13 +273,14 @@ def pretend_gpu(root=ROOT):
 
     def group(lists, with_indices=False):                   # what optimizers and clip_grad_norm_ ask, in C++
         groups = real_group(lists, with_indices).items()
-        return {(GPU if isinstance(found[0][0][0], OnGPU) else key[0], key[1]): found for key, found in groups}
+        return {(GPU if isinstance(found[0][0][0], OnGPU) else key[0], key[1]): found
+                for key, found in groups}
 
     patch(torch, "load", load)
     patch(torch, "autocast", autocast)
     patch(torch._C, "_group_tensors_by_device_and_dtype", group)
     future = torch.__future__.get_overwrite_module_params_on_conversion()
-    torch.__future__.set_overwrite_module_params_on_conversion(True)                  # .to() makes new parameters
+    torch.__future__.set_overwrite_module_params_on_conversion(True)              # .to() makes new parameters
     try:
         with mode:
             yield mode

@@ -89,10 +89,12 @@ def test_a_classifier_is_trained_once_for_each_data_set_and_seed(drawn, tmp_path
         calls.append(seed)
         return classifier.new_classifier(train_set, "cpu").eval(), 0.25
     monkeypatch.setattr(classifier, "train_classifier", quick)
-    find = lambda seed=0, train_set=drawn[0]: classifier.classifier_for(flags(), tmp_path / "run", "cpu", train_set, drawn[1], seed)
+    find = lambda seed=0, train_set=drawn[0]: classifier.classifier_for(flags(), tmp_path / "run", "cpu",
+                                                                        train_set, drawn[1], seed)
     first, accuracy = find()
     again, remembered = find()
-    assert calls == [0] and accuracy == remembered == 0.25 and torch.equal(first.classify.weight, again.classify.weight)
+    assert calls == [0] and accuracy == remembered == 0.25 and torch.equal(first.classify.weight,
+                                                                           again.classify.weight)
     assert len(list((tmp_path / "cache").glob("classifier-*.pt"))) == 1 and not again.training
     find(seed=1)
     find(train_set=data.ImageSet(255 - drawn[0].images, drawn[0].labels, drawn[0].classes, "cpu"))

@@ -25,7 +25,9 @@ from tests.helpers import CLIPS, close
 
 
 def grey_clip(path, n, first=0):
-    """A clip whose frame t is grey of level 10 (first + t), so that a pixel tells which frame it was: .gif, .webp or a folder."""
+    """A clip whose frame t is grey of level 10 (first + t), so that a pixel tells which frame it was: .gif,
+    .webp or a folder.
+    """
     pictures = [Image.new("RGB", (20, 12), (10 * (first + t),) * 3) for t in range(n)]
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix:
@@ -45,17 +47,21 @@ def frame_numbers(image_set):
 def test_clips_are_read_from_animations_folders_and_films(tmp_path, monkeypatch, capsys):
     tree = tmp_path / "d"
     grey_clip(tree / "train" / "left" / "a.gif", 5), grey_clip(tree / "train" / "left" / "b.webp", 9)
-    grey_clip(tree / "train" / "right" / "c", 12), grey_clip(tree / "val" / "left" / "v", 5), grey_clip(tree / "val" / "right" / "w.gif", 6)
+    grey_clip(tree / "train" / "right" / "c",
+              12), grey_clip(tree / "val" / "left" / "v", 5), grey_clip(tree / "val" / "right" / "w.gif", 6)
     (tree / "train" / "left" / "notes.txt").write_text("no clip")
     s = data.load(str(tree), 8, frames=5)
     assert s.images.shape == (3, 3, 5, 8, 8) and s.images.dtype == torch.uint8 and s.frames == 5
     assert s.classes == ["left", "right"] and s.labels.tolist() == [0, 0, 1]
-    assert frame_numbers(s) == [[0, 1, 2, 3, 4], [0, 2, 4, 6, 8], [0, 3, 6, 8, 11]]         # spread over the whole file
+    # spread over the whole file
+    assert frame_numbers(s) == [[0, 1, 2, 3, 4], [0, 2, 4, 6, 8], [0, 3, 6, 8, 11]]
     x, labels = s.batch(torch.tensor([2, 0]))
-    assert x.shape == (2, 3, 5, 8, 8) and labels.tolist() == [1, 0] and (pictures.to_uint8(x) == s.images[[2, 0]]).all()
+    assert x.shape == (2, 3, 5, 8, 8) and labels.tolist() == [1, 0] and (pictures.to_uint8(x)
+                                                                         == s.images[[2, 0]]).all()
     assert frame_numbers(data.load(str(tree), 8, "val", frames=5)) == [[0, 1, 2, 3, 4], [0, 1, 2, 4, 5]]
     windows = data.load(str(tree), 8, frames=2, frame_step=2)
-    assert frame_numbers(windows) == [[0, 2], [0, 2], [4, 6], [0, 2], [4, 6], [8, 10]] and windows.labels.tolist() == [0] * 3 + [1] * 3
+    assert frame_numbers(windows) == [[0, 2], [0, 2], [4, 6], [0, 2], [4, 6], [8, 10]
+                                      ] and windows.labels.tolist() == [0] * 3 + [1] * 3
     with zipfile.ZipFile(tmp_path / "d.zip", "w") as z:
         for f in tree.rglob("*.*"):
             z.write(f, f.relative_to(tree))
@@ -67,7 +73,8 @@ def test_clips_are_read_from_animations_folders_and_films(tmp_path, monkeypatch,
         assert "\n" not in str(caught.value)
     refused("left/a.gif: has 5 frames, fewer than --frames 9", frames=9)
     refused("left/a.gif: has 3 frames with --frame_step 2", frame_step=2)
-    assert len(data.load(str(tree), 8, frames=9, skip_bad=True)) == 2 and "left out 1 clips" in capsys.readouterr().out
+    assert len(data.load(str(tree), 8, frames=9,
+                         skip_bad=True)) == 2 and "left out 1 clips" in capsys.readouterr().out
     refused("a class is empty", frames=10, skip_bad=True)
     refused("more clips .* than fit into memory", max_bytes=2000)
     broken = tree / "train" / "left" / "z.gif"
@@ -90,7 +97,10 @@ def test_clips_are_read_from_animations_folders_and_films(tmp_path, monkeypatch,
         def decode(self, video):
             picture = argparse.Namespace(to_image=lambda: Image.new("RGB", (9, 9), (30, 30, 30)))
             return iter([picture] * 7)
-    monkeypatch.setitem(sys.modules, "av", argparse.Namespace(open=lambda content: Film() if content.read() == b"film" else None))
+
+    monkeypatch.setitem(
+        sys.modules, "av",
+        argparse.Namespace(open=lambda content: Film() if content.read() == b"film" else None))
     assert frame_numbers(data.load(str(tree), 8, frames=5))[-1] == [3] * 5
     np.savez(tmp_path / "x.npz", images=np.zeros((20, 8, 8, 3), np.uint8), labels=np.zeros(20))
     with pytest.raises(data.BadInput, match="not from an .npz"):
@@ -103,7 +113,8 @@ def test_drawn_clips_are_those_of_draw_clips_and_val_is_another_set():
     x, actions, _ = data.draw_clips(index, 8, 9, seed=3)
     assert s.images.shape == (500, 3, 9, 8, 8) and torch.equal(s.images[index], pictures.to_uint8(x))
     assert torch.equal(s.labels[index], actions) and s.classes == list(data.ACTIONS)
-    assert torch.equal(val.images[:2], pictures.to_uint8(data.draw_clips(data.VAL_INDEX + torch.arange(2), 8, 9, seed=3)[0]))
+    assert torch.equal(val.images[:2],
+                       pictures.to_uint8(data.draw_clips(data.VAL_INDEX + torch.arange(2), 8, 9, seed=3)[0]))
 
 
 def test_stills_are_frames_of_the_clips_in_half_of_the_batches():
@@ -118,15 +129,17 @@ def test_stills_are_frames_of_the_clips_in_half_of_the_batches():
             continue
         assert x.shape == (8, 3, 8, 8) and torch.equal(labels, clips.labels[index].repeat_interleave(4))
         for i, still in enumerate(x):
-            assert (still[:, None] == clips.batch(index)[0][i // 4]).all(0).all((1, 2)).any(), "no frame of its clip"
+            assert (still[:, None] == clips.batch(index)[0][i // 4]).all(0).all(
+                (1, 2)).any(), "no frame of its clip"
     assert len(source) == 40 and 75 < kinds.count(4) < 125
     a, b = (torch.manual_seed(kinds.index(4)) and source.batch(index)[0] for _ in range(2))
-    assert torch.equal(a, b)                                # a function of the seed of the step: --resume goes on as it was
+    assert torch.equal(a, b)                  # a function of the seed of the step: --resume goes on as it was
 
 
 def test_clips_are_trained_drawn_and_continued(clip_run, tmp_path, capsys):
     folder = clip_run / "shapes-lfq-5f-maskgit-categorical"
-    for name in ("shapes-lfq-5f/reconstructions.png", f"{folder.name}/samples.png", f"{folder.name}/curve.png"):
+    for name in ("shapes-lfq-5f/reconstructions.png", f"{folder.name}/samples.png",
+                 f"{folder.name}/curve.png"):
         assert (clip_run / name).stat().st_size > 0
     run = runs.load_run(folder)
     assert run.tokenizer.grid == (2, 2, 2) and run.args.frames == 5 and run.classes == list(data.ACTIONS)
@@ -135,7 +148,9 @@ def test_clips_are_trained_drawn_and_continued(clip_run, tmp_path, capsys):
     with np.load(tmp_path / "x.npz") as f:
         drawn, labels = f["arr_0"], f["labels"]
     assert drawn.shape == (20, 5, 8, 8, 3) and drawn.dtype == np.uint8 and (np.bincount(labels) == 2).all()
-    assert np.array_equal(drawn, pictures.to_uint8(drawing.draw_samples(run, torch.from_numpy(labels))).permute(0, 2, 3, 4, 1).numpy())
+    assert np.array_equal(
+        drawn,
+        pictures.to_uint8(drawing.draw_samples(run, torch.from_numpy(labels))).permute(0, 2, 3, 4, 1).numpy())
     assert Image.open(tmp_path / "x.gif").n_frames == 5 and Image.open(tmp_path / "x.png").height > 400
     sample.main([str(folder), "--known_frames", "1", "--class", "blinks", "--n", "3", *words])
     with np.load(tmp_path / "x.npz") as f:
@@ -143,7 +158,8 @@ def test_clips_are_trained_drawn_and_continued(clip_run, tmp_path, capsys):
     grey_clip(tmp_path / "own.gif", 7)
     sample.main([str(folder), "--known_frames", "1", "--image", str(tmp_path / "own.gif"), *words])
     assert "1 clips in" in capsys.readouterr().out and Image.open(tmp_path / "x.gif").n_frames == 5
-    for more, sentence in [(["--known_frames", "3"], "--known_frames 3: .* to draw: 1"), (["--known_frames", "5"], "to draw: 1"),
+    for more, sentence in [(["--known_frames", "3"], "--known_frames 3: .* to draw: 1"),
+                           (["--known_frames", "5"], "to draw: 1"),
                            (["--image", "x.gif", "--mask", "left"], "continued, not repainted"),
                            (["--image", str(tmp_path / "no.gif"), "--known_frames", "1"], "no such file")]:
         with pytest.raises(SystemExit, match=sentence):
@@ -156,8 +172,10 @@ def untrained_run(folder, generator):
     head = maskgit.CategoricalHead(64, tokenizer.vocab_size)
     torch.nn.init.normal_(head.proj.weight)                 # it starts at zero, where its input has no effect
     model_class = dict(maskgit=maskgit.MaskGIT, ar=ar_transformer.ARTransformer)[generator]
-    model = model_class(head, tokenizer.seq_len, 10, None, tokenizer.vocab_size, tokenizer.grid, n_layer=1, n_head=2, n_embd=64)
-    args = argparse.Namespace(condition="class", frames=9, generator=generator, head="categorical", image_size=8, data="shapes")
+    model = model_class(head, tokenizer.seq_len, 10, None, tokenizer.vocab_size, tokenizer.grid, n_layer=1,
+                        n_head=2, n_embd=64)
+    args = argparse.Namespace(condition="class", frames=9, generator=generator, head="categorical",
+                              image_size=8, data="shapes")
     return SimpleNamespace(folder=folder, args=args, tokenizer=tokenizer.eval(), generator=model.eval(),
                            classes=list(data.ACTIONS), device=torch.device("cpu"))
 
@@ -168,11 +186,13 @@ def test_given_frames_stay_and_nothing_later_is_looked_at(generator, tmp_path):
     run = untrained_run(tmp_path, generator)
     clips = data.draw_clips(torch.arange(6), 8, 9)[0]
     assert [clips_room.known_tokens(run, n) for n in (1, 5)] == [4, 8]
-    drawn, whole = clips_room.predict(run, clips, 5, seed=1), run.tokenizer.decode(run.tokenizer.encode(clips))
+    drawn, whole = clips_room.predict(run, clips, 5,
+                                      seed=1), run.tokenizer.decode(run.tokenizer.encode(clips))
     assert drawn.shape == clips.shape and torch.allclose(drawn[:, :, :5], whole[:, :, :5], atol=1e-5)
     assert (drawn[:, :, 5:] - whole[:, :, 5:]).abs().max() > 0.01, "nothing was drawn"
     other = torch.cat([clips[:, :, :5], -clips[:, :, 5:]], 2)
-    assert torch.equal(clips_room.predict(run, other, 5, seed=1), drawn), "it looked at the frames it is to predict"
+    assert torch.equal(clips_room.predict(run, other, 5, seed=1),
+                       drawn), "it looked at the frames it is to predict"
     assert not torch.equal(clips_room.predict(run, clips, 5, seed=2), drawn)
 
 
@@ -181,8 +201,9 @@ def test_clips_are_measured(clip_run, capsys, monkeypatch):
     folder = clip_run / "shapes-lfq-5f-maskgit-categorical"
     evaluate.main([str(folder), "--n", "20", "--device", "cpu"])
     out, metrics = capsys.readouterr().out, json.loads((folder / "metrics.json").read_text())
-    for key in ("recon_psnr_db", "recon_image_psnr_db", "recon_accuracy", "codebook_usage", "sample_accuracy", "sample_frechet_small_cnn",
-                "sample_frechet_frames", "floor_frechet_frames", "prediction_accuracy", "prediction_psnr_still_db", "val_loss"):
+    for key in ("recon_psnr_db", "recon_image_psnr_db", "recon_accuracy", "codebook_usage", "sample_accuracy",
+                "sample_frechet_small_cnn", "sample_frechet_frames", "floor_frechet_frames",
+                "prediction_accuracy", "prediction_psnr_still_db", "val_loss"):
         assert math.isfinite(metrics[key]), key
     assert "Frechet distance over clips (small CNN)" in out and "FVD" not in out and "action accuracy, samples" in out
     assert metrics["floor_frechet_frames"] < metrics["sample_frechet_frames"]
@@ -202,39 +223,57 @@ def test_numbers_of_clips_are_those_of_their_frames(monkeypatch):
     stills = clips_room.single_frames(run, data.load("shapes", 8, n_shapes=6, frames=9), "train")
     assert torch.equal(stills.labels, shapes.repeat_interleave(4)) and stills.frames == 1
     assert torch.equal(stills.images.view(6, 4, 3, 8, 8)[5, 3], pictures.to_uint8(clips[5, :, -1]))
-    # A prediction that is right: its PSNR is the largest there is. One that stands still: the last frame that was given.
+    # A prediction that is right: its PSNR is the largest there is. One that stands still: the last frame that
+    # was given.
     monkeypatch.setattr(clips_room, "predict", lambda run, clips, n, **options: clips)
     run.tokenizer = argparse.Namespace(time_stride=4)
     ruler = classifier.ClipCNN(10).eval()
     rows = {row[0]: row[2] for row in clips_room.measure_prediction(run, ruler, clips, actions)}
-    assert rows["prediction_accuracy"] == pytest.approx(100 * (classifier.look(ruler, clips)[1] == actions).float().mean().item())
-    error = [[(clip[:, t] - clip[:, 4]).square().mean().clamp(min=1e-10) for t in range(5, 9)] for clip in clips]
-    assert rows["prediction_psnr_still_db"] == pytest.approx((10 * torch.log10(4 / torch.tensor(error))).mean().item(), abs=1e-3)
+    assert rows["prediction_accuracy"] == pytest.approx(
+        100 * (classifier.look(ruler, clips)[1] == actions).float().mean().item())
+    error = [[(clip[:, t] - clip[:, 4]).square().mean().clamp(min=1e-10) for t in range(5, 9)]
+             for clip in clips]
+    assert rows["prediction_psnr_still_db"] == pytest.approx(
+        (10 * torch.log10(4 / torch.tensor(error))).mean().item(), abs=1e-3)
     assert rows["prediction_psnr_db"] == pytest.approx(10 * math.log10(4e10), abs=1e-3)
 
 
 def test_a_video_tokenizer_begins_as_the_image_tokenizer(tmp_path, capsys):
-    words = [w for w in CLIPS if w not in ("--frames", "5")] + ["--generator", "none", "--runs", str(tmp_path), "--tok_size", "clips"]
+    words = [w for w in CLIPS if w not in ("--frames", "5")
+             ] + ["--generator", "none", "--runs",
+                  str(tmp_path), "--tok_size", "clips"]
     train.main([*words, "--n_shapes", "40"])
-    train.main([*words, "--n_shapes", "40", "--frames", "5", "--inflate", str(tmp_path / "shapes-lfq"), "--tok_steps", "1", "--tok_lr", "1e-9"])
+    train.main([
+        *words, "--n_shapes", "40", "--frames", "5", "--inflate",
+        str(tmp_path / "shapes-lfq"), "--tok_steps", "1", "--tok_lr", "1e-9"
+    ])
     image, video = (runs.load_run(tmp_path / name).tokenizer for name in ("shapes-lfq", "shapes-lfq-5f"))
     x = data.draw(torch.arange(8), 8)[0]
-    assert (image.encode(x) == video.encode(x)).float().mean() > 0.99 and (video.decode(video.encode(x)) - image.decode(image.encode(x))).abs().max() < 0.1
-    assert runs.read_checkpoint(tmp_path / "shapes-lfq-5f")["flags"]["inflate"] == str(tmp_path / "shapes-lfq")
-    for more, sentence in [(["--vocab_size", "32"], "its sizes are others; .*--vocab_size .16."), (["--inflate", str(tmp_path / "x")], "no ckpt.pt")]:
+    assert (image.encode(x) == video.encode(x)).float().mean() > 0.99 and (
+        video.decode(video.encode(x)) - image.decode(image.encode(x))).abs().max() < 0.1
+    assert runs.read_checkpoint(tmp_path / "shapes-lfq-5f")["flags"]["inflate"] == str(tmp_path /
+                                                                                       "shapes-lfq")
+    for more, sentence in [(["--vocab_size", "32"], "its sizes are others; .*--vocab_size .16."),
+                           (["--inflate", str(tmp_path / "x")], "no ckpt.pt")]:
         with pytest.raises(SystemExit, match=sentence):
             train.main([*words, "--frames", "9", "--inflate", str(tmp_path / "shapes-lfq"), *more])
 
 
-@pytest.mark.parametrize("words, sentence", [
-    (["--tokenizer", "vae"], "--frames 17: only --tokenizer lfq reads clips"), (["--frames", "18"], "--frames 18 .*so 17 or 21"),
-    (["--condition", "text", "--generator", "ar"], "asked for by their action"), (["--flip"], "moves left moves right"),
-    (["--perceptual", "1"], "looks at time too"), (["--frame_step", "2"], "is for your own clips"),
-    (["--frames", "1", "--frame_step", "2", "--data", "x"], "--frame_step: is for clips"), 
-    (["--n_shapes", "2000000000"], "needs at least .* free here"), (["--data", "nowhere"], "no such file or folder")])
+@pytest.mark.parametrize(
+    "words, sentence", [(["--tokenizer", "vae"], "--frames 17: only --tokenizer lfq reads clips"),
+                        (["--frames", "18"], "--frames 18 .*so 17 or 21"),
+                        (["--condition", "text", "--generator", "ar"], "asked for by their action"),
+                        (["--flip"], "moves left moves right"), (["--perceptual", "1"], "looks at time too"),
+                        (["--frame_step", "2"], "is for your own clips"),
+                        (["--frames", "1", "--frame_step", "2", "--data", "x"], "--frame_step: is for clips"),
+                        (["--n_shapes", "2000000000"], "needs at least .* free here"),
+                        (["--data", "nowhere"], "no such file or folder")])
 def test_what_clips_do_not_go_with_is_refused(words, sentence, tmp_path):
     with pytest.raises(SystemExit, match=sentence):
-        train.main(["--tokenizer", "lfq", "--generator", "maskgit", "--frames", "17", "--runs", str(tmp_path), "--device", "cpu", *words])
+        train.main([
+            "--tokenizer", "lfq", "--generator", "maskgit", "--frames", "17", "--runs",
+            str(tmp_path), "--device", "cpu", *words
+        ])
     assert not list(tmp_path.rglob("ckpt.pt"))
 
 
@@ -243,7 +282,9 @@ def test_strips_and_moving_pictures_show_the_frames_they_should(tmp_path):
     strip = pictures.film(clip)
     assert strip.shape == (9, 3, 8, 8) and torch.allclose(strip[:, 0, 0, 0], clip[0, ::2, 0, 0])
     edge = pictures.film(clip, given=5)[:, :, 0, 0]
-    assert edge.shape == (9, 3) and (edge[:3, 0] < 0).all() and (edge[:3, 1] > 0).all() and (edge[3:] == 1).all()     # frames 0, 2, 4
+    # frames 0, 2, 4
+    assert edge.shape == (9, 3) and (edge[:3, 0] < 0).all() and (edge[:3, 1] > 0).all() and (edge[3:]
+                                                                                             == 1).all()
     assert torch.allclose(pictures.film(clip, given=5)[:, 0, 20, 20], strip[:, 0, 0, 0])
     pictures.save_clips(tmp_path / "x.gif", clip[None].repeat(4, 1, 1, 1, 1), 2, ("a", "b"))
     with Image.open(tmp_path / "x.gif") as animation:
@@ -255,10 +296,13 @@ def test_strips_and_moving_pictures_show_the_frames_they_should(tmp_path):
 
 
 def test_places_in_time_and_space_are_told_apart():
-    """A clip's grid has three axes: RoPE turns with the difference in each of them, and Halton's order visits all tokens."""
+    """A clip's grid has three axes: RoPE turns with the difference in each of them, and Halton's order visits
+    all tokens.
+    """
     grid, q, k = (3, 4, 2), torch.randn(1, 1, 1, 32), torch.randn(1, 1, 1, 32)
     table = ar_transformer.rope_table(grid, 32, 1)[1:].view(*grid, 16, 2)
-    score = lambda a, b: (ar_transformer.rotate(q, table[a][None]) * ar_transformer.rotate(k, table[b][None])).sum()
+    score = lambda a, b: (ar_transformer.rotate(q, table[a][None]) * ar_transformer.rotate(k, table[b][None])
+                          ).sum()
     assert torch.allclose(score((0, 1, 0), (1, 3, 1)), score((1, 0, 0), (2, 2, 1)), atol=1e-4)
     base = score((0, 0, 0), (0, 0, 0))
     assert all((score((0, 0, 0), place) - base).abs() > 1e-3 for place in [(1, 0, 0), (0, 1, 0), (0, 0, 1)])

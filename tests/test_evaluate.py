@@ -16,7 +16,7 @@ from tests.helpers import IDS, RARELY, TINY
 
 @pytest.fixture(autouse=True)
 def quick_classifier(monkeypatch):
-    monkeypatch.setattr(classifier.train_classifier, "__defaults__", (0, 12, 32, 4e-3))     # 12 steps are enough
+    monkeypatch.setattr(classifier.train_classifier, "__defaults__", (0, 12, 32, 4e-3))  # 12 steps are enough
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +35,11 @@ def one_class(tmp_path_factory):
 def caption_run(one_class, tmp_path_factory):
     """A tiny run with captions of one's own -> its folder."""
     folder = tmp_path_factory.mktemp("runs")
-    train.main([*TINY, *RARELY, *IDS, "--data", str(one_class), "--runs", str(folder), "--condition", "text", "--name",
-                "texts"])
+    train.main([
+        *TINY, *RARELY, *IDS, "--data",
+        str(one_class), "--runs",
+        str(folder), "--condition", "text", "--name", "texts"
+    ])
     return folder / "texts"
 
 
@@ -65,11 +68,12 @@ def test_a_run_on_classes_is_measured_and_what_recipes_wrote_stays(tiny_run, cap
     found = measured(folder, "--n", 20, "--cfg", 3)
     out = capsys.readouterr().out
     assert (found["probe_pixels"], found["bound_pixels"], "old" in found) == (1.0, 2.0, False)
-    assert (found["n"], found["seed"], found["cfg"], found["temperature"], found["device"]) == (20, 0, 3.0, 0.9, "cpu")
+    assert (found["n"], found["seed"], found["cfg"], found["temperature"], found["device"]) == (20, 0, 3.0,
+                                                                                                0.9, "cpu")
     for key in ("recon_psnr_db", "recon_ssim", "kl_nats_per_token", "recon_accuracy", "classifier_accuracy",
-                "val_nll_nats_per_token", "val_nll_nats_per_token_error", "val_bits_per_dim", "sample_accuracy",
-                "sample_precision", "sample_recall", "sample_frechet_small_cnn", "recon_frechet_small_cnn",
-                "floor_frechet_small_cnn"):
+                "val_nll_nats_per_token", "val_nll_nats_per_token_error", "val_bits_per_dim",
+                "sample_accuracy", "sample_precision", "sample_recall", "sample_frechet_small_cnn",
+                "recon_frechet_small_cnn", "floor_frechet_small_cnn"):
         assert math.isfinite(found[key]), key
     assert "Frechet distance (small CNN)" in out and "FID" not in out
     again = measured(folder, "--n", 20, "--cfg", 3)
@@ -100,8 +104,10 @@ def test_a_tokenizer_alone_is_measured_without_samples(tiny_run):
 def test_data_of_one_class_are_measured_without_what_needs_classes(one_class, tmp_path, capsys):
     train.main([*TINY, *RARELY, "--data", str(one_class), "--runs", str(tmp_path), "--name", "one"])
     found = measured(tmp_path / "one", "--n", 20)
-    assert not evaluate.NEED_CLASSES & found.keys() and "accuracy" not in capsys.readouterr().out.split("wrote")[-2]
-    assert {"recon_psnr_db", "val_nll_nats_per_token", "sample_precision", "sample_frechet_small_cnn"} <= found.keys()
+    assert not evaluate.NEED_CLASSES & found.keys() and "accuracy" not in capsys.readouterr().out.split(
+        "wrote")[-2]
+    assert {"recon_psnr_db", "val_nll_nats_per_token", "sample_precision",
+            "sample_frechet_small_cnn"} <= found.keys()
 
 
 def test_captions_of_ones_own_are_measured_by_what_needs_no_judge(caption_run):

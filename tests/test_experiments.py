@@ -18,18 +18,26 @@ def test_claims_are_listed_once_and_judged_by_the_rule(tmp_path, monkeypatch, ca
     import claims
     claims.main(["--out", str(tmp_path)])
     listed = capsys.readouterr().out.strip("\n").split("\n")
-    assert [int(line[:2]) for line in listed] == list(range(1, 24)) and all("not run" in line for line in listed)
+    assert [int(line[:2]) for line in listed] == list(range(1, 24)) and all("not run" in line
+                                                                            for line in listed)
     with pytest.raises(data.BadInput, match="not a claim"):
         claims.main(["no-such-claim"])
-    # mean 1, standard error 0.289 (std 0.5 / sqrt 3): beyond two of them; 0.9 is the mean of a wider spread, 0.586
+    # mean 1, standard error 0.289 (std 0.5 / sqrt 3): beyond two of them; 0.9 is the mean of a wider spread,
+    # 0.586
     assert claims.decide([0.5, 1.0, 1.5]) == "holds" and claims.decide([-0.5, -1.0, -1.5]) == "does not hold"
     assert claims.decide([0.0, 0.7, 2.0]) == "undecided here" and claims.decide([9.0]) == "undecided here"
-    arms = {"new": [dict(error=e) for e in (1.0, 1.2, 1.4)], "old": [dict(error=e) for e in (1.05, 1.25, 1.46)]}
-    verdict = lambda *words, **options: claims.judge_test(claims.test("error", *words, **options), arms)["verdict"]
-    assert verdict("new", "old") == "holds" and verdict("old", "new") == "does not hold"       # paired: 0.05 at each seed
+    arms = {
+        "new": [dict(error=e) for e in (1.0, 1.2, 1.4)], "old": [dict(error=e) for e in (1.05, 1.25, 1.46)]
+    }
+    verdict = lambda *words, **options: claims.judge_test(claims.test("error", *words, **options), arms)[
+        "verdict"]
+    # paired: 0.05 at each seed
+    assert verdict("new", "old") == "holds" and verdict("old", "new") == "does not hold"
     assert verdict("old", "new", times=1.1) == "holds" and verdict("old", "new", give=0.1) == "holds"
-    assert verdict("new", "old", "higher") == "does not hold" and verdict("new", "old", "higher", give=0.1) == "holds"
-    assert verdict("new", "old", every=True) == "holds" and verdict("new", "old", give=-0.055, every=True) == "does not hold"
+    assert verdict("new", "old", "higher") == "does not hold" and verdict("new", "old", "higher",
+                                                                          give=0.1) == "holds"
+    assert verdict("new", "old", every=True) == "holds" and verdict("new", "old", give=-0.055,
+                                                                    every=True) == "does not hold"
     claim = lambda *verdicts: claims.judge_claim([dict(verdict=v) for v in verdicts])
     assert claim("holds", "holds") == "holds" and claim("holds", "undecided here") == "undecided here"
     assert claim("holds", "undecided here", "does not hold") == "does not hold"
@@ -50,29 +58,38 @@ def test_claims_are_listed_once_and_judged_by_the_rule(tmp_path, monkeypatch, ca
 def test_a_claim_runs_from_its_flags_to_a_verdict_and_remembers(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     import claims
-    for module, name in ((data, "load"), (drawing, "save_samples"), (pictures, "save_curve"), (pictures, "save_rows")):
-        monkeypatch.setattr(module, name, getattr(module, name))                            # claims.Lab replaces them
+    for module, name in ((data, "load"), (drawing, "save_samples"), (pictures, "save_curve"), (pictures,
+                                                                                               "save_rows")):
+        monkeypatch.setattr(module, name, getattr(module, name))                    # claims.Lab replaces them
     monkeypatch.setattr(classifier.train_classifier, "__defaults__", (0, 12, 32, 4e-3))
-    monkeypatch.setitem(claims.SCALE, "cpu", claims.SCALE["cpu"] | dict(n_shapes=64, tok_steps=2, steps=2, batch_size=8, n=20))
-    words = ["vqvae-prior", "--seeds", "0", "1", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path), "--device", "cpu"]
+    monkeypatch.setitem(claims.SCALE, "cpu",
+                        claims.SCALE["cpu"] | dict(n_shapes=64, tok_steps=2, steps=2, batch_size=8, n=20))
+    words = [
+        "vqvae-prior", "--seeds", "0", "1", "--runs",
+        str(tmp_path / "runs"), "--out",
+        str(tmp_path), "--device", "cpu"
+    ]
     claims.main(words)
     first, out = json.loads((tmp_path / "vqvae-prior.json").read_text()), capsys.readouterr().out
-    assert (tmp_path / "vqvae-prior.png").stat().st_size > 0 and first["seeds"] == [0, 1] and first["seconds"] > 0
+    assert (tmp_path / "vqvae-prior.png").stat().st_size > 0 and first["seeds"] == [0, 1
+                                                                                    ] and first["seconds"] > 0
     assert out.count("done in") == 4 and [len(rows) for rows in first["arms"].values()] == [2, 2, 2]
     for t in first["tests"]:
         values = [[row["frechet"] for row in first["arms"][t[k]]] for k in ("arm", "other")]
-        assert t["values"] == values[0] and t["advantage"] == pytest.approx(sum(values[1]) / 2 - sum(values[0]) / 2)
+        assert t["values"] == values[0] and t["advantage"] == pytest.approx(
+            sum(values[1]) / 2 - sum(values[0]) / 2)
         assert t["verdict"] == claims.decide([y - x for x, y in zip(*values)])
     claims.main(words)
     again = json.loads((tmp_path / "vqvae-prior.json").read_text())
-    assert "done in" not in capsys.readouterr().out and again == first, "what was measured is not measured again"
+    assert "done in" not in capsys.readouterr(
+    ).out and again == first, "what was measured is not measured again"
 
 
 @pytest.mark.parametrize("block", [1, 2])
 def test_blocks_of_pixels_lose_no_pixel(block, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     import claims
-    images = 255 * torch.randint(2, (5, 3, 28, 28), dtype=torch.uint8)                      # black or white: nothing is drawn
+    images = 255 * torch.randint(2, (5, 3, 28, 28), dtype=torch.uint8)      # black or white: nothing is drawn
     ids, labels = claims.Binary(images, False, block).batch(torch.tensor([3, 1]))
     assert ids.shape == (2, (28 // block) ** 2) and ids.max() < 1 << block**2 and not labels.any()
     for image, row in zip(images[[3, 1], 0] // 255, ids.view(2, 28 // block, -1)):
@@ -93,12 +110,13 @@ def test_designs_of_video_tokenizers_are_causal_and_of_equal_size(monkeypatch):
     import video_designs as v
     models = {design: v.tokenizer(design) for design in v.DESIGNS}
     sizes = {design: v.size_of(m) for design, m in models.items()}
-    assert max(sizes.values()) < 1.04 * sizes["causal 3-D CNN"] and min(sizes.values()) > 0.96 * sizes["causal 3-D CNN"], sizes
+    assert max(sizes.values()) < 1.04 * sizes["causal 3-D CNN"] and min(
+        sizes.values()) > 0.96 * sizes["causal 3-D CNN"], sizes
     x = torch.rand(1, 3, 9, 16, 16)
     assert torch.equal(v.unpatch(v.patches(x[:, :, 1:], 4), 4), x[:, :, 1:])
     q = lfq.codes(torch.randint(1024, (1, 3, 4, 4)), 10).permute(0, 4, 1, 2, 3)
     for design, model in models.items():
-        for p in model.parameters():                        # blocks that start as the identity would hide a leak
+        for p in model.parameters():                     # blocks that start as the identity would hide a leak
             if not p.any():
                 nn.init.normal_(p, std=0.1)
         with torch.no_grad():
@@ -120,7 +138,7 @@ def test_readers_of_clips_see_what_they_should(monkeypatch):
     import understanding as u
     clip = torch.rand(1, 3, 9, 16, 16)
     other = clip.clone()
-    other[:, :, 6, 4:8, 12:16] += 1                         # frame 6: the third frame of tokens; second row, last column
+    other[:, :, 6, 4:8, 12:16] += 1              # frame 6: the third frame of tokens; second row, last column
     assert (u.places(other) != u.places(clip)).any(-1)[0].nonzero().flatten().tolist() == [2 * 16 + 1 * 4 + 3]
     reader = u.Reader(nn.Linear(192, 64), 48)
     x, hide = torch.rand(2, 48, 192), torch.rand(2, 48) < 0.6
@@ -129,7 +147,8 @@ def test_readers_of_clips_see_what_they_should(monkeypatch):
     model = u.VQClips(**u.SIZE).eval()
     ids = model.encode(clip)
     assert torch.allclose(model.decode(ids), model.reconstruct(clip)[0].clamp(-1, 1), atol=1e-5)
-    assert torch.cdist(F.normalize(model.latents(clip)[0], dim=-1), model.quantizer.codebook).argmin(-1).equal(ids[0])
+    assert torch.cdist(F.normalize(model.latents(clip)[0], dim=-1),
+                       model.quantizer.codebook).argmin(-1).equal(ids[0])
 
 
 def test_experiments_on_clips_run(monkeypatch, tmp_path):
@@ -141,7 +160,10 @@ def test_experiments_on_clips_run(monkeypatch, tmp_path):
     rows = json.loads((tmp_path / "video-designs.json").read_text())["rows"]
     assert [r["design"] for r in rows] == list(video_designs.DESIGNS)
     assert all(math.isfinite(v) for r in rows for v in r.values() if isinstance(v, float))
-    understanding.main(["--n", "60", "--tok_steps", "1", "--steps", "2", "--pre_steps", "1", "--labels", "20", "--seeds", "0", *io_])
+    understanding.main([
+        "--n", "60", "--tok_steps", "1", "--steps", "2", "--pre_steps", "1", "--labels", "20", "--seeds", "0",
+        *io_
+    ])
     result = json.loads((tmp_path / "understanding.json").read_text())["accuracy"]
     assert len(result["input"]) == 5 and len(result["target"]) == 4
     assert (tmp_path / "video-designs.png").exists() and (tmp_path / "understanding.png").exists()

@@ -17,7 +17,8 @@ def official_flow(name):
                                     int(g["num_channels_bottleneck"]) // 2)
     for i, block in enumerate(flow.blocks):
         for j in range(3):
-            block.convs[j].weight.data = g[f"param/modules_{i}/Conv_{j}/kernel"].permute(3, 2, 0, 1).contiguous()
+            block.convs[j].weight.data = g[f"param/modules_{i}/Conv_{j}/kernel"].permute(3, 2, 0,
+                                                                                         1).contiguous()
             if i or j:
                 block.norms[j].weight.data = g[f"param/modules_{i}/gn_{j}/scale"]
                 block.norms[j].bias.data = g[f"param/modules_{i}/gn_{j}/bias"]
@@ -32,7 +33,8 @@ def test_flow_reproduces_the_authors_adaptor_and_preserves_volume(name):
         close(flow.inverse(g["x"]), g["x_inverse_of_x"])
         assert torch.allclose(flow.inverse(flow(g["x"])), g["x"], atol=1e-4)
     x = g["x"][0].double().flatten()
-    jacobian = torch.autograd.functional.jacobian(lambda v: flow(v.view(1, *g["x"].shape[1:])).flatten(), x.float())
+    jacobian = torch.autograd.functional.jacobian(lambda v: flow(v.view(1, *g["x"].shape[1:])).flatten(),
+                                                  x.float())
     sign, log_det = torch.linalg.slogdet(jacobian.double())
     assert sign == 1 and abs(log_det) < 1e-5
 
@@ -47,10 +49,12 @@ def test_adapted_is_a_generator_and_trains_both_parts():
     assert torch.equal(adapter(torch.ones(1, 12, 4)), torch.ones(1, 12, 4)), "a new flow changes nothing"
     for block in adapter.blocks:
         nn.init.normal_(block.convs[-1].weight, std=0.1)
-    inner = ar_transformer.ARTransformer(gmm_head.GMMHead(32, 4, 3), 12, 5, token_dim=4, grid=(3, 4), n_layer=1, n_head=2, n_embd=32)
+    inner = ar_transformer.ARTransformer(gmm_head.GMMHead(32, 4, 3), 12, 5, token_dim=4, grid=(3, 4),
+                                         n_layer=1, n_head=2, n_embd=32)
     model, x, cond = flow_adapter.Adapted(adapter, inner), torch.randn(2, 12, 4), torch.tensor([0, 3])
     model(x, cond)[0].backward()
-    assert all(p.grad.abs().sum() > 0 for p in [adapter.blocks[0].convs[0].weight, inner.blocks[0].attn.wqkv.weight])
+    assert all(p.grad.abs().sum() > 0
+               for p in [adapter.blocks[0].convs[0].weight, inner.blocks[0].attn.wqkv.weight])
     model.eval()
     assert torch.allclose(model(x, cond)[0], inner(adapter(x), cond)[0]) and model.seq_len == 12
     torch.manual_seed(1)

@@ -23,7 +23,7 @@ def test_gmm_reproduces_the_authors_likelihood_and_gradient(k):
     nll = head.loss(raw, g["x"])
     close(nll, g["nll"])
     nll.mean().backward()
-    floor = g["scales"] <= 1e-6                             # on the floor only sigma's own gradient is a convention
+    floor = g["scales"] <= 1e-6                       # on the floor only sigma's own gradient is a convention
     keep = torch.ones_like(raw, dtype=torch.bool)
     keep[..., k:].view(*raw.shape[:-1], k, 2, -1)[..., 1, :][floor] = False
     close(raw.grad[keep], g["grad_raw"][keep])
@@ -44,7 +44,8 @@ def test_gmm_is_not_symmetric_at_the_start():
     h = torch.randn(64, 8)
     head.loss(h, torch.randn(64, 2)).mean().backward()
     gradient = head.proj.weight.grad[4:].view(4, 2, 2, 8)
-    assert (gradient[0] - gradient[1]).abs().max() > 1e-4, "equal components get equal gradients and stay equal"
+    assert (gradient[0] -
+            gradient[1]).abs().max() > 1e-4, "equal components get equal gradients and stay equal"
 
 
 def test_gmm_reaches_the_exact_optimum_on_the_ring_of_eight():
@@ -58,7 +59,8 @@ def test_gmm_reaches_the_exact_optimum_on_the_ring_of_eight():
         opt.zero_grad(), loss.backward(), opt.step()
     x = ring(200_000)
     modes = 1.5 * torch.tensor([[math.cos(a * math.pi / 4), math.sin(a * math.pi / 4)] for a in range(8)])
-    truth = D.MixtureSameFamily(D.Categorical(torch.ones(8)), D.Independent(D.Normal(modes, 0.1), 1)).log_prob(x)
+    truth = D.MixtureSameFamily(D.Categorical(torch.ones(8)), D.Independent(D.Normal(modes, 0.1),
+                                                                            1)).log_prob(x)
     with torch.no_grad():
         excess = truth - head.log_prob(table(zero[:1]), x)  # its mean is KL(truth || model) >= 0
     error = excess.std() / len(x) ** 0.5
@@ -97,10 +99,11 @@ def test_gmm_replays_the_authors_rejection_sampler(name):
     scale, log_bound = gmm_head.envelope(*pair, cfg, official=True)
     close(scale, g["prop_scale"])
     finite = torch.isfinite(g["fac"])
-    assert torch.allclose(log_bound[finite], g["fac"][finite].log(), atol=1e-4) and torch.isinf(log_bound[~finite]).all()
+    assert torch.allclose(log_bound[finite], g["fac"][finite].log(), atol=1e-4) and torch.isinf(
+        log_bound[~finite]).all()
     accepted = gmm_head.accept(g["prop_samples"], g["prop_uniform01"], *pair, cfg, scale, log_bound)
     assert torch.equal(accepted, g["accept"].bool())
-    early = (g["first_accept"] >= 0) & (g["first_accept"] < len(accepted))                  # 40 of 200 proposals are recorded
+    early = (g["first_accept"] >= 0) & (g["first_accept"] < len(accepted))  # 40 of 200 proposals are recorded
     ours = gmm_head.first_accepted(g["prop_samples"], accepted, torch.zeros(()))
     assert early.sum() > 12 and torch.equal(ours[early], g["sample"][early])
     never = gmm_head.first_accepted(g["prop_samples"], torch.zeros_like(accepted), pair[0])
@@ -115,25 +118,36 @@ def one_channel(pi, mu, sigma):
 def integrate_guided(c, u, cfg):
     """Mean and std of p_c^cfg p_u^(1 - cfg) on a fine grid, with torch.distributions."""
     x = torch.linspace(-30, 30, 600_001, dtype=torch.float64)
-    log_p = lambda m: D.MixtureSameFamily(D.Categorical(logits=m[0].double()), D.Normal(*(v[:, 0].double() for v in m[1:]))).log_prob(x)
+    log_p = lambda m: D.MixtureSameFamily(D.Categorical(logits=m[0].double()),
+                                          D.Normal(*(v[:, 0].double() for v in m[1:]))).log_prob(x)
     weight = (cfg * log_p(c) + (1 - cfg) * log_p(u)).softmax(0)
     mean = (weight * x).sum()
     return mean, (weight * (x - mean) ** 2).sum().sqrt()
 
 
 SINGLE = [one_channel([1.0], [0.8], [0.7]), one_channel([1.0], [-0.5], [1.2])]
-THREE = [one_channel([0.5, 0.3, 0.2], [-1.5, 0.3, 2.2], [0.5, 0.4, 0.3]), one_channel([0.2, 0.5, 0.3], [1.0, -1.0, 0.5], [1.5, 1.2, 1.0])]
+THREE = [
+    one_channel([0.5, 0.3, 0.2], [-1.5, 0.3, 2.2], [0.5, 0.4, 0.3]),
+    one_channel([0.2, 0.5, 0.3], [1.0, -1.0, 0.5], [1.5, 1.2, 1.0])
+]
 
 
 @pytest.mark.parametrize("w", [0.4, 1.0, 3.0])
-@pytest.mark.parametrize("guidance, pair", [("closed", SINGLE), ("rejection", SINGLE), ("importance", SINGLE), ("importance", THREE)])
+@pytest.mark.parametrize("guidance, pair", [("closed", SINGLE), ("rejection", SINGLE), ("importance", SINGLE),
+                                            ("importance", THREE)])
 def test_gmm_guidance_equals_numerical_integration(guidance, pair, w):
     c, u = ([v.expand(200_000, *v.shape) for v in m] for m in pair)
     n_tries = 64 if pair is THREE else None
-    x = torch.cat([gmm_head.GMMHead.draw_guided([v[:50_000] for v in c], [v[:50_000] for v in u], 1 + w, guidance, n_tries=n_tries)
-                   for _ in range(4)])
+    x = torch.cat([
+        gmm_head.GMMHead.draw_guided([v[:50_000] for v in c], [v[:50_000]
+                                                               for v in u], 1 + w, guidance, n_tries=n_tries)
+        for _ in range(4)
+    ])
     mean, std = integrate_guided(*pair, 1 + w)
-    assert abs(x.mean() - mean) < 0.02 * max(std, abs(mean)) and abs(x.std() - std) < 0.02 * std, (x.mean(), mean, x.std(), std)
+    assert abs(x.mean() - mean) < 0.02 * max(std, abs(mean)) and abs(x.std() - std) < 0.02 * std, (x.mean(),
+                                                                                                   mean,
+                                                                                                   x.std(),
+                                                                                                   std)
 
 
 def test_gmm_guidance_towards_nothing_is_the_other_mixture():
@@ -146,10 +160,11 @@ def test_gmm_guidance_towards_nothing_is_the_other_mixture():
 @pytest.mark.parametrize("guidance", ["closed", "importance", "rejection", "official"])
 def test_gmm_improper_guidance_is_finite(guidance):
     c = torch.zeros(500, 1), torch.full((500, 1, 2), 3.0), torch.full((500, 1, 2), 1.0)
-    u = torch.zeros(500, 1), torch.zeros(500, 1, 2), torch.tensor([0.2, 3.0]).expand(500, 1, 2)   # channel 0: no density
+    # channel 0: no density
+    u = torch.zeros(500, 1), torch.zeros(500, 1, 2), torch.tensor([0.2, 3.0]).expand(500, 1, 2)
     x = gmm_head.GMMHead.draw_guided(c, u, 3.0, guidance)
     assert torch.isfinite(x).all() and x.abs().max() < 50
-    if guidance == "closed":                                # that channel stays unguided, as the docstring says
+    if guidance == "closed":                              # that channel stays unguided, as the docstring says
         assert abs(x[:, 0].mean() - 3) < 0.2 and abs(x[:, 0].std() - 1) < 0.15
 
 
@@ -159,7 +174,9 @@ def test_gmm_order_of_components_does_not_matter():
         drawn = []
         for u in (THREE[1], turned):
             torch.manual_seed(4)
-            drawn.append(gmm_head.GMMHead.draw_guided(*([v.expand(1000, *v.shape) for v in m] for m in (THREE[0], u)), 2.0, guidance))
+            drawn.append(
+                gmm_head.GMMHead.draw_guided(*([v.expand(1000, *v.shape) for v in m] for m in (THREE[0], u)),
+                                             2.0, guidance))
         assert torch.allclose(*drawn, atol=1e-4)
 
 
@@ -174,9 +191,11 @@ def test_gmm_nucleus_and_clip():
             total += row[k]
         mass = sum(row[k] for k in nucleus)
         assert all(abs(p - (row[k] / mass if k in nucleus else 0)) < 1e-4 for k, p in enumerate(ours))
-    x = gmm_head.GMMHead.draw((torch.zeros(20_000, 1), torch.full((20_000, 1, 1), 5.0), torch.full((20_000, 1, 1), 2.0)), clip=1.5)
+    x = gmm_head.GMMHead.draw((torch.zeros(20_000, 1), torch.full(
+        (20_000, 1, 1), 5.0), torch.full((20_000, 1, 1), 2.0)), clip=1.5)
     z = (x - 5) / 2
-    assert z.abs().max() <= 1.5 and abs(z.std() - 0.7430) < 0.01, "a truncated normal, not a clamped one (std 0.85)"
+    assert z.abs().max() <= 1.5 and abs(z.std() -
+                                        0.7430) < 0.01, "a truncated normal, not a clamped one (std 0.85)"
 
 
 @pytest.mark.parametrize("k", [1, 4, 16])
@@ -209,11 +228,13 @@ def test_gmm_full_covariance_is_the_authors_and_has_both_signs():
     assert torch.allclose(x.T.cov(), truth.covariance_matrix, atol=0.05 * truth.covariance_matrix.max())
     assert torch.allclose(log_p[:100], truth.log_prob(x[:100]), atol=1e-3)
     raw = head.proj(h).detach().expand(100_000, -1)
-    wide, narrow = (torch.cat([((a - 1 / a) * torch.eye(3)).flatten(), torch.ones(3)]).expand(100_000, -1) for a in (3.0, 0.01))
+    wide, narrow = (torch.cat([((a - 1 / a) * torch.eye(3)).flatten(),
+                               torch.ones(3)]).expand(100_000, -1) for a in (3.0, 0.01))
     head.proj = nn.Identity()                               # square_plus(a - 1 / a) = a: factors a * identity
     x, _ = head.sample(raw, wide, cfg=1.5)
     covariance = torch.linalg.inv(1.5 * truth.precision_matrix - 0.5 * torch.eye(3) / 9)
-    assert torch.linalg.eigvalsh(covariance).min() > 0 and (covariance - truth.covariance_matrix).abs().max() > 0.5
+    assert torch.linalg.eigvalsh(covariance).min() > 0 and (covariance -
+                                                            truth.covariance_matrix).abs().max() > 0.5
     assert torch.allclose(x.T.cov(), covariance, atol=0.05 * covariance.max())
     expected = covariance @ (1.5 * truth.precision_matrix @ mean - 0.5 * torch.ones(3) / 9)
     assert torch.allclose(x.mean(0), expected, atol=0.05)
@@ -222,13 +243,16 @@ def test_gmm_full_covariance_is_the_authors_and_has_both_signs():
 
 
 @pytest.mark.parametrize("cfg", [1.0, 0.0, 1.5, 4.0])
-@pytest.mark.parametrize("head", [gmm_head.GMMHead(8, 3, 5), gmm_head.ChannelGMMHead(8, 3, 5), gmm_head.FullGaussianHead(8, 3)],
-                         ids=["vector", "channel", "full"])
+@pytest.mark.parametrize(
+    "head", [gmm_head.GMMHead(8, 3, 5),
+             gmm_head.ChannelGMMHead(8, 3, 5),
+             gmm_head.FullGaussianHead(8, 3)], ids=["vector", "channel", "full"])
 def test_gmm_temperature_0_is_the_mode_of_the_likeliest_component(head, cfg):
     h, u = torch.randn(4, 6, 8), torch.randn(4, 6, 8)
     x, log_p = head.sample(h, u, cfg, temperature=0)
     again, _ = head.sample(h, u, cfg, temperature=0)
-    assert torch.equal(x, again) and torch.isfinite(x).all() and torch.allclose(log_p, head.log_prob(h, x), atol=1e-4)
+    assert torch.equal(x, again) and torch.isfinite(x).all() and torch.allclose(
+        log_p, head.log_prob(h, x), atol=1e-4)
     if isinstance(head, gmm_head.FullGaussianHead):
         mean = head.gaussian(h)[0] if cfg == 1 else head.guide(head.gaussian(h), head.gaussian(u), cfg)[0]
         assert torch.equal(x, mean)

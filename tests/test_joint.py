@@ -32,7 +32,7 @@ def test_joint_bound_with_a_standard_normal_prior_is_the_elbo():
     images = data.draw(torch.arange(200))[0]
     model, zeros = logistic_vae(beta=1.0).eval(), torch.zeros(200, dtype=torch.long)
     with torch.no_grad():
-        model.quant_conv.bias[:8] += 1.0                    # a posterior far from the prior: KL 4 + nats per token
+        model.quant_conv.bias[:8] += 1.0               # a posterior far from the prior: KL 4 + nats per token
         model.quant_conv.bias[8:] -= 2.0
         draws = [bound(model, NormalPrior(), images, zeros) for _ in range(10)]
         rate = sum((logs["prior"] - logs["entropy"]).item() for _, logs in draws) / 10
@@ -51,7 +51,8 @@ def test_joint_bound_does_not_depend_on_the_normalisation():
     plain = bound(model, NormalPrior(), images, cond)[1]
     model.latent_mean.copy_(torch.randn(8))
     model.latent_scale.copy_(torch.rand(8) + 0.2)
-    prior = NormalPrior(-model.latent_mean * model.latent_scale, model.latent_scale)        # N(0, 1) seen through normalise()
+    # N(0, 1) seen through normalise()
+    prior = NormalPrior(-model.latent_mean * model.latent_scale, model.latent_scale)
     torch.manual_seed(1)
     scaled = bound(model, prior, images, cond)[1]
     assert all(torch.allclose(plain[k], scaled[k], rtol=1e-4) for k in plain)
@@ -60,10 +61,14 @@ def test_joint_bound_does_not_depend_on_the_normalisation():
 
 
 def test_joint_bound_stays_above_the_true_surprise_found_by_quadrature():
-    """One token of one number: log p(image | class) is an integral over a line, with a transformer's mixture as prior."""
+    """One token of one number: log p(image | class) is an integral over a line, with a transformer's mixture
+    as prior.
+    """
     model = logistic_vae(image_size=2, token_dim=1, ch_mult=(1, 2)).eval()
-    prior = ar_transformer.ARTransformer(gmm_head.GMMHead(32, 1, 4), 1, 3, token_dim=1, n_layer=1, n_head=2, n_embd=32).eval()
-    images, cond, dims = torch.randint(256, (4, 3, 2, 2)) / 127.5 - 1, torch.tensor([0, 1, 2, 0]), 12 * math.log(2)
+    prior = ar_transformer.ARTransformer(gmm_head.GMMHead(32, 1, 4), 1, 3, token_dim=1, n_layer=1, n_head=2,
+                                         n_embd=32).eval()
+    images, cond, dims = torch.randint(256, (4, 3, 2, 2)) / 127.5 - 1, torch.tensor([0, 1, 2,
+                                                                                     0]), 12 * math.log(2)
     with torch.no_grad():
         model.latent_mean.fill_(0.3), model.latent_scale.fill_(0.6)
         for p in model.decoder.parameters():                # a picture that depends on z
@@ -94,12 +99,14 @@ def test_joint_bound_stays_above_the_true_surprise_found_by_quadrature():
         importance = math.log(20_000) - torch.logsumexp(weights, 0)
         assert abs(importance - exact[0]) < 0.1, "importance sampling finds the same log p"
     joint.train()(images, cond)[0].backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in (model.log_scale, model.quant_conv.weight, prior.head.proj.weight))
+    assert all(p.grad is not None and p.grad.abs().sum() > 0
+               for p in (model.log_scale, model.quant_conv.weight, prior.head.proj.weight))
 
 
 def test_joint_training_lowers_its_bound():
     model = logistic_vae(image_size=16)
-    prior = ar_transformer.ARTransformer(gmm_head.GMMHead(32, 8, 2), 4, 10, token_dim=8, n_layer=1, n_head=2, n_embd=32)
+    prior = ar_transformer.ARTransformer(gmm_head.GMMHead(32, 8, 2), 4, 10, token_dim=8, n_layer=1, n_head=2,
+                                         n_embd=32)
     joint, (images, labels, *_) = Joint(model, prior), data.draw(torch.arange(64), 16)
     opt, losses = torch.optim.AdamW(joint.parameters(), lr=3e-3), []
     for step in range(40):

@@ -14,7 +14,8 @@ from tests.helpers import golden
 
 
 def small_mar(cls=mar.MAR, continuous=True, **options):
-    size = dict(n_layer=4, n_head=2, n_embd=32, grid=(3, 4)) | ({"n_buffer": 3} if cls is mar.MAR else {}) | options
+    size = dict(n_layer=4, n_head=2, n_embd=32,
+                grid=(3, 4)) | ({"n_buffer": 3} if cls is mar.MAR else {}) | options
     if continuous:
         return cls(gmm_head.GMMHead(32, 3, 4), 12, 5, token_dim=3, **size)
     return cls(mar.CategoricalHead(32, 11), 12, 5, vocab_size=11, **size)
@@ -26,7 +27,8 @@ def test_attention_by_formula_is_the_fused_kernel(causal, masked):
     q, k, v = (torch.randn(2, 3, 9, 16).bfloat16().requires_grad_() for _ in range(3))
     mask = (torch.rand(2, 1, 9, 9) < 0.6) | torch.eye(9, dtype=torch.bool) if masked else None
     ours = mar.attention(q, k, v, mask, causal)
-    assert ours.dtype == torch.bfloat16 and ours.grad_fn.name() != "ScaledDotProductFlashAttentionForCpuBackward0"
+    assert ours.dtype == torch.bfloat16 and ours.grad_fn.name(
+    ) != "ScaledDotProductFlashAttentionForCpuBackward0"
     ours.float().square().sum().backward()
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     truth = F.scaled_dot_product_attention(*exact, mask, is_causal=causal)
@@ -61,7 +63,8 @@ def test_mar_mask_rate_and_counts_are_the_authors():
     assert {model.mask_count() for _ in range(300)} == {192, 208, 224, 240, 256}
 
 
-@pytest.mark.parametrize("name, params, of_head", [("mar-b", 207_924_768, 35_749_920), ("mar-l", 478_326_304, 72_230_432),
+@pytest.mark.parametrize("name, params, of_head", [("mar-b", 207_924_768, 35_749_920),
+                                                   ("mar-l", 478_326_304, 72_230_432),
                                                    ("mar-h", 942_403_104, 151_206_944)])
 def test_mar_of_the_paper_has_its_parameter_count(name, params, of_head):
     with torch.device("meta"):
@@ -75,16 +78,27 @@ def test_mar_of_the_paper_has_its_parameter_count(name, params, of_head):
 
 def test_mar_block_equals_torchs_encoder_layer():
     block, theirs = mar.ViTBlock(32, 4), nn.TransformerEncoderLayer(32, 4, 128, 0.0, "gelu", 1e-6, True, True)
-    theirs.load_state_dict({"self_attn.in_proj_weight": block.attn.qkv.weight, "self_attn.in_proj_bias": block.attn.qkv.bias,
-                            "self_attn.out_proj.weight": block.attn.proj.weight, "self_attn.out_proj.bias": block.attn.proj.bias,
-                            **{f"linear{i}.{k}": getattr(getattr(block.mlp, f"fc{i}"), k) for i in (1, 2) for k in ("weight", "bias")},
-                            **{f"norm{i}.{k}": getattr(getattr(block, f"norm{i}"), k) for i in (1, 2) for k in ("weight", "bias")}})
+    theirs.load_state_dict({
+        "self_attn.in_proj_weight": block.attn.qkv.weight, "self_attn.in_proj_bias": block.attn.qkv.bias,
+        "self_attn.out_proj.weight": block.attn.proj.weight, "self_attn.out_proj.bias": block.attn.proj.bias,
+        **{
+            f"linear{i}.{k}": getattr(getattr(block.mlp, f"fc{i}"), k)
+            for i in (1, 2)
+            for k in ("weight", "bias")
+        }, **{
+            f"norm{i}.{k}": getattr(getattr(block, f"norm{i}"), k)
+            for i in (1, 2)
+            for k in ("weight", "bias")
+        }
+    })
     x = torch.randn(2, 7, 32)
     assert torch.allclose(block(x), theirs(x), atol=1e-5)
 
 
 def test_mar_loss_counts_masked_tokens_only():
-    """The head sees 9 of 12 tokens per row, each once, others in other rows; a zero categorical head starts at ln V."""
+    """The head sees 9 of 12 tokens per row, each once, others in other rows; a zero categorical head starts
+    at ln V.
+    """
     model = small_mar(continuous=False, label_drop=0).eval()
     loss, logs = model(torch.randint(11, (4, 12)), torch.arange(4))
     assert abs(loss - math.log(11)) < 1e-5 and 0.7 <= logs["masked"] <= 1
@@ -96,16 +110,18 @@ def test_mar_loss_counts_masked_tokens_only():
     model(x, torch.arange(6) % 5)[0].backward()
     (h, targets), = asked
     assert h.shape == (6, 9, 32) and targets.shape == (6, 9, 3), "the head is computed where it is needed"
-    found = (targets[:, :, None] == x[:, None]).all(-1).float()         # (6, 9, 12) which token each target is
+    found = (targets[:, :, None] == x[:, None]).all(-1).float()        # (6, 9, 12) which token each target is
     assert (found.sum(2) == 1).all() and found.sum(1).max() == 1
     assert len({tuple(row.tolist()) for row in found.argmax(2)}) > 1, "every row has its own order"
 
 
 @pytest.mark.parametrize("cls", [mar.MAR, mar.CausalMAR])
 def test_mar_label_dropping_reaches_the_null_row_in_training_only(cls):
-    model, x, cond = small_mar(cls, label_drop=0.5, dropout=0), torch.randn(64, 12, 3), torch.zeros(64, dtype=torch.long)
+    model, x, cond = small_mar(cls, label_drop=0.5,
+                               dropout=0), torch.randn(64, 12, 3), torch.zeros(64, dtype=torch.long)
     model(x, cond)[0].backward()
-    assert model.cls_embed.weight.grad[5].abs().sum() > 0 and model.cls_embed.weight.grad[1:5].abs().sum() == 0
+    assert model.cls_embed.weight.grad[5].abs().sum() > 0 and model.cls_embed.weight.grad[1:5].abs().sum(
+    ) == 0
     model.zero_grad()
     model.eval()(x, cond)[0].backward()
     assert model.cls_embed.weight.grad[5].abs().sum() == 0
@@ -116,12 +132,13 @@ def test_mar_label_dropping_reaches_the_null_row_in_training_only(cls):
 @pytest.mark.parametrize("order", ["random", "raster"])
 def test_mar_writes_in_its_order_and_by_its_schedule(order):
     model, seen = small_mar(order=order).eval(), []
-    x = model.sample(torch.arange(5), 4, cfg=2.0, on_step=lambda i, tokens, mask: seen.append((tokens.clone(), mask.clone())))
+    x = model.sample(torch.arange(5), 4, cfg=2.0, on_step=lambda i, tokens, mask: seen.append(
+        (tokens.clone(), mask.clone())))
     assert [int(m[0].sum()) for _, m in seen] == mar.masked_counts(12, 4)[1:] == [11, 8, 4, 0]
     for (a, unknown), (b, later) in zip(seen, seen[1:]):
         assert (unknown | ~later).all() and torch.equal(a[~unknown], b[~unknown]), "a written token stays"
     assert torch.equal(seen[-1][0], x) and x.shape == (5, 12, 3)
-    raster = all((m[:, 1:] >= m[:, :-1]).all() for _, m in seen)        # known tokens stand before unknown ones
+    raster = all((m[:, 1:] >= m[:, :-1]).all() for _, m in seen)      # known tokens stand before unknown ones
     assert raster == (order == "raster")
 
 
@@ -130,7 +147,8 @@ def test_mar_in_one_step_draws_every_token_from_an_empty_picture():
     draw = model.head.sample
     model.head.sample = lambda h, *a, **k: (hs.append(h), draw(h, *a, **k))[1]
     model.sample(torch.arange(5), 1)
-    alone = model.hidden(torch.zeros(5, 12, dtype=torch.long), torch.arange(5), torch.ones(5, 12, dtype=torch.bool))
+    alone = model.hidden(torch.zeros(5, 12, dtype=torch.long), torch.arange(5),
+                         torch.ones(5, 12, dtype=torch.bool))
     assert len(hs) == 1 and hs[0].shape == (5, 12, 32)
     assert torch.cdist(hs[0], alone).min(1).values.max() < 1e-3, "the same 12 states, in the order of writing"
 
@@ -143,7 +161,8 @@ def test_mar_keeps_known_tokens_with_any_number_per_row(cls, cfg):
     for row, places in enumerate([[0, 5], [1, 2, 3, 7, 11], [4, 9], range(12)]):
         mask[row, list(places)] = True
     masks = []
-    x = model.sample(torch.arange(4), cfg=cfg, known=known, known_mask=mask, on_step=lambda i, t, m: masks.append(m.clone()))
+    x = model.sample(torch.arange(4), cfg=cfg, known=known, known_mask=mask,
+                     on_step=lambda i, t, m: masks.append(m.clone()))
     assert torch.equal(x[mask], known[mask]) and (x[~mask] != known[~mask]).all()
     if cls is mar.MAR:
         assert len(masks) == 10 and int(masks[0][1].sum()) == 7 and not masks[-1].any()
@@ -171,14 +190,16 @@ def test_mar_known_tokens_are_seen_from_the_first_step():
 def test_causal_mar_cached_sampling_equals_the_whole_pass(order, cfg, monkeypatch):
     model, hs, orders = small_mar(mar.CausalMAR, order=order).eval(), [], []
     draw, make = model.head.sample, mar.draw_order
-    monkeypatch.setattr(model.head, "sample", lambda h, u=None, *a, **k: (hs.append((h, u)), draw(h, u, *a, **k))[1])
+    monkeypatch.setattr(model.head, "sample", lambda h, u=None, *a, **k: (hs.append(
+        (h, u)), draw(h, u, *a, **k))[1])
     monkeypatch.setattr(mar, "draw_order", lambda *a: (orders.append(make(*a)), orders[-1])[1])
     cond = torch.arange(5)
     x = model.sample(cond, cfg=cfg)
     h = torch.cat([h for h, _ in hs], 1)
     assert torch.allclose(h, model.hidden(x, cond, orders[0]), atol=1e-5)
     if cfg != 1:
-        assert torch.allclose(torch.cat([u for _, u in hs], 1), model.hidden(x, torch.full((5,), 5), orders[0]), atol=1e-5)
+        assert torch.allclose(torch.cat([u for _, u in hs], 1),
+                              model.hidden(x, torch.full((5, ), 5), orders[0]), atol=1e-5)
     assert (orders[0] == torch.arange(12)).all() == (order == "raster")
 
 
@@ -194,7 +215,8 @@ def test_causal_mar_is_causal_and_is_told_the_target():
     swapped = order.clone()
     swapped[0, [10, 11]] = order[0, [11, 10]]
     changed = (model.hidden(x, cond, swapped) - h).abs().amax((0, 2)) > 1e-6
-    assert changed.tolist() == [False] * 10 + [True] * 2, "the same past and another target must give another h"
+    assert changed.tolist(
+    ) == [False] * 10 + [True] * 2, "the same past and another target must give another h"
 
 
 @pytest.mark.parametrize("cls", [mar.MAR, mar.CausalMAR])
@@ -207,12 +229,15 @@ def test_mar_reaches_the_exact_optimum_on_bars_and_stripes(cls, order):
     zeros, best = torch.zeros(300, dtype=torch.long), math.log(6)
     mar.fit_ids(model, lambda step: (mar.bars_and_stripes(64, "cpu", 2), zeros[:64]), 400, 5e-3)
     everything = mar.bars_and_stripes(1000, "cpu", 2).unique(dim=0)
-    nats = [mar.nats_per_picture(model.eval(), everything, zeros[:6]) for _ in range(20)]   # each in other orders
+    # each in other orders
+    nats = [mar.nats_per_picture(model.eval(), everything, zeros[:6]) for _ in range(20)]
     nats = torch.stack(nats).mean()
-    assert len(everything) == 6 and best - 0.02 <= nats <= 1.03 * best, f"{nats:.3f} nats, the optimum is {best:.3f}"
+    assert len(
+        everything) == 6 and best - 0.02 <= nats <= 1.03 * best, f"{nats:.3f} nats, the optimum is {best:.3f}"
     drawn = model.sample(zeros)
     good = (drawn[:, None] == everything[None]).all(-1)
-    assert good.any(1).float().mean() > 0.95 and good.float().mean(0).min() > 0.08, "each of the 6 in about 1/6 of the samples"
+    assert good.any(1).float().mean() > 0.95 and good.float().mean(
+        0).min() > 0.08, "each of the 6 in about 1/6 of the samples"
 
 
 @pytest.mark.parametrize("cls", [mar.MAR, mar.CausalMAR])
@@ -221,7 +246,8 @@ def test_mar_refuses_in_a_sentence(cls):
     for steps in (0, 13) if cls is mar.MAR else (3,):
         with pytest.raises(ValueError, match="steps"):
             model.sample(cond, steps)
-    for options, words in [(dict(order="spiral"), "spiral"), (dict(grid=(3, 3)), "holds 9 tokens"), (dict(n_head=5), "multiple of n_head 5")]:
+    for options, words in [(dict(order="spiral"), "spiral"), (dict(grid=(3, 3)), "holds 9 tokens"),
+                           (dict(n_head=5), "multiple of n_head 5")]:
         with pytest.raises(ValueError, match=words):
             small_mar(cls, **options)
     with pytest.raises(ValueError, match="cosine"):
@@ -232,14 +258,16 @@ def test_mar_refuses_in_a_sentence(cls):
 def test_mar_tricks_may_depend_on_the_progress(cls):
     model, seen = small_mar(cls).eval(), []
     draw = model.head.sample
-    model.head.sample = lambda h, u, cfg, temperature, n_tries: (seen.append(n_tries), draw(h, u, cfg, temperature, n_tries=n_tries))[1]
+    model.head.sample = lambda h, u, cfg, temperature, n_tries: (seen.append(
+        n_tries), draw(h, u, cfg, temperature, n_tries=n_tries))[1]
     model.sample(torch.arange(2), cfg=2.0, n_tries=lambda p: round(13 - 11 * p))
     assert seen == [13 - i for i in range(12)]
 
 
 @pytest.mark.parametrize("cls", [mar.MAR, mar.CausalMAR])
 def test_mar_trains_under_autocast_with_the_diffusion_head(cls):
-    model = cls(diffusion_head.DiffusionHead(32, 3, width=32, depth=1), 12, 5, 3, n_layer=2, n_head=2, n_embd=32)
+    model = cls(diffusion_head.DiffusionHead(32, 3, width=32, depth=1), 12, 5, 3, n_layer=2, n_head=2,
+                n_embd=32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss, _ = model(torch.randn(4, 12, 3), torch.arange(4))
         x = model.eval().sample(torch.arange(3), cfg=2.0, diffusion_steps=lambda p: round(8 - 4 * p))

@@ -17,24 +17,31 @@ def official_givt_maskgit():
     p = {k.removeprefix("param/"): v for k, v in g.items() if k.startswith("param/")}
     head = gmm_head.GMMHead(32, 4, 3, min_scale=1e-6)
     model = maskgit.MaskGIT(head, 16, 10, token_dim=4, n_layer=2, n_head=2, n_embd=32, n_mlp=48)
-    labels = p["EmbedLabels/embedding"]                     # ten classes, masked, seen, stand-in for the value, no class
+    labels = p["EmbedLabels/embedding"]          # ten classes, masked, seen, stand-in for the value, no class
     with torch.no_grad():
         model.cls_embed.weight.copy_(labels[[*range(10), 13]])
-        masked, seen, stand_in = labels[[10, 11, 12], ::2]  # theirs: half of the width says which tokens are masked,
+        # theirs: half of the width says which tokens are masked,
+        masked, seen, stand_in = labels[[10, 11, 12], ::2]
         value = p["EmbedTargets/kernel"][:, ::2].T          # and every second entry is kept
         model.mask_embed.copy_(torch.cat([masked, stand_in]))
         model.tok_embed.weight.copy_(torch.cat([torch.zeros_like(value), value]))
         model.tok_embed.bias.copy_(torch.cat([seen, p["EmbedTargets/bias"][::2]]))
         model.pos_embed.copy_(p["decoder/pos_emb"][0])
         for i, block in enumerate(model.blocks):
-            q = {k.removeprefix(f"decoder/EncDecBlock{i}/"): v for k, v in p.items() if f"EncDecBlock{i}/" in k}
+            q = {
+                k.removeprefix(f"decoder/EncDecBlock{i}/"): v
+                for k, v in p.items() if f"EncDecBlock{i}/" in k
+            }
             block.norm1.weight.copy_(q["LayerNorm1/scale"]), block.norm2.weight.copy_(q["LayerNorm3/scale"])
-            block.wqkv.weight.copy_(torch.cat([q[f"SelfAttn/{n}/kernel"].flatten(1).T for n in ("query", "key", "value")]))
+            block.wqkv.weight.copy_(
+                torch.cat([q[f"SelfAttn/{n}/kernel"].flatten(1).T for n in ("query", "key", "value")]))
             block.wo.weight.copy_(q["SelfAttn/out/kernel"].flatten(0, 1).T)
             for ours, theirs in ((block.fc1, "MLP/Dense_0"), (block.fc2, "MLP/Dense_1")):
                 ours.weight.copy_(q[f"{theirs}/kernel"].T), ours.bias.copy_(q[f"{theirs}/bias"])
-        model.norm.weight.copy_(p["decoder/LayerNorm/scale"]), model.norm.bias.copy_(p["decoder/LayerNorm/bias"])
-        head.proj.weight.copy_(p["decoder/LogitsDense/kernel"].T), head.proj.bias.copy_(p["decoder/LogitsDense/bias"])
+        model.norm.weight.copy_(p["decoder/LayerNorm/scale"]), model.norm.bias.copy_(
+            p["decoder/LayerNorm/bias"])
+        head.proj.weight.copy_(p["decoder/LogitsDense/kernel"].T), head.proj.bias.copy_(
+            p["decoder/LogitsDense/bias"])
     return model.eval(), g
 
 
@@ -67,7 +74,9 @@ def test_maskgit_choice_is_the_authors():
 
 @pytest.mark.parametrize("name", ["w0p0", "w0p5"])
 def test_maskgit_replays_the_authors_parallel_decoding(name, monkeypatch):
-    """The recorded values of each pass are put in the head's place, and the recorded noise in that of torch.rand."""
+    """The recorded values of each pass are put in the head's place, and the recorded noise in that of
+    torch.rand.
+    """
     g, (model, _) = golden(f"givt/parallel_decode_trace_{name}"), official_givt_maskgit()
     steps, passes, seen, raw = int(g["num_steps"]), iter(range(99)), [], []
 
@@ -105,12 +114,15 @@ def test_maskgit_never_sees_hidden_tokens_and_keeps_known_ones(continuous):
     draw = (lambda: torch.randn(2, 12, 3)) if continuous else (lambda: torch.randint(11, (2, 12)))
     x, other, mask = draw(), draw(), torch.rand(2, 12) < 0.5
     mixed = torch.where(mask.view(2, 12, *[1] * (x.ndim - 2)), other, x)
-    assert torch.equal(model.hidden_states(x, cond, mask), model.hidden_states(mixed, cond, mask)), "a hidden token leaks"
+    assert torch.equal(model.hidden_states(x, cond, mask), model.hidden_states(mixed, cond,
+                                                                               mask)), "a hidden token leaks"
     assert not torch.equal(model.hidden_states(x, cond, ~mask), model.hidden_states(mixed, cond, ~mask))
     hidden = []
-    y = model.sample(cond, steps=5, cfg=2.0, known=x, known_mask=~mask, on_step=lambda i, t, m: hidden.append(m))
+    y = model.sample(cond, steps=5, cfg=2.0, known=x, known_mask=~mask,
+                     on_step=lambda i, t, m: hidden.append(m))
     assert torch.equal(y[~mask], x[~mask]) and not torch.equal(y[mask], x[mask])
-    assert len(hidden) == 5 and not hidden[-1].any() and all((b <= a).all() for a, b in zip(hidden, hidden[1:]))
+    assert len(hidden) == 5 and not hidden[-1].any() and all(
+        (b <= a).all() for a, b in zip(hidden, hidden[1:]))
     with pytest.raises(ValueError, match="1 to 12"):
         model.sample(cond, steps=13)
 
@@ -121,7 +133,10 @@ def test_maskgit_loss_is_the_mean_over_masked_tokens_only():
     loss, _ = model(x, cond)
     torch.manual_seed(5)
     mask = model.training_mask(3, "cpu")
-    terms = [model.head.loss(model.hidden_states(x, cond, mask), x)[b, t].item() for b in range(3) for t in range(12) if mask[b, t]]
+    terms = [
+        model.head.loss(model.hidden_states(x, cond, mask), x)[b, t].item() for b in range(3)
+        for t in range(12) if mask[b, t]
+    ]
     assert abs(loss.item() - sum(terms) / len(terms)) < 1e-4
 
 
@@ -137,8 +152,8 @@ def test_maskgit_training_masks_have_the_authors_counts():
 
 
 def test_maskgit_one_token_per_pass_comes_close_to_bars_and_stripes():
-    model = maskgit.MaskGIT(maskgit.CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=4, n_embd=64, label_drop=0,
-                            smoothing=0)
+    model = maskgit.MaskGIT(maskgit.CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=4,
+                            n_embd=64, label_drop=0, smoothing=0)
     zeros = torch.zeros(256, dtype=torch.long)
     mar.fit_ids(model, lambda step: (mar.bars_and_stripes(256, "cpu"), zeros), 400, 3e-3)
     model.eval()
@@ -149,7 +164,9 @@ def test_maskgit_one_token_per_pass_comes_close_to_bars_and_stripes():
 
 
 def total_variation(model, steps, n=1500):
-    """Draw n bars-and-stripes in `steps` passes -> share that are valid, total variation to uniform over the 30."""
+    """Draw n bars-and-stripes in `steps` passes -> share that are valid, total variation to uniform over the
+    30.
+    """
     drawn = model.sample(torch.zeros(n, dtype=torch.long), steps=steps)
     key = (drawn * 2 ** torch.arange(16)).sum(1)
     true = (mar.bars_and_stripes(4000, "cpu") * 2 ** torch.arange(16)).sum(1).unique()
@@ -161,11 +178,13 @@ def total_variation(model, steps, n=1500):
 @pytest.mark.parametrize("N", [32, 64, 128, 256, 1024])
 @pytest.mark.parametrize("T", [4, 8, 10, 12, 16])
 def test_maskgit_hides_as_many_ids_as_the_authors(name, N, T):
-    theirs, unknown, ours = golden("tokenizers/maskgit_schedules")[f"{name}_N{N}_T{T}"], torch.tensor([[N]]), []
+    theirs, unknown, ours = golden("tokenizers/maskgit_schedules")[f"{name}_N{N}_T{T}"], torch.tensor([[N]
+                                                                                                       ]), []
     for t in range(T):
         unknown = torch.minimum(maskgit.n_still_masked(torch.tensor([[N]]), t, T, name), unknown - 1)
         ours.append(unknown.item())
-    assert theirs[-1] == 1 and ours[-1] == 0, "theirs hides one after the last pass and returns its id all the same"
+    assert theirs[-1] == 1 and ours[
+        -1] == 0, "theirs hides one after the last pass and returns its id all the same"
     assert ours[:-1] == theirs[:-1].tolist()
 
 
@@ -184,12 +203,13 @@ def test_maskgit_halton_order_is_the_authors_and_reveals_tokens_far_apart():
     for n in (8, 16):
         rows, columns = g[f"halton_{n}x{n}_order"].unbind(1)
         assert torch.equal(maskgit.halton_rank((n, n)).argsort(), rows * n + columns)
-    assert maskgit.halton_rank((8,)).tolist() == [7, 3, 1, 5, 0, 4, 2, 6], "the digits of 1, 2, 3 ... in base 2, mirrored"
+    assert maskgit.halton_rank((8, )).tolist() == [7, 3, 1, 5, 0, 4, 2,
+                                                   6], "the digits of 1, 2, 3 ... in base 2, mirrored"
     assert sorted(maskgit.halton_rank((3, 4, 5)).tolist()) == list(range(60))
     model, passes = small_maskgit(False, grid=(3, 4)).eval(), []
     known_mask = torch.tensor([[0, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0], [0] * 12]).bool()
-    y = model.sample(torch.tensor([1, 2]), steps=4, known=torch.full((2, 12), 7), known_mask=known_mask, order="halton",
-                     schedule="linear", on_step=lambda i, x, m: passes.append(m))
+    y = model.sample(torch.tensor([1, 2]), steps=4, known=torch.full((2, 12), 7), known_mask=known_mask,
+                     order="halton", schedule="linear", on_step=lambda i, x, m: passes.append(m))
     assert (y[known_mask] == 7).all() and not passes[-1].any()
     turn = maskgit.halton_rank((3, 4))
     for mask in passes[:-1]:
@@ -206,21 +226,26 @@ def test_maskgit_replays_the_authors_jax_decoding_of_ids(monkeypatch):
     """Their toy network in the place of hidden(), their Gumbel noise in the place of draw_ids and rand."""
     g = golden("tokenizers/maskgit_decode_jax")
     K, T, steps, passes = 11, 16, 8, []
-    model = maskgit.MaskGIT(maskgit.CategoricalHead(32, K), T, 4, vocab_size=K, n_layer=1, n_head=2, n_embd=32).eval()
+    model = maskgit.MaskGIT(maskgit.CategoricalHead(32, K), T, 4, vocab_size=K, n_layer=1, n_head=2,
+                            n_embd=32).eval()
     model.head.proj = nn.Identity()
 
     def network(tokens, cond, mask):
-        ids = torch.cat([K + cond[:, None], torch.where(mask, len(g["A"]) - 1, tokens)], 1)    # -1 is their last row
+        # -1 is their last row
+        ids = torch.cat([K + cond[:, None], torch.where(mask, len(g["A"]) - 1, tokens)], 1)
         a = g["A"][ids]
         t = len(passes)
-        assert torch.equal(torch.where(mask, -1, tokens), g[f"step{t}_ids_in"][:, 1:].long()), f"pass {t} sees other tokens"
+        assert torch.equal(torch.where(mask, -1, tokens),
+                           g[f"step{t}_ids_in"][:, 1:].long()), f"pass {t} sees other tokens"
         logits = g["P"] + 0.5 * a + 2 * a.mean(1, keepdim=True)
         close(logits, g[f"step{t}_logits"])
         return logits[:, 1:]
 
     def gumbel_argmax(p):
         return (p.log() + g[f"step{len(passes)}_gumbel_sample"][:, 1:]).argmax(-1)
-    uniform = lambda *a, **k: torch.exp(-torch.exp(-g[f"step{len(passes)}_gumbel_choice"][:, 1:].double())).float()
+
+    uniform = lambda *a, **k: torch.exp(-torch.exp(-g[f"step{len(passes)}_gumbel_choice"][:, 1:].double())
+                                        ).float()
     monkeypatch.setattr(model, "hidden_states", network)
     monkeypatch.setattr(maskgit, "draw_ids", gumbel_argmax)
     monkeypatch.setattr(torch, "rand", uniform)
@@ -236,8 +261,8 @@ def test_maskgit_replays_the_authors_jax_decoding_of_ids(monkeypatch):
 def test_maskgit_losses_are_the_authors(monkeypatch):
     g = golden("tokenizers/maskgit_losses")
     def loss_of(smoothing, **options):
-        model = maskgit.MaskGIT(maskgit.CategoricalHead(32, 9), 6, 1, vocab_size=9, n_layer=1, n_head=2, n_embd=32,
-                                smoothing=smoothing, label_drop=0, **options).train()
+        model = maskgit.MaskGIT(maskgit.CategoricalHead(32, 9), 6, 1, vocab_size=9, n_layer=1, n_head=2,
+                                n_embd=32, smoothing=smoothing, label_drop=0, **options).train()
         model.head.proj = nn.Identity()
         monkeypatch.setattr(model, "hidden_states", lambda tokens, cond, mask: g["logits"])
         monkeypatch.setattr(model, "training_mask", lambda B, device: g["weights"].bool())
@@ -246,9 +271,14 @@ def test_maskgit_losses_are_the_authors(monkeypatch):
         loss, logs = loss_of(smoothing)
         close(loss, g[f"loss_ls{smoothing}"], 1e-5)
     mask = g["weights"].bool()
-    nll = [-g["logits"][b, t].log_softmax(-1)[g["labels"][b, t]] for b in range(2) for t in range(6) if mask[b, t]]
+    nll = [
+        -g["logits"][b, t].log_softmax(-1)[g["labels"][b, t]] for b in range(2) for t in range(6)
+        if mask[b, t]
+    ]
     hits = [g["logits"][b, t].argmax() == g["labels"][b, t] for b in range(2) for t in range(6) if mask[b, t]]
-    close(logs["nll"], torch.stack(nll).mean(), 1e-5), close(logs["accuracy"], torch.stack(hits).float().mean(), 1e-5)
+    close(logs["nll"],
+          torch.stack(nll).mean(), 1e-5), close(logs["accuracy"],
+                                                torch.stack(hits).float().mean(), 1e-5)
     close(maskgit.masked_mean(g["ce_per_token_ls0.1"], g["weights"]), g["loss_ls0.1"], 1e-5)
 
 
@@ -279,7 +309,10 @@ def test_maskgit_guidance_takes_one_pass_and_is_off_at_one(monkeypatch):
     nn.init.normal_(model.head.proj.weight)
     hidden_states = model.hidden_states
     monkeypatch.setattr(model, "hidden_states", lambda *a: rows.append(a[1]) or hidden_states(*a))
-    plain = [torch.manual_seed(1) and model.sample(cond, steps=4), torch.manual_seed(1) and model.sample(cond, steps=4, cfg=1.0)]
+    plain = [
+        torch.manual_seed(1) and model.sample(cond, steps=4),
+        torch.manual_seed(1) and model.sample(cond, steps=4, cfg=1.0)
+    ]
     assert torch.equal(*plain) and [len(r) for r in rows] == [3] * 8
     rows.clear()
     model.sample(cond, steps=4, cfg=3.0)

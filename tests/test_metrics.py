@@ -12,17 +12,20 @@ from common import metrics
 def test_frechet_distance_of_known_gaussians():
     g = torch.Generator().manual_seed(0)
     a = torch.randn(4000, 3, generator=g, dtype=torch.float64)
-    white = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(a.T.cov()).T)          # exactly N(0, 1) moments
+    white = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(a.T.cov()).T)   # exactly N(0, 1) moments
     b = white * 3 + torch.tensor([1.0, 2.0, 2.0])
     assert abs(metrics.frechet_distance(white, b) - (9 + 3 * (3 - 1) ** 2)) < 1e-6
     assert metrics.frechet_distance(b, b) < 1e-6
 
 
 def test_mean_iou_equals_a_slow_loop():
-    predicted, true = torch.randint(4, (3, 5, 5)), torch.randint(3, (3, 5, 5))              # class 3 is never true
+    predicted, true = torch.randint(4, (3, 5, 5)), torch.randint(3, (3, 5, 5))         # class 3 is never true
     slow = []
     for k in range(4):
-        a, b = {tuple(i) for i in (predicted == k).nonzero().tolist()}, {tuple(i) for i in (true == k).nonzero().tolist()}
+        a, b = {tuple(i)
+                for i in (predicted == k).nonzero().tolist()
+                }, {tuple(i)
+                    for i in (true == k).nonzero().tolist()}
         slow.append(len(a & b) / len(a | b))
     assert abs(metrics.mean_iou(predicted, true, 4) - sum(slow) / 4) < 1e-6
     assert metrics.mean_iou(true, true, 5) == 1
@@ -32,7 +35,7 @@ def test_psnr_ssim_precision_and_recall():
     x = data.draw(torch.arange(4))[0]
     assert torch.allclose(metrics.psnr(x, x + 0.2), torch.full((4,), 20.0), atol=1e-3)
     assert torch.allclose(metrics.ssim(x, x), torch.ones(4), atol=1e-5) and metrics.ssim(x, -x).max() < 0.5
-    a, b = 0.5, 1.25                                        # flat images on SSIM's scale of [0, 2]: only the means count
+    a, b = 0.5, 1.25                             # flat images on SSIM's scale of [0, 2]: only the means count
     flat = lambda v: torch.full((1, 3, 16, 16), v - 1.0)
     assert abs(metrics.ssim(flat(a), flat(b))[0] - (2 * a * b + 4e-4) / (a * a + b * b + 4e-4)) < 1e-4
     real, far = torch.randn(200, 4), torch.randn(200, 4) + 100
@@ -43,7 +46,7 @@ def test_psnr_ssim_precision_and_recall():
 
 
 def test_ms_ssim_equals_its_definition_in_slow_loops():
-    def means(a, b):                                        # SSIM and contrast-structure, window by window, in float64
+    def means(a, b):                               # SSIM and contrast-structure, window by window, in float64
         g = np.exp(-(np.arange(11) - 5.0) ** 2 / (2 * 1.5**2))
         window, ssim, cs = np.outer(g, g) / g.sum() ** 2, [], []
         for y in range(a.shape[0] - 10):
@@ -61,15 +64,17 @@ def test_ms_ssim_equals_its_definition_in_slow_loops():
         for j, w in enumerate(weights):
             ssim, cs = means(a, b)
             product *= (ssim if j + 1 == len(weights) else cs) ** (w / sum(weights))
-            a, b = (v[:len(v) // 2 * 2, :v.shape[1] // 2 * 2].reshape(len(v) // 2, 2, -1, 2).mean((1, 3)) for v in (a, b))
+            a, b = (v[:len(v) // 2 * 2, :v.shape[1] // 2 * 2].reshape(len(v) // 2, 2, -1, 2).mean((1, 3))
+                    for v in (a, b))
         return product
     weights = [0.0448, 0.2856, 0.3001, 0.2363, 0.1333]
     for side, scales in ((44, 3), (43, 2), (22, 2), (21, 1)):
         a = data.draw(torch.arange(1), side)[0]
         b = (a + 0.3 * torch.randn(a.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
-        grey = [((x[0].double() + 1) * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0).numpy() for x in (a, b)]
+        grey = [((x[0].double() + 1) * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0).numpy()
+                for x in (a, b)]
         assert abs(metrics.ms_ssim(a, b).item() - slow(*grey, weights[:scales])) < 1e-4, side
-    assert torch.equal(metrics.ms_ssim(a, b), metrics.ssim(a, b))                         # 21 pixels: one scale
+    assert torch.equal(metrics.ms_ssim(a, b), metrics.ssim(a, b))                       # 21 pixels: one scale
     real = metrics.similarity                              # five from 176 pixels on, four below
     for side, scales in ((176, 5), (175, 4)):
         calls, x = [], torch.rand(1, 3, side, 200) * 2 - 1
@@ -85,9 +90,11 @@ def test_the_rule_that_judges_captions_reads_real_pictures():
     index = torch.arange(data.VAL_INDEX, data.VAL_INDEX + 60)
     images, s = data.draw(index, 32)[0], data.scene(index)
     told = metrics.read_scene(images)
-    assert (told["shape"] == s["label"]).float().mean() >= 0.97 and (told["colour"] == s["colour"]).float().mean() >= 0.97
+    assert (told["shape"] == s["label"]).float().mean() >= 0.97 and (told["colour"]
+                                                                     == s["colour"]).float().mean() >= 0.97
     assert (told["background"] == s["background"]).all()
-    assert (metrics.read_scene(images.roll(1, 1))["colour"] == s["colour"]).float().mean() < 0.5, "other colours are not noticed"
+    assert (metrics.read_scene(images.roll(
+        1, 1))["colour"] == s["colour"]).float().mean() < 0.5, "other colours are not noticed"
 
 
 def test_a_colour_that_is_not_quite_one_of_the_palette_is_read_as_the_nearest():

@@ -1,4 +1,6 @@
-"""Tests of common/muon.py: the stacked optimizer against torch.optim.Muon, which takes one matrix at a time."""
+"""Tests of common/muon.py: the stacked optimizer against torch.optim.Muon, which takes one matrix at a
+time.
+"""
 import torch
 import torch.nn as nn
 

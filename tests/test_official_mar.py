@@ -42,7 +42,8 @@ def test_mar_from_official_reads_files_and_names_keys(tmp_path):
     half = {k: v / 2 for k, v in sd.items()}
     torch.save({"model": half, "model_ema": sd, "args": argparse.Namespace(epochs=800)}, tmp_path / "mar.pth")
     read = official.load_mar(tmp_path / "mar.pth", n_head=4)
-    assert all(torch.equal(v, read.state_dict()[k]) for k, v in model.state_dict().items()) and not read.training
+    assert all(torch.equal(v,
+                           read.state_dict()[k]) for k, v in model.state_dict().items()) and not read.training
     assert torch.equal(official.load_mar({"model": half}, n_head=4).head_pos, model.head_pos / 2)
     with pytest.raises(ValueError, match="encoder_blocks.0.extra"):
         official.load_mar(sd | {"encoder_blocks.0.extra": torch.zeros(1)}, n_head=4)
@@ -84,8 +85,11 @@ def test_mar_loss_and_gradients_are_the_authors(monkeypatch):
     assert logs["masked"] == n / 16
     grads = {k: p.grad for k, p in model.named_parameters()}
     close(torch.stack([v.norm() for v in grads.values()]).norm(), g["grad_norm"])
-    names = {"z_proj.weight": "tok_embed.weight", "class_emb.weight": "cls_embed.weight", "encoder_pos_embed_learned": "encoder_pos",
-             "diffusion_pos_embed_learned": "head_pos", "mask_token": "mask_embed"}
+    names = {
+        "z_proj.weight": "tok_embed.weight", "class_emb.weight": "cls_embed.weight",
+        "encoder_pos_embed_learned": "encoder_pos", "diffusion_pos_embed_learned": "head_pos",
+        "mask_token": "mask_embed"
+    }
     for key in [k for k in g if k.startswith("grad/")]:
         ours, reference = grads[names.get(key[5:], key[5:])], g[key]
         if key == "grad/class_emb.weight":
@@ -96,19 +100,22 @@ def test_mar_loss_and_gradients_are_the_authors(monkeypatch):
 
 @pytest.mark.parametrize("name", ["cfg3_linear", "nocfg", "cfg3_const_16it"])
 def test_mar_sampling_replays_the_authors_runs(name, monkeypatch):
-    """From their recorded noise: orders, counts, guidance and its schedule, temperature, 25 denoising steps."""
+    """From their recorded noise: orders, counts, guidance and its schedule, temperature, 25 denoising
+    steps.
+    """
     (model, _), g = official_mar(), golden(f"mar/sample_tokens_{name}")
     steps, guided, scales = int(g["num_iter"]), float(g["cfg"]) != 1, []
     counts = mar.masked_counts(16, steps)
     order = g["orders"].flip(1)                             # they write from the end of `orders`
     order = torch.cat([order[:, 16 - a:16 - b].sort(1).values for a, b in zip(counts, counts[1:])], 1)
-    first, noise = g["init_noise"].split(g["init_rows"].tolist()), g["step_noise"].split(g["step_rows"].tolist())
+    first, noise = g["init_noise"].split(g["init_rows"].tolist()), g["step_noise"].split(
+        g["step_rows"].tolist())
     draw = model.head.sample
 
     def replay(h, h_uncond, cfg, temperature, **tricks):
         k, n = len(scales), 3 * h.shape[1]
         scales.append(cfg)
-        recorded = [first[k], *(v[:n] for v in noise[25 * k:25 * k + 25])]                  # conditional rows come first
+        recorded = [first[k], *(v[:n] for v in noise[25 * k:25 * k + 25])]       # conditional rows come first
         return draw(h, h_uncond, cfg, temperature, noise=torch.stack(recorded).view(26, 3, -1, 4), **tricks)
     monkeypatch.setattr(mar, "draw_order", lambda *_: order)
     monkeypatch.setattr(model.head, "sample", replay)

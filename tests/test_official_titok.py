@@ -1,4 +1,6 @@
-"""Tests of official/titok.py: tiny weights made by the authors' own code, and the numbers that their code gave."""
+"""Tests of official/titok.py: tiny weights made by the authors' own code, and the numbers that their code
+gave.
+"""
 import argparse
 import zlib
 
@@ -17,11 +19,14 @@ from tests.helpers import close, golden, titok_golden, tokens_of
 @torch.no_grad()
 def test_titok_first_stage_is_the_authors_with_its_legacy_reshape():
     g, sd, model, images = titok_golden("legacy_vq_stage1")
-    assert (model.seq_len, model.grid, model.vocab_size, model.token_dim, model.stage) == (8, (8,), 64, None, "proxy")
+    assert (model.seq_len, model.grid, model.vocab_size, model.token_dim, model.stage) == (8, (8, ), 64, None,
+                                                                                           "proxy")
     z = model.encoder(images)
     close(F.normalize(z, dim=-1), F.normalize(tokens_of(g["z"]), dim=-1)), close(z, tokens_of(g["z"]))
     q, ids, loss, logs = model.quantizer(z)
-    close(q, tokens_of(g["z_quantized"])), close(loss, g["quantizer_loss"]), close(logs["commit"], g["commitment_loss"])
+    close(q, tokens_of(g["z_quantized"])), close(loss,
+                                                 g["quantizer_loss"]), close(logs["commit"],
+                                                                             g["commitment_loss"])
     assert torch.equal(ids, g["indices"][:, 0]) and torch.equal(model.encode(images), ids)
     close(model.decoder(q), tokens_of(g["decoded"]))
     model.proxy = argparse.Namespace(encode=lambda images: g["proxy_codes"])
@@ -36,7 +41,8 @@ def test_titok_first_stage_is_the_authors_with_its_legacy_reshape():
 @torch.no_grad()
 def test_titok_of_pixels_is_the_authors():
     g, sd, model, images = titok_golden("vq_pixels")
-    assert (model.seq_len, model.vocab_size, model.stage, model.quantizer.l2_norm) == (8, 128, "pixels", False)
+    assert (model.seq_len, model.vocab_size, model.stage, model.quantizer.l2_norm) == (8, 128, "pixels",
+                                                                                       False)
     z = model.encoder(images)
     q, ids, loss, logs = model.quantizer(z)
     close(z, tokens_of(g["z"])), close(q, tokens_of(g["z_quantized"])), close(loss, g["quantizer_loss"])
@@ -50,7 +56,8 @@ def test_titok_of_pixels_is_the_authors():
 @torch.no_grad()
 def test_titok_vae_is_the_authors(monkeypatch):
     g, sd, model, images = titok_golden("vae")
-    assert isinstance(model, titok.TiTokVAE) and (model.token_dim, model.vocab_size, model.seq_len) == (16, None, 8)
+    assert isinstance(model,
+                      titok.TiTokVAE) and (model.token_dim, model.vocab_size, model.seq_len) == (16, None, 8)
     mean, std = model.posterior(images)
     close(model.encoder(images), tokens_of(g["moments"])), close(mean, tokens_of(g["mean"]))
     close(std, tokens_of(g["logvar"]).mul(0.5).exp()), close(model.kl(mean, std), g["kl"])
@@ -66,20 +73,31 @@ def maskgit_vqgan(levels=2, n_res=1, c=32, encoder=True):
     """MaskGIT's VQGAN in the authors' layout, with weights made by the golden file's recipe -> state dict."""
     def fill(part, shapes):
         for name, shape in shapes.items():
-            w = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32) * 0.05
+            w = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(
+                np.float32) * 0.05
             sd[f"{part}.{name}"] = torch.from_numpy(w + float(len(shape) == 1 and name.endswith("weight")))
     def block(name, a, b):
-        shapes = {f"{name}.norm1.weight": (a,), f"{name}.norm1.bias": (a,), f"{name}.conv1.weight": (b, a, 3, 3),
-                  f"{name}.norm2.weight": (b,), f"{name}.norm2.bias": (b,), f"{name}.conv2.weight": (b, b, 3, 3)}
+        shapes = {
+            f"{name}.norm1.weight": (a, ), f"{name}.norm1.bias": (a, ), f"{name}.conv1.weight": (b, a, 3, 3),
+            f"{name}.norm2.weight": (b, ), f"{name}.norm2.bias": (b, ), f"{name}.conv2.weight": (b, b, 3, 3)
+        }
         return shapes | ({f"{name}.nin_shortcut.weight": (b, b, 1, 1)} if a != b else {})
-    end = lambda c, out, k: {"norm_out.weight": (c,), "norm_out.bias": (c,), "conv_out.weight": (out, c, k, k), "conv_out.bias": (out,)}
+
+    end = lambda c, out, k: {
+        "norm_out.weight": (c, ), "norm_out.bias": (c, ), "conv_out.weight": (out, c, k, k),
+        "conv_out.bias": (out, )
+    }
     sd = {}
     if encoder:
-        fill("encoder", {"conv_in.weight": (c, 3, 3, 3)} | block("down.0.block.0", c, c) | block("down.1.block.0", c, 2 * c)
+        fill("encoder", {"conv_in.weight": (c, 3, 3, 3)} | block("down.0.block.0", c, c)
+             | block("down.1.block.0", c, 2 * c)
              | block("mid.0", 2 * c, 2 * c) | end(2 * c, 8, 1))
-    fill("decoder", {"conv_in.weight": (2 * c, 8, 3, 3), "conv_in.bias": (2 * c,), "up.1.upsample_conv.weight": (2 * c, 2 * c, 3, 3),
-                     "up.1.upsample_conv.bias": (2 * c,)} | block("mid.0", 2 * c, 2 * c) | block("up.1.block.0", 2 * c, 2 * c)
-         | block("up.0.block.0", 2 * c, c) | end(c, 3, 3))
+    fill(
+        "decoder", {
+            "conv_in.weight": (2 * c, 8, 3, 3), "conv_in.bias": (2 * c, ),
+            "up.1.upsample_conv.weight": (2 * c, 2 * c, 3, 3), "up.1.upsample_conv.bias": (2 * c, )
+        } | block("mid.0", 2 * c, 2 * c) | block("up.1.block.0", 2 * c, 2 * c)
+        | block("up.0.block.0", 2 * c, c) | end(c, 3, 3))
     return sd
 
 
@@ -107,18 +125,23 @@ def test_titok_mixes_the_proxys_codes_as_the_authors_and_trains_both_decoders_on
         codes.codebook.copy_(g["codebook"])
         proxy = argparse.Namespace(quantizer=codes, decode_raw=lambda q: q, grid=(2, 2), vocab_size=64)
         holder = argparse.Namespace(decoder=lambda q: tokens_of(g["logits"]), proxy=proxy)
-        holder.decoder = type("Decoder", (), dict(__call__=lambda self, q: tokens_of(g["logits"]), proxy_vocab=64))()
+        holder.decoder = type("Decoder", (),
+                              dict(__call__=lambda self, q: tokens_of(g["logits"]), proxy_vocab=64))()
         close(titok.TiTok.decode_raw(holder, g["logits"]), tokens_of(g["soft"]))
         hard = F.one_hot(torch.arange(4)[None], 64).float() * 1e4
         holder.decoder = type("Decoder", (), dict(__call__=lambda self, q: hard, proxy_vocab=64))()
         close(titok.TiTok.decode_raw(holder, g["logits"]), g["codebook"][None, :4])
     pixel = maskgit_vqgan(encoder=False) | {"quantize.embedding.weight": torch.randn(1024, 8)}
-    pixel = {"pixel_" + k if k.startswith("decoder") else k.replace("quantize", "pixel_quantize"): v for k, v in pixel.items()}
+    pixel = {
+        "pixel_" + k if k.startswith("decoder") else k.replace("quantize", "pixel_quantize"): v
+        for k, v in pixel.items()
+    }
     model = official.load_tokenizer(stage1 | pixel, n_head=4)
     images = data.draw(torch.arange(2), 64)[0]
     assert model.stage == "finetune" and model.proxy.encoder is None
     with torch.no_grad():
-        assert model.decode(model.encode(images)).shape == (2, 3, 8, 8), "the tiny proxy doubles 4 x 4 patches only once"
+        assert model.decode(
+            model.encode(images)).shape == (2, 3, 8, 8), "the tiny proxy doubles 4 x 4 patches only once"
         close(model.decode_raw(model.quantizer.codes(model.encode(images))), model.reconstruct(images)[0])
     F.mse_loss(model.train().reconstruct(images)[0], images[:, :, ::8, ::8]).backward()
     learns = {k for k, v in model.named_parameters() if v.grad is not None and v.grad.abs().max() > 0}
@@ -129,7 +152,8 @@ def test_titok_from_official_names_the_key_that_does_not_fit(tmp_path):
     _, sd, _, images = titok_golden("vq_pixels")
     torch.save(sd, tmp_path / "tokenizer.bin")
     assert official.load_tokenizer(tmp_path / "tokenizer.bin", n_head=4).encode(images).shape == (2, 8)
-    for key in ("latent_tokens", "encoder.transformer.1.attn.in_proj_bias", "decoder.mask_token", "quantize.embedding.weight"):
+    for key in ("latent_tokens", "encoder.transformer.1.attn.in_proj_bias", "decoder.mask_token",
+                "quantize.embedding.weight"):
         with pytest.raises(ValueError, match=key):
             official.load_tokenizer({k: v for k, v in sd.items() if k != key}, n_head=4)
     with pytest.raises(ValueError, match="decoder.extra"):
@@ -150,14 +174,16 @@ def test_maskgit_loads_titoks_generators_and_gets_the_authors_logits(kind, other
     g = golden(f"tokenizers/{kind}_tiny")
     sd = {k.removeprefix("sd."): v for k, v in g.items() if k.startswith("sd.")}
     model = official.load_generator(sd, n_head=4)
-    assert (model.seq_len, model.vocab_size, model.num_classes, model.smoothing) == (16, 64, 10, 0.1) and not model.training
+    assert (model.seq_len, model.vocab_size, model.num_classes,
+            model.smoothing) == (16, 64, 10, 0.1) and not model.training
     mask = g["input_ids"] == 64
     assert 0 < mask.sum() < 48
     for cond, name in ((g["condition"], "cond"), (torch.full((3,), 10), "uncond")):
         close(model.logits(g["input_ids"].clamp(max=63), cond, mask), g[f"logits_{name}"])
-    for step in range(4):                                   # guided as in their run: c + 3 (c - u) is u + 4 (c - u)
+    for step in range(4):                             # guided as in their run: c + 3 (c - u) is u + 4 (c - u)
         ids = g[f"step{step}_ids_in"]
-        c, u = (model.logits(ids.clamp(max=63), cond, ids == 64) for cond in (g["condition"], torch.full((3,), 10)))
+        c, u = (model.logits(ids.clamp(max=63), cond, ids == 64)
+                for cond in (g["condition"], torch.full((3, ), 10)))
         close(u + 4 * (c - u), g[f"step{step}_guided_logits"])
     torch.save(sd, tmp_path / "generator.bin")
     model = official.load_generator(tmp_path / "generator.bin", n_head=4)
@@ -167,17 +193,22 @@ def test_maskgit_loads_titoks_generators_and_gets_the_authors_logits(kind, other
         official.load_generator(sd | {"model.extra.weight": torch.zeros(1)}, n_head=4)
     for key in ("lm_head.bias", others, "lm_head.weight"):
         with pytest.raises(ValueError, match=key):
-            official.load_generator({k: v for k, v in sd.items() if k.removeprefix("model.") != key}, n_head=4)
+            official.load_generator({k: v
+                                     for k, v in sd.items() if k.removeprefix("model.") != key}, n_head=4)
 
 
-@pytest.mark.parametrize("name, options", [("const", dict(cfg=3.0, temperature=4.5, cfg_schedule="constant", anneal=False)),
-                                           ("linear", dict(cfg=4.5, temperature=9.5, cfg_schedule="linear")),
-                                           ("power", dict(cfg=6.9, temperature=2.8, cfg_schedule="power-cosine"))])
+@pytest.mark.parametrize("name, options",
+                         [("const", dict(cfg=3.0, temperature=4.5, cfg_schedule="constant", anneal=False)),
+                          ("linear", dict(cfg=4.5, temperature=9.5, cfg_schedule="linear")),
+                          ("power", dict(cfg=6.9, temperature=2.8, cfg_schedule="power-cosine"))])
 @pytest.mark.parametrize("kind", ["imagebert", "uvitbert"])
 def test_maskgit_replays_titoks_sampler(kind, name, options, monkeypatch):
-    """From the uniforms that their code drew: the ids, and in the constant run what is hidden after each pass."""
+    """From the uniforms that their code drew: the ids, and in the constant run what is hidden after each
+    pass.
+    """
     g = golden(f"tokenizers/{kind}_tiny")
-    model = official.load_generator({k.removeprefix("sd."): v for k, v in g.items() if k.startswith("sd.")}, n_head=4)
+    model = official.load_generator({k.removeprefix("sd."): v
+                                     for k, v in g.items() if k.startswith("sd.")}, n_head=4)
     noise = iter([g[f"gen_{name}_u_{kind}{i}"] for i in range(4) for kind in ("sample", "conf")])
     monkeypatch.setattr(torch, "rand", lambda *a, **k: next(noise))
     passes = []
@@ -185,7 +216,8 @@ def test_maskgit_replays_titoks_sampler(kind, name, options, monkeypatch):
     assert torch.equal(tokens, g[f"gen_{name}_tokens"])
     if name == "const":
         for i, (x, mask) in enumerate(passes[:3]):
-            assert torch.equal(torch.where(mask, 64, x), g[f"step{i + 1}_ids_in"]), f"after pass {i} other tokens are known"
+            assert torch.equal(torch.where(mask, 64, x),
+                               g[f"step{i + 1}_ids_in"]), f"after pass {i} other tokens are known"
             assert mask.sum(1).tolist() == [int(g[f"step{i}_mask_len"])] * 3
 
 

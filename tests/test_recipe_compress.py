@@ -23,12 +23,16 @@ from tests.helpers import ENV, RARELY, ROOT, TINY
 
 
 def tiny_codec(clips=True, side=8):
-    """A video (or image) LFQ of 64 words and a transformer on its grid, random weights -> tokenizer, transformer."""
+    """A video (or image) LFQ of 64 words and a transformer on its grid, random weights -> tokenizer,
+    transformer.
+    """
     torch.manual_seed(0)
-    tokenizer = lfq.LFQ(side, 5 if clips else 1, bits=6, ch=8, ch_mult=(1, 2), n_res=1, groups=4)           # 3 x 4 x 4 ids
+    # 3 x 4 x 4 ids
+    tokenizer = lfq.LFQ(side, 5 if clips else 1, bits=6, ch=8, ch_mult=(1, 2), n_res=1, groups=4)
     head = ar_transformer.CategoricalHead(16, 64)
     nn.init.normal_(head.proj.weight, std=0.3)
-    model = ar_transformer.ARTransformer(head, tokenizer.seq_len, 3, vocab_size=64, grid=tokenizer.grid, n_layer=1, n_head=2, n_embd=16)
+    model = ar_transformer.ARTransformer(head, tokenizer.seq_len, 3, vocab_size=64, grid=tokenizer.grid,
+                                         n_layer=1, n_head=2, n_embd=16)
     return tokenizer.eval(), model.eval()
 
 
@@ -49,12 +53,12 @@ def test_arithmetic_coder_reaches_the_entropy_and_inverts():
             assert start <= decoder.target(total) < end
             decoder.advance(start, end, total)
     assert compress.ArithmeticEncoder().finish() == b"\0"
-    for start in range(1000):                               # the first number of a share is in it, the one before is not
+    for start in range(1000):                    # the first number of a share is in it, the one before is not
         decoder.range, decoder.code = (1 << 31) + 12345, ((1 << 31) + 12345) * start // 1000
         assert decoder.target(1000) == start
         decoder.code -= 1
         assert decoder.target(1000) == start - 1
-    carries = compress.ArithmeticEncoder()               # 0.0111 1111 ... and then something more: the carry runs far back
+    carries = compress.ArithmeticEncoder()  # 0.0111 1111 ... and then something more: the carry runs far back
     carries.encode((1 << 31) - 1, (1 << 31) + 1, 1 << 32)
     for _ in range(40):
         carries.encode(0, 2, 3), carries.encode(2, 3, 3)
@@ -65,14 +69,16 @@ def test_a_tile_holds_each_place_once_in_the_order_of_the_transformer():
     order = compress.tiles([3, 2], 3, 5, (3, 2, 4))
     assert order.shape == (2 * 2 * 2, 24) and sorted(order[order >= 0].tolist()) == list(range(5 * 3 * 5))
     assert order[0].view(3, 2, 4)[:, 0].tolist() == [[0, 1, 2, 3], [15, 16, 17, 18], [30, 31, 32, 33]]
-    assert order[-1].view(3, 2, 4)[1].tolist() == [[5 * 15 - 1, -1, -1, -1], [-1] * 4] and (order[-1].view(3, 2, 4)[2] < 0).all()
+    assert order[-1].view(3, 2, 4)[1].tolist() == [[5 * 15 - 1, -1, -1, -1], [-1] * 4] and (order[-1].view(
+        3, 2, 4)[2] < 0).all()
 
 
 def test_ids_survive_the_file_on_a_hundred_random_clips():
     g = torch.Generator().manual_seed(0)
     tokenizer, model = tiny_codec(side=4)
     for _ in range(100):
-        frames, height, width = (int(torch.randint(lo, hi, (1,), generator=g)) for lo, hi in ((1, 12), (3, 14), (3, 14)))
+        frames, height, width = (int(torch.randint(lo, hi, (1, ), generator=g))
+                                 for lo, hi in ((1, 12), (3, 14), (3, 14)))
         lay = compress.Layout(tokenizer, frames, height, width)
         ids = torch.randint(64, (lay.f, lay.h, lay.w), generator=g)
         for coder in (None, model):
@@ -84,25 +90,31 @@ def test_ids_survive_the_file_on_a_hundred_random_clips():
 
 def test_an_arithmetic_coded_file_is_as_long_as_its_model_says():
     tokenizer, model = tiny_codec()
-    lay = compress.Layout(tokenizer, 12, 41, 20)         # 3, 3, 2 x 21 x 10 ids: two batches of tiles, some hang over
+    # 3, 3, 2 x 21 x 10 ids: two batches of tiles, some hang over
+    lay = compress.Layout(tokenizer, 12, 41, 20)
     torch.manual_seed(1)
-    places, ids = compress.tiles(lay.lengths, lay.h, lay.w, model.grid), torch.zeros(lay.f * lay.h * lay.w, dtype=torch.long)
+    places, ids = compress.tiles(lay.lengths, lay.h, lay.w,
+                                 model.grid), torch.zeros(lay.f * lay.h * lay.w, dtype=torch.long)
     drawn = model.sample(torch.full((len(places),), model.num_classes))
-    ids[places[places >= 0]] = drawn[places >= 0]           # as the model expects them, so that there is something to save
+    # as the model expects them, so that there is something to save
+    ids[places[places >= 0]] = drawn[places >= 0]
     padded = torch.where(places >= 0, ids[places], 0)
-    with torch.no_grad():                                   # in one pass: the same probabilities, but for rounding
-        nats = model.head.loss(model.hidden(padded, torch.full((len(places),), 3)), padded)[places >= 0].sum().item()
+    with torch.no_grad():                              # in one pass: the same probabilities, but for rounding
+        nats = model.head.loss(model.hidden(padded, torch.full((len(places), ), 3)),
+                               padded)[places >= 0].sum().item()
     size = len(compress.encode_ids(ids.view(lay.f, lay.h, lay.w), lay.lengths, model))
     bits = nats / math.log(2)
-    assert bits / 8 < size < 1.002 * bits / 8 + 4, (bits / 8, size)         # 0.0014 bits per token are given away knowingly
+    # 0.0014 bits per token are given away knowingly
+    assert bits / 8 < size < 1.002 * bits / 8 + 4, (bits / 8, size)
     assert size < 0.95 * len(compress.pack(ids, 6))
     table = compress.cumulative(torch.tensor([[0.0, 300.0, -300.0]]))                    # none is impossible
     assert (np.diff(table) >= 1).all() and table[0, 0] == 0 and np.diff(table)[0, 1] / table[0, -1] > 0.999
 
 
 def test_a_clip_of_any_size_goes_through_every_tokenizer():
-    for tokenizer in (tiny_codec()[0], tiny_codec(False)[0], vq.VQ(8, 50, ch=8, ch_mult=(1, 2), z_channels=8, groups=4).eval(),
-                      titok.TiTok(8, 3, 50, enc=(16, 1, 2), dec=(16, 1, 2)).eval()):
+    for tokenizer in (tiny_codec()[0], tiny_codec(False)[0],
+                      vq.VQ(8, 50, ch=8, ch_mult=(1, 2), z_channels=8,
+                            groups=4).eval(), titok.TiTok(8, 3, 50, enc=(16, 1, 2), dec=(16, 1, 2)).eval()):
         clip = torch.randint(256, (7, 3, 11, 18), dtype=torch.uint8)
         grid = tokenizer.grid
         ids, lay = compress.to_ids(tokenizer, clip)
@@ -115,7 +127,8 @@ def test_a_clip_of_any_size_goes_through_every_tokenizer():
     x = clip.float().transpose(0, 1)[None] / 127.5 - 1
     ids, lay = compress.to_ids(tokenizer, clip)
     assert torch.equal(ids.flatten(), tokenizer.encode(x)[0])
-    assert torch.equal(compress.from_ids(tokenizer, ids, lay), data.to_uint8(tokenizer.decode(tokenizer.encode(x)))[0].transpose(0, 1))
+    assert torch.equal(compress.from_ids(tokenizer, ids, lay),
+                       data.to_uint8(tokenizer.decode(tokenizer.encode(x)))[0].transpose(0, 1))
 
 
 def test_truncated_altered_and_foreign_files_are_refused():
@@ -138,9 +151,10 @@ def test_truncated_altered_and_foreign_files_are_refused():
     with pytest.raises(data.BadInput, match="another transformer"):
         compress.read(blob, tokenizer, model)
     good = compress.write(ids, lay, tokenizer)
-    head = good[:32] + bytes(4)                             # whole, but not the ids that were meant: other probabilities
+    head = good[:32] + bytes(4)                  # whole, but not the ids that were meant: other probabilities
     with pytest.raises(data.BadInput, match="on another machine"):
-        compress.read(head + struct.pack("<I", zlib.crc32(good[40:], zlib.crc32(head))) + good[40:], tokenizer)
+        compress.read(head + struct.pack("<I", zlib.crc32(good[40:], zlib.crc32(head))) + good[40:],
+                      tokenizer)
 
 
 def test_compress_and_decompress_from_the_command_line(tiny_run, tmp_path, capsys, monkeypatch):
@@ -167,16 +181,23 @@ def test_compress_and_decompress_from_the_command_line(tiny_run, tmp_path, capsy
     assert sizes[0] == 40 + 3 * 4 * 4 * 6 / 8 > sizes[1]    # the default LFQ has a stride of 8
     Path(tmp_path / "cut.lfq").write_bytes(Path(b).read_bytes()[:-1])
     monkeypatch.setitem(sys.modules, "av", None)
-    for words, sentence in ((["decompress", tmp_path / "cut.lfq", c, "--run", tok], "cut.lfq: .*copy it again"),
-                            (["decompress", b, c, "--run", tok], "name the run that coded it with --entropy_coder"),
-                            (["decompress", b, tmp_path / "c.png", "--run", ar], "3 frames do not fit into a PNG"),
-                            (["decompress", b, tmp_path / "c.mp4", "--run", ar], "pip install av"),
-                            (["decompress", b, tmp_path / "c.xyz", "--run", ar], "ending must be"),
-                            (["decompress", b, tmp_path / "no" / "c.gif", "--run", ar], "could not write"),
-                            (["compress", a, b, "--run", tiny_run / "shapes-vae"], "--run .*ids"),
-                            (["compress", a, b, "--run", tok, "--entropy_coder", tok], "--entropy_coder .*must be a run of --generator ar"),
-                            (["compress", tok, b, "--run", tok], "no such file"),
-                            (["compress", Path(tok) / "log.csv", b, "--run", tok], "not a readable image")):
+    for words, sentence in ((["decompress", tmp_path / "cut.lfq", c, "--run", tok],
+                             "cut.lfq: .*copy it again"), (["decompress", b, c, "--run", tok],
+                                                           "name the run that coded it with --entropy_coder"),
+                            (["decompress", b, tmp_path / "c.png", "--run",
+                              ar], "3 frames do not fit into a PNG"),
+                            (["decompress", b, tmp_path / "c.mp4", "--run",
+                              ar], "pip install av"), (["decompress", b, tmp_path / "c.xyz", "--run",
+                                                        ar], "ending must be"),
+                            (["decompress", b, tmp_path / "no" / "c.gif", "--run",
+                              ar], "could not write"), (["compress", a, b, "--run",
+                                                         tiny_run / "shapes-vae"], "--run .*ids"),
+                            (["compress", a, b, "--run", tok, "--entropy_coder",
+                              tok], "--entropy_coder .*must be a run of --generator ar"),
+                            (["compress", tok, b, "--run",
+                              tok], "no such file"), (["compress",
+                                                       Path(tok) / "log.csv", b, "--run",
+                                                       tok], "not a readable image")):
         with pytest.raises(data.BadInput, match=sentence):
             compress.main([str(w) for w in words])
 
@@ -192,9 +213,9 @@ def crafted(tokenizer, model, coder, frames, height, width, ids, payload):
 @pytest.mark.parametrize("coder, size, ids, sentence", [
     (1, (65535, 65535, 65535), (65535, 65535, 65535), "at most 134217728 in all"),          # 843 TB of pixels
     (0, (65535, 65535, 65535), (65535, 65535, 65535), "at most 134217728 in all"),
-    (1, (1, 8192, 8192), (1, 4096, 4096), "contradicts itself or its length"),              # 16M ids in 8 bytes
+    (1, (1, 8192, 8192), (1, 4096, 4096), "contradicts itself or its length"),            # 16M ids in 8 bytes
     (0, (1, 8192, 8192), (1, 4096, 4096), "contradicts itself or its length"),
-    (1, (1, 8192, 8192), (1, 2, 2), "contradicts itself"),                                  # fits, but is not the layout
+    (1, (1, 8192, 8192), (1, 2, 2), "contradicts itself"),                       # fits, but is not the layout
     (1, (0, 8, 8), (0, 4, 4), "contradicts itself"),
     (2, (1, 8, 8), (1, 4, 4), "contradicts itself or its length"),
 ])

@@ -22,22 +22,25 @@ def test_probe_is_perfect_on_separable_features_and_at_chance_on_noise():
     noise = torch.randn(1200, 6)
     assert abs(probe.probe_accuracy(noise[:800], y[:800], noise[800:], y[800:]) - 0.25) < 0.08
     weight, bias = probe.fit_linear(x[:800, :3], y[:800], 0.1, 4)
-    p = (x[:800, :3] @ weight + bias).softmax(-1) - F.one_hot(y[:800], 4)                   # at the optimum the gradient is 0
+    p = (x[:800, :3] @ weight + bias).softmax(-1) - F.one_hot(y[:800], 4)   # at the optimum the gradient is 0
     assert (x[:800, :3].T @ p / 800 + 0.1 * weight).abs().max() < 1e-3 and p.mean(0).abs().max() < 1e-3
 
 
 def test_probe_reads_every_layer_by_hooks_and_takes_them_away():
     size = dict(n_layer=3, n_head=2, n_embd=32)
-    model = ar_transformer.ARTransformer(gmm_head.GMMHead(32, 4, 2), 12, 5, token_dim=4, grid=(3, 4), **size).eval()
+    model = ar_transformer.ARTransformer(gmm_head.GMMHead(32, 4, 2), 12, 5, token_dim=4, grid=(3, 4),
+                                         **size).eval()
     x, cond = torch.randn(2, 12, 4), torch.tensor([5, 5])
     pooled = probe.layer_features(model, x, cond)
-    assert [f.shape for f in pooled] == [(2, 32)] * 4 and not any(block._forward_hooks for block in model.blocks)
+    assert [f.shape for f in pooled] == [(2, 32)] * 4 and not any(block._forward_hooks
+                                                                  for block in model.blocks)
     h = torch.cat([model.prefix(cond), model.embed(x[:, :-1])], 1)
     for block, f in zip([None, *model.blocks], pooled):     # the forward pass again, by hand
         h = h if block is None else block(h, model.rope[:12])
         assert torch.allclose(h.mean(1), f, atol=1e-6)
     adapted = flow_adapter.Adapted(flow_adapter.FlowAdapter(4, (3, 4), 2), model).eval()
-    for a, b in zip(probe.layer_features(adapted, x, cond), probe.layer_features(model, adapted.adapter(x), cond)):
+    for a, b in zip(probe.layer_features(adapted, x, cond),
+                    probe.layer_features(model, adapted.adapter(x), cond)):
         assert torch.equal(a, b)
 
     class Masked(nn.Module):                                # the shape of a bidirectional model
@@ -63,8 +66,10 @@ def test_probe_adds_to_the_metrics(tiny_run, capsys):
     probe.main([str(folder), "--device", "cpu"])
     out, metrics = capsys.readouterr().out, json.loads((folder / "metrics.json").read_text())
     assert metrics.pop("kept") == 1
-    assert list(metrics) == ["probe_pixels", "probe_latents", "probe_latents_averaged"] + [f"probe_layer_{k}" for k in range(5)]
-    assert all(5 < v <= 100 for v in metrics.values()) and "linear probe, layer 4" in out and "samples" not in out
+    assert list(metrics) == ["probe_pixels", "probe_latents", "probe_latents_averaged"
+                             ] + [f"probe_layer_{k}" for k in range(5)]
+    assert all(5 < v <= 100
+               for v in metrics.values()) and "linear probe, layer 4" in out and "samples" not in out
     assert Image.open(folder / "probe.png").width > 400
     (folder / "probe.png").unlink(), (folder / "metrics.json").unlink()
     if before:

@@ -37,7 +37,8 @@ def test_vae_tokens_have_unit_variance_and_decode_inverts_the_scale():
         assert tokens.shape == (200, 16, 8) and tokens.dtype == torch.float32
         assert torch.allclose(tokens.flatten(0, 1).std(0), torch.ones(8), atol=0.1)
         assert torch.allclose(tokens.flatten(0, 1).mean(0), torch.zeros(8), atol=0.1)
-        assert torch.allclose(model.decode(model.normalise(mean)), model.decode_raw(mean).clamp(-1, 1), atol=1e-5)
+        assert torch.allclose(model.decode(model.normalise(mean)),
+                              model.decode_raw(mean).clamp(-1, 1), atol=1e-5)
 
 
 def test_vae_loss_is_squared_error_plus_beta_kl_and_the_others_lack_a_term():
@@ -58,12 +59,14 @@ def test_vae_sees_grey_images_and_label_maps():
     model = vae.VAE(channels=1)
     assert model.encoder[0].weight.shape[1] == model.decoder[-1].weight.shape[0] == 1
     colour = grey + torch.tensor([0.3, -0.1, -0.2])[:, None, None]
-    assert torch.allclose(model.posterior(colour)[0], model.posterior(grey)[0], atol=1e-4), "only the average is seen"
+    assert torch.allclose(model.posterior(colour)[0],
+                          model.posterior(grey)[0], atol=1e-4), "only the average is seen"
     for recon in (model.decode(model.encode(grey)), model.reconstruct(grey)[0]):
         assert recon.shape == grey.shape and torch.equal(recon[:, 0], recon[:, 2])
     torch.manual_seed(1)
     loss, logs = model(grey)
-    assert torch.allclose(loss, logs["mse"] + model.beta * logs["kl"] * 16 / 1024), "a grey pixel is one number, not three"
+    assert torch.allclose(loss, logs["mse"] +
+                          model.beta * logs["kl"] * 16 / 1024), "a grey pixel is one number, not three"
     maps = F.one_hot(data.draw(torch.arange(4))[2].long(), 11).permute(0, 3, 1, 2).float() * 2 - 1
     model = vae.VAE(channels=11)
     assert model.decode(model.encode(maps)).shape == maps.shape == (4, 11, 32, 32)
@@ -78,7 +81,7 @@ def logistic_vae(channels=3, **options):
 
 
 def test_vae_logistic_likelihood_equals_a_slow_loop_and_sums_to_one():
-    def slow(v, m, s):                                      # float64; 1 - sigmoid(t) = sigmoid(-t) keeps the upper tail
+    def slow(v, m, s):                            # float64; 1 - sigmoid(t) = sigmoid(-t) keeps the upper tail
         sigmoid = lambda t: 1 / (1 + math.exp(-t)) if t > -700 else 0.0
         a, b = (v / 127.5 - 1 + 1 / 255 - m) / s, (v / 127.5 - 1 - 1 / 255 - m) / s
         if v in (0, 255):
@@ -106,7 +109,8 @@ def test_vae_logistic_likelihood_equals_a_slow_loop_and_sums_to_one():
         for c in range(3):
             nn.init.constant_(model.log_scale, three.log_scale[c].item())
             parts.append(model.log_likelihood(x[:, c:c + 1], x[:, c:c + 1] / 2))
-        assert torch.allclose(three.log_likelihood(x, x / 2), sum(parts), rtol=1e-4), "each channel has its own scale"
+        assert torch.allclose(three.log_likelihood(x, x / 2), sum(parts),
+                              rtol=1e-4), "each channel has its own scale"
 
 
 @pytest.mark.parametrize("channels", [1, 3])
