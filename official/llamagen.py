@@ -174,7 +174,7 @@ def one_head_each(wqkv, n_head, n_kv_head=None):
     found, rest = divmod(rows - C, 2 * d)                   # heads of keys that the shape has room for
     if rest or found < 1 or n_head % found or n_kv_head not in (None, found):
         raise ValueError(f"n_head {n_head}, n_kv_head {n_kv_head or 'not given'} do not fit wqkv of "
-                         f"{rows} x {C}: a head has {d} rows, so {(rows - C) / 2 / d:g} heads are left for keys")
+                         f"{rows} x {C}: a head has {d} rows, so {(rows - C) / 2 / d:g} heads are for keys")
     if found == n_head:
         return wqkv
     q, k, v = wqkv.split([C, found * d, found * d])

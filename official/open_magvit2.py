@@ -26,7 +26,7 @@ def load_tokenizer(x, image_size=None, frames=None):
     """Open-MAGVIT2's image or video tokenizer, a path or a state dict -> LFQ in eval mode.
 
     The sizes are read off the shapes, except image_size in pixels (a multiple of the stride; None: 256, or
-    128 for video) and the frames of a clip (None: 17). Averaged (EMA) weights are taken where the file has them.
+    128 for video) and the frames of a clip (None: 17). Averaged (EMA) weights are taken where there are any.
     The video weights were trained with normalisation over whole clips, so the first frame's ids depend on the
     other frames here.
     """
@@ -45,7 +45,8 @@ def load_tokenizer(x, image_size=None, frames=None):
     video = sd["encoder.conv_in.weight"].ndim == 5
     model = LFQ(image_size or (128 if video else 256), frames or (17 if video else 1),
                 bits=len(sd["encoder.conv_out.weight"]), ch=ch,
-                ch_mult=tuple(len(sd[k]) // ch for k in widths), n_res=n_res, time=tuple(len(sd[k]) // sd[k].shape[1] // 4 for k in ups), groups=32,
+                ch_mult=tuple(len(sd[k]) // ch for k in widths), n_res=n_res,
+                time=tuple(len(sd[k]) // sd[k].shape[1] // 4 for k in ups), groups=32,
                 per_frame=not video, channels=channels)
     names = {}                                              # theirs: ours
     for key in model.state_dict():

@@ -1,14 +1,19 @@
 """What tests of several rooms share."""
 import csv
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import ar_transformer
+import gmm_head
+from official import llamagen as official_llamagen
+from official import open_magvit2 as open_magvit2_weights
 from official import titok as official_titok
 from official.mar import load_mar
 
@@ -98,18 +103,76 @@ def titok_golden(name, **options):
 
 
 def llamagen(name, **options):
-    """The arrays of golden/llamagen/<name>.npz and the model with the weights in them."""
+    """The model with the weights in golden/llamagen/<name>.npz, the arrays there, the weights."""
     g = golden(f"llamagen/{name}")
     sd = {k[2:]: v for k, v in g.items() if k.startswith("w/")}
-    return ar_transformer.ARTransformer.from_official(sd, n_head=4, grid=(4, 4), **options), g, sd
-
-
+    return official_llamagen.load_gpt(sd, n_head=4, grid=(4, 4), **options), g, sd
 
 
 def open_magvit2():
     g = golden("tokenizers/open_magvit2_gpt_tiny")
     sd = {k[3:]: v for k, v in g.items() if k.startswith("sd.")}
-    return ar_transformer.ARTransformer.from_official(sd, n_head=4, grid=(4, 4)), g, sd
+    return open_magvit2_weights.load_gpt(sd, n_head=4, grid=(4, 4)), g, sd
+
+
+def small_ar(continuous=True, **options):
+    size = dict(n_layer=2, n_head=2, n_embd=32, grid=(3, 4)) | options
+    if continuous:
+        return ar_transformer.ARTransformer(gmm_head.GMMHead(32, 3, 4), 12, 5, token_dim=3, **size)
+    return ar_transformer.ARTransformer(ar_transformer.CategoricalHead(32, 11), 12, 5, vocab_size=11, **size)
+
+
+WAYS = {"cached": dict(), "uncached": dict(use_cache=False), "one graph": dict(compile="aot_eager")}    # to decode
+
+
+def opinions(head):
+    """A head that starts at zero, with something to say."""
+    for name, p in head.named_parameters():
+        if "proj" in name:
+            torch.nn.init.normal_(p, std=0.5)
+    return head
+
+
+def starts_at_ln_v_and_trains_every_weight(model, tolerance):
+    """A generator of sub-tokens at its start, after two steps, and drawing."""
+    V = model.vocab_size
+    x = torch.randint(V, (8, 12))
+    cond = torch.arange(8) % 5
+    step = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss, _ = model.eval()(x, cond)
+    assert abs(loss - math.log(V)) < tolerance
+    for _ in range(2):                                      # a head at zero lets nothing through in the first step
+        step.zero_grad()
+        model.train()(x, cond)[0].backward()
+        step.step()
+    dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not dead, dead
+    drawn = model.eval().sample(cond, cfg=2.0)
+    assert drawn.shape == x.shape and drawn.min() >= 0 and drawn.max() < V
+    assert (drawn >= V // 2).any() and (drawn < V // 2).any()
+    known = torch.arange(12) < 6
+    drawn = model.sample(cond, known=x, known_mask=known.expand(8, -1))
+    assert torch.equal(drawn[:, known], x[:, known]) and not torch.equal(drawn, x)
+
+
+def cached_or_not_and_beam(model):
+    """Both ways to sample give equal tokens, no sub-token leaks, and the beam's score is log p."""
+    cond = torch.arange(5)
+    drawn = []
+    opinions(model.head)
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        drawn.append(model.sample(cond, cfg=2.0, top_k=2, use_cache=use_cache))
+    assert torch.equal(*drawn) and drawn[0].unique().numel() > 3
+    with torch.no_grad():
+        h, x = model.hidden(drawn[0], cond), drawn[0].clone()
+        x[:, 5] = (x[:, 5] + 1) % model.vocab_size
+        changed = (model.hidden(x, cond) - h).abs().amax((0, 2)) > 1e-6
+        assert not changed[:6].any() and changed[6], "the lowest sub-token is read, and not before its turn"
+        tokens, log_p = model.beam_search(cond)
+        assert torch.allclose(log_p, -model.head.loss(model.hidden(tokens, cond), tokens).sum(1), atol=1e-3)
+    with pytest.raises(ValueError, match="in one softmax"):
+        official_llamagen.to_llama(model)
 
 
 def official_mar():
