@@ -1,25 +1,23 @@
 """Tests of lfq."""
 import math
-import zlib
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import distributions as D
 
+import ar_transformer
 import data
 import lfq
-from tests.helpers import close, golden, magvit_shapes, tokens_of
-
-
-def magvit_weights(ch_mult, video):
-    """The weights behind golden/tokenizers/*_tokenizer_tiny.npz, by the recipe in the README there."""
-    sd = {}
-    for part, name, shape in magvit_shapes(32, ch_mult, 1, 6, video):
-        w = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32) * np.float32(0.05)
-        sd[f"{part}.{name}"] = torch.from_numpy(w + (w.ndim == 1 and name.endswith("weight")))
-    return sd
+import mar
+import maskgit
+import sample
+import train
+from common.drawing import draw_samples
+from common.runs import load_run
+from tests.helpers import (IDS, RARELY, TINY, cached_or_not_and_beam, close, golden, log_of, opinions,
+                           starts_at_ln_v_and_trains_every_weight)
 
 
 def k_way(z, tau):
@@ -154,49 +152,6 @@ def test_lfq_causal_convolution_and_depth_to_space_are_the_authors():
         slow = [norm(fast[:, :, t:t + 1], g["agn_z"][:, :, f:f + 1]) for t, f in enumerate((0, 1, 1, 1, 1, 2, 2, 2, 2))]
         norm.time = 4
         close(norm(fast, g["agn_z"]), torch.cat(slow, dim=2), 1e-5)
-
-
-@pytest.mark.parametrize("kind", ["image", "video"])
-def test_lfq_loads_official_weights_and_gets_the_authors_numbers(kind):
-    video, g = kind == "video", golden(f"tokenizers/{kind}_tokenizer_tiny")
-    sd = magvit_weights((1, 2, 2) if video else (1, 1, 2), video)
-    ema = {"model_ema." + k.replace(".", ""): v for k, v in sd.items()} | {"model_ema.decay": torch.ones(())}
-    ema |= {"loss.discriminator.main.0.weight": torch.ones(1), "quantize.mask": torch.ones(6)}
-    stale = {k: v + 1 for k, v in sd.items()}
-    model = lfq.LFQ.from_official({"state_dict": stale | ema}, image_size=16, frames=9 if video else None)
-    assert model.grid == ((5, 4, 4) if video else (4, 4)) and model.vocab_size == 64 and not model.training
-    z, q = tokens_of(g["z"].flatten(2)[..., None]), tokens_of(g["q"].flatten(2)[..., None])
-    with torch.no_grad():
-        close(model.latents(g[kind]), z), close(model.decode_raw(q), g["recon"])
-    ids = model.encode(g[kind])
-    assert torch.equal(lfq.codes(ids, 6), q)
-    close(model.decode(ids), g["recon"].clamp(-1, 1))
-    plain = lfq.LFQ.from_official(sd, image_size=16)
-    assert torch.equal(plain.encode(g[kind]), ids), "without averaged weights: the plain ones"
-    if video:
-        frame = g["video"][:, :, 0]
-        with torch.no_grad():
-            close(model.latents(frame), tokens_of(g["z_image"].flatten(2)[..., None]))
-        close(model.decode(model.encode(frame)), g["recon_image"][:, :, 0].clamp(-1, 1))
-        for module in model.modules():
-            if isinstance(module, lfq.FrameNorm):
-                module.per_frame = True
-        with torch.no_grad():
-            close(model.latents(g["video"]), tokens_of(g["z_perframe_gn"].flatten(2)[..., None]))
-
-
-def test_lfq_from_official_names_the_key_that_does_not_fit(tmp_path):
-    sd = magvit_weights((1, 1, 2), video=False)
-    torch.save({"state_dict": sd}, tmp_path / "imagenet.ckpt")
-    assert lfq.LFQ.from_official(tmp_path / "imagenet.ckpt").seq_len == 64 * 64
-    with pytest.raises(ValueError, match="decoder.extra.weight"):
-        lfq.LFQ.from_official(sd | {"decoder.extra.weight": torch.zeros(1)})
-    for key in ("decoder.adaptive.1.gamma.bias", "encoder.conv_in.weight", "decoder.up.2.upsample.conv1.weight"):
-        with pytest.raises(ValueError, match=key):
-            lfq.LFQ.from_official({k: v for k, v in sd.items() if k != key})
-    ema = {"model_ema." + k.replace(".", ""): v for k, v in sd.items() if k != "encoder.conv_out.bias"}
-    with pytest.raises(ValueError, match="model_ema.encoderconv_outbias"):
-        lfq.LFQ.from_official(sd | ema)
 
 
 def test_lfq_of_the_papers_has_its_parameter_count():
@@ -350,3 +305,96 @@ def test_lfq_learns_and_uses_its_words():
         usage[weight] = (model.quantizer.count(model.eval().encode(images)) > 0).float().mean().item()
     assert losses[19] < 0.5 * losses[0], f"squared error {losses[0]:.3f} to {losses[19]:.3f}"
     assert usage[0.02] > 1.5 * usage[0.0] and usage[0.02] > 0.5, usage
+
+
+def with_sub_tokens(kind, n_sub=2):
+    """A small generator whose 16 or 27 ids are 2 or 3 sub-tokens."""
+    module, name = {"ar": (ar_transformer, "ARTransformer"), "maskgit": (maskgit, "MaskGIT"), "mar": (mar, "MAR"),
+                    "causal": (mar, "CausalMAR")}[kind]
+    V = {2: 16, 3: 27}[n_sub]
+    size = dict(n_layer=2, n_head=2, n_embd=32, label_drop=0)
+    return getattr(module, name)(lfq.FactorizedHead(32, V, n_sub), 12, 5, vocab_size=V, grid=(3, 4), **size)
+
+
+@pytest.mark.parametrize("n_sub, V, base", [(1, 9, 9), (2, 16, 4), (3, 27, 3)])
+def test_sub_tokens_are_a_product_of_softmaxes(n_sub, V, base):
+    head, h, null = opinions(lfq.FactorizedHead(6, V, n_sub)), torch.randn(6), torch.randn(6)
+    sub_tokens = lambda i: [i // base ** g % base for g in range(n_sub)]                       # the lowest first
+    rows = head.proj.weight.detach().view(n_sub, base, 6)
+    factors = [D.Categorical(logits=row @ h) for row in rows]
+    slow = torch.stack([sum(f.log_prob(torch.tensor(d)) for f, d in zip(factors, sub_tokens(i))) for i in range(V)])
+    ours = -head.loss(h.expand(V, -1), torch.arange(V)).detach()
+    assert torch.allclose(ours, slow, atol=1e-5) and abs(ours.logsumexp(0)) < 1e-5
+    assert torch.allclose(head.logits(h).log_softmax(-1), slow, atol=1e-5)
+    embedded = [sum(rows[g, d] for g, d in enumerate(sub_tokens(i))) for i in range(V)]
+    assert torch.allclose(head.embed(torch.arange(V)), torch.stack(embedded))
+    assert head.argmax(h) == slow.argmax()
+    smoothed = head.loss(h.expand(V, -1), torch.arange(V), smoothing=0.1)
+    assert torch.allclose(smoothed, -0.9 * slow - 0.1 * slow.mean(), atol=1e-5), "spread over all V ids"
+    guided = []
+    many = h.expand(2, 9000, 6)                             # each sub-token is guided, tempered and cut by itself
+    for row in rows:
+        logits = (row @ null + 1.5 * (row @ h - row @ null)) / 0.8
+        guided.append(logits.masked_fill(logits < logits.topk(2).values[-1], -math.inf).log_softmax(-1))
+    wanted = torch.stack([sum(f[d] for f, d in zip(guided, sub_tokens(i))) for i in range(V)])
+    ids, log_p = head.sample(many, null.expand_as(many), cfg=1.5, temperature=0.8, top_k=2)
+    assert ids.shape == log_p.shape == (2, 9000) and torch.allclose(log_p, wanted[ids], atol=1e-4)
+    assert torch.allclose(ids.flatten().bincount(minlength=V) / 18_000, wanted.exp(), atol=0.02)
+    if n_sub > 1:
+        with pytest.raises(ValueError, match=f"such as {V}, not {V + 1}"):
+            lfq.FactorizedHead(6, V + 1, n_sub)
+
+
+@pytest.mark.parametrize("kind, n_sub", [("ar", 2), ("ar", 3), ("maskgit", 2), ("mar", 2), ("causal", 2)])
+def test_generators_of_sub_tokens_start_at_ln_v_and_train_every_weight(kind, n_sub):
+    starts_at_ln_v_and_trains_every_weight(with_sub_tokens(kind, n_sub), 0.1)
+
+
+def test_sub_tokens_cached_or_not_and_their_beam():
+    cached_or_not_and_beam(with_sub_tokens("ar", 3).eval())
+
+
+def test_maskgit_of_sub_tokens_counts_all_of_them():
+    """The smoothed loss over all V ids, and an accuracy that wants every sub-token, written out over the whole vocabulary."""
+    model, cond = with_sub_tokens("maskgit"), torch.zeros(3, dtype=torch.long)
+    opinions(model.head)
+    x = torch.randint(16, (3, 12))
+    torch.manual_seed(5)
+    loss, logs = model(x, cond)
+    torch.manual_seed(5)
+    mask = model.training_mask(3, "cpu")
+    log_p = model.logits(x, cond, mask).log_softmax(-1)                                     # (3, 12, 16)
+    nll = -log_p.gather(-1, x[..., None])[..., 0]
+    each = (1 - model.smoothing) * nll - model.smoothing * log_p.mean(-1)
+    assert torch.allclose(loss, torch.stack([each[b][mask[b]].mean() for b in range(3)]).mean(), atol=1e-5)
+    assert torch.allclose(logs["nll"], nll[mask].mean(), atol=1e-5)
+    assert torch.allclose(logs["accuracy"], (log_p.argmax(-1) == x)[mask].float().mean())
+    other = torch.where(mask, 15 - x, x)
+    assert torch.equal(model.hidden_states(x, cond, mask), model.hidden_states(other, cond, mask)), "a masked id leaks"
+
+
+@pytest.mark.parametrize("words, shape", [(["--groups", "2"], (16, 128)),
+                                          (["--groups", "3", "--generator", "maskgit"], (12, 128))])
+def test_sub_tokens_are_trained_and_drawn_by_the_programs(words, shape, tiny_run, capsys):
+    name = "sub-tokens" + "".join(words).replace("--", "-")
+    train.main([*TINY, *RARELY, "--runs", str(tiny_run), *IDS, "--tokenizer", "lfq", "--vocab_size", "64", "--name", name,
+                *words])
+    run = load_run(tiny_run / name)
+    assert run.generator.head.proj.weight.shape == shape
+    images = draw_samples(run, torch.arange(4))
+    assert images.shape == (4, 3, 16, 16) and torch.isfinite(images).all()
+    assert 0 < log_of(tiny_run, name)[24] < 1.1 * math.log(64)
+    sample.main([str(tiny_run / name), "--n", "3", "--top_k", "2", "--out", str(tiny_run / "x.png")])
+    with pytest.raises(SystemExit, match="does not fit"):
+        train.main([*TINY, *RARELY, "--runs", str(tiny_run), *IDS, "--tokenizer", "lfq", "--name", name, "--groups", "6"])
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--tokenizer", "vae", "--groups", "2"], "goes with --head categorical"),
+    (["--tokenizer", "lfq", "--groups", "0"], "at least 1"),
+    (["--tokenizer", "vq", "--vocab_size", "1000", "--groups", "2"], "whole number to the power of 2, such as 1024"),
+    (["--tokenizer", "lfq", "--groups", "3"], "--vocab_size 1024 must be")])
+def test_sub_tokens_that_do_not_fit_are_refused_before_anything_is_trained(words, sentence, tmp_path):
+    with pytest.raises(SystemExit, match=sentence):
+        train.main([*words, "--runs", str(tmp_path), "--device", "cpu"])
+    assert not list(tmp_path.iterdir())
