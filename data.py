@@ -222,6 +222,12 @@ class ImageSet:
         self.flip = flip
         self.texts = texts
         self.one_hot = one_hot
+        self.summary = f"{len(labels)} images in {len(self.classes)} classes"          # what describe() tells
+        self.how = ""
+        self.left_out = ""
+        self.unreadable = 0
+        self.oblong = 0
+        self.without_text = []
         # Looked at once, and by kind: a device named without its number equals no tensor's device.
         self.beside_labels = isinstance(images, torch.Tensor) and images.is_cpu == self.labels.is_cpu
 
@@ -298,8 +304,35 @@ def load(data="shapes", image_size=32, split="train", device="cpu", seed=0, flip
     images = found.images.to(device) if isinstance(found.images, torch.Tensor) else found.images
     out = ImageSet(images, torch.tensor(found.labels, device="cpu"), found.classes, device, flip, found.texts)
     out.summary = found.summary
+    out.how = found.how
+    out.left_out = found.left_out
+    out.unreadable = found.unreadable
     out.without_text = found.without_text
+    out.oblong = found.oblong
     return out
+
+
+def describe(train_set, val_set):
+    """Two ImageSets of one --data -> what they hold, in words, for train.py to print before it trains.
+
+    How many images, the classes with their names, how many are held out, and what was left out and why.
+    """
+    how = f" ({train_set.how})" if train_set.how else ""
+    lines = [train_set.summary, f"{len(train_set)} to learn from, {len(val_set)} held out{how}"]
+    if train_set.left_out:
+        lines.append(f"left out: {train_set.left_out}")
+    unreadable = train_set.unreadable + val_set.unreadable
+    if unreadable:
+        lines.append(f"left out by --skip_bad: {unreadable}")
+    oblong = train_set.oblong + val_set.oblong
+    if oblong:
+        lines.append(f"not square: {oblong}, of which the middle square is taken")
+    missing = train_set.without_text + val_set.without_text
+    if train_set.texts is not None and val_set.texts is not None:
+        lines.append("each has a caption")
+    elif len(missing) < len(train_set) + len(val_set) and missing:
+        lines.append(f"without a caption: {len(missing)}, the first is {missing[0]}")
+    return "\n    ".join(lines)
 
 
 def draw_set(image_size, split, device, seed=0, n=None, flip=False, task="class", frames=1):

@@ -50,7 +50,15 @@ def default_of(run):
     """The keywords with which this run draws when none are given: cfg, temperature, for some more."""
     if kind_of(run) == "captions" and run.args.head == "categorical":
         return DEFAULTS["captions"]
-    return DEFAULTS[f"{run.args.generator}-{run.args.head}"]
+    default = DEFAULTS[f"{run.args.generator}-{run.args.head}"]
+    if unguided(run):
+        return default | dict(cfg=1.0)
+    return default
+
+
+def unguided(run):
+    """Was this run trained on one class, without label dropping? Then there is nothing to guide away from."""
+    return kind_of(run) != "captions" and len(run.classes) == 1 and not getattr(run.args, "label_drop", None)
 
 
 # ---- Tokens and images ---------------------------------------------------------------------------
@@ -65,6 +73,9 @@ def draw_tokens(run, cond, cfg=None, temperature=None, on_step=None, beam=1, fan
     default = dict(default_of(run))
     default_cfg = default.pop("cfg")
     default_temperature = default.pop("temperature")
+    if cfg not in (None, 1) and unguided(run):
+        raise BadInput(f"--cfg {cfg}: {run.folder} was trained on one class and without label dropping, so there is "
+                       "nothing to guide away from; leave it out, or train with --label_drop 0.1")
     temperature = default_temperature if temperature is None else temperature
     tricks = default | tricks
     cond = cond.to(run.device)

@@ -155,7 +155,9 @@ def upright_rgb(image):
         return turn(ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB"), orientation(image))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         return turn(over_white(image), orientation(image))
-    return turn(image.convert("RGB"), orientation(image))
+    if image.mode != "RGB":
+        image = image.convert("RGB")                        # of RGB it would be a copy: half a gigabyte at worst
+    return turn(image, orientation(image))
 
 
 def over_white(image):
@@ -374,6 +376,9 @@ def list_path(path):
     try:
         if zipfile.is_zipfile(path):
             return list_zip(path)
+        with open(path, "rb") as f:
+            if f.read(4) == b"PK\3\4":                       # its table of contents stands at the end
+                raise BadInput(f"--data {printable(path)}: the archive is damaged (its end is missing)")
         return list_tar(path)
     except BadInput:
         raise
@@ -711,7 +716,7 @@ def arrange(found, kind="image", names=None):
     if not used:
         if len(names) <= len(classes):
             many = f"{len(names)} {kind}{'s' * (len(names) > 1)} in {len(classes)} class{'es' * (len(classes) > 1)}"
-            raise BadInput(f"--data {path}: {many} are too few to hold out one for validation: put them into one folder, or "
+            raise BadInput(f"--data {path}: too few to hold out one for validation ({many}): put them into one folder, or "
                            "add some")
         held, how = hold_out([label for _, label in train])
         val = [row for row, out in zip(train, held) if out]
@@ -987,27 +992,20 @@ def read_files(path, image_size, split, frames=1, frame_step=None, skip_bad=Fals
     refuse_bad(decoded["bad"], files, skip_bad, kind)
     if {labels[i] for i in good} != set(labels):
         raise BadInput(f"--data {shown}: without its unreadable {'and short ' * (kind == 'clip')}{kind}s a class is empty")
-    notes = [f"left out: {told(found.left_out)}"] if found.left_out else []
-    if decoded.get("oblong"):
-        notes.append(f"{decoded['oblong']} are not square: of those, the middle square is taken")
-    if missing and len(missing) < len(names):
-        notes.append(f"{len(names) - len(missing)} of {len(names)} have a caption, {printable(missing[0])} has none")
-    elif texts is not None:
-        notes.append("each has a caption")
     return SimpleNamespace(images=images, labels=[labels[i] for i in good], classes=[printable(c) for c in sets.classes],
-                           texts=[texts[i] for i in good] if texts else None, without_text=[printable(n) for n in missing],
-                           summary=summary(shown, sets.train, sets.val, sets.how, kind, notes))
+                           texts=[texts[i] for i in good] if texts else None,
+                           without_text=[printable(name) for name in missing],
+                           summary=summary(shown, sets.train + sets.val, kind), how=sets.how,
+                           left_out=told(found.left_out), unreadable=len(decoded["bad"]), oblong=decoded.get("oblong", 0))
 
 
-def summary(path, train, val, how, kind, notes):
-    """What train.py prints before it trains: rows are (name, class)."""
-    counts = Counter(label for _, label in [*train, *val])
+def summary(path, rows, kind):
+    """What a path holds, in words. rows: (name, class) of both splits together."""
+    counts = Counter(label for _, label in rows)
     names = [f"{printable(name)} ({n})" for name, n in sorted(counts.items())]
     which = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     classes = f"1 class: {which}" if len(names) == 1 else f"{len(names)} classes: {which}"
-    lines = [f"{path}: {len(train) + len(val)} {kind}{'s' if kind == 'clip' else 's'} in {classes}",
-             f"{len(train)} to learn from, {len(val)} held out ({how})", *notes]
-    return "\n    ".join(lines)
+    return f"{path}: {len(rows)} {kind}s in {classes}"
 
 
 # ---- Arrays --------------------------------------------------------------------------------------
@@ -1129,7 +1127,7 @@ def read_array(path, image_size, split, skip_bad, fits, cache):
                            "not); mend it, or leave such images out with --skip_bad")
         print(f"--skip_bad: left out {len(unlabelled)} images without a label, the first is number {unlabelled[0]}")
     name_of = dict(zip(values.tolist(), classes))
-    table = [[(i, name_of[label]) for i, label in zip(r.tolist(), l[r].tolist())] for r, l in ((rows, labels), (val_rows, val_labels))]
+    table = [(None, name_of[label]) for label in [*labels[rows].tolist(), *val_labels[val_rows].tolist()]]
     chosen, source, kept = (rows, images, labels) if split == "train" else (val_rows, val_images, val_labels)
     if len(chosen) * 3 * image_size ** 2 > fits:
         raise BadInput(f"{shown}: {len(chosen)} images at {image_size} pixels do not fit into memory: give less of --image_size")
@@ -1138,6 +1136,6 @@ def read_array(path, image_size, split, skip_bad, fits, cache):
     decoded = cached(cache, path, (stamp.st_size, stamp.st_mtime_ns, key, chosen.tolist()), (split, image_size),
                      lambda: decode_images(files, image_size))
     refuse_bad(decoded["bad"], files, False, "image")
-    notes = [f"{decoded['oblong']} are not square: of those, the middle square is taken"] if decoded["oblong"] else []
     return SimpleNamespace(images=decoded["images"], labels=np.searchsorted(values, kept[chosen]).tolist(), classes=classes,
-                           texts=None, without_text=[], summary=summary(printable(path), *table, how, "image", notes))
+                           texts=None, without_text=[], summary=summary(printable(path), table, "image"), how=how,
+                           left_out="", unreadable=len(unlabelled) if split == "train" else 0, oblong=decoded["oblong"])

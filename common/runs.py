@@ -62,7 +62,7 @@ DEFAULTS = {
                 skip_bad=False, condition="class", text_encoder="bytes", text_len=None, tok_options={}, options={},
                 token_dim=None, vocab_size=None, tokens=None, codebook=None, perceptual=0.0, gan=0.0,
                 adapter="none", n_mix=8, objective="diffusion", groups=1, order="random",
-                attention="bidirectional", label_drop=0.1, dropout=None, weight_decay=0.02, warmup=50,
+                attention="bidirectional", label_drop=None, dropout=None, weight_decay=0.02, warmup=50,
                 grad_clip=1.0, ema=None, optimizer="muon"),
     "cpu": dict(tok_size="small", tok_steps=1000, tok_batch_size=32, tok_lr=4e-3, beta=0.02,
                 size="small", steps=1600, batch_size=64, lr=4e-3),
@@ -85,6 +85,7 @@ DEFAULTS = {
     "cuda-clips": dict(image_size=64, n_shapes=20_000, tok_size="clips-medium", tok_batch_size=32,
                        batch_size=128),
 }
+LABEL_DROP = 0.1                                            # where there is more than one class, or captions
 STAGE1 = ("data", "image_size", "frames", "frame_step", "flip", "n_shapes", "seed", "tokenizer", "tok_size",
           "tok_steps", "tok_batch_size", "tok_lr", "token_dim", "beta", "vocab_size", "codebook", "tokens",
           "perceptual", "gan", "tok_options")
@@ -374,16 +375,20 @@ def open_split(args, split, device=None):
     return data.load(args.data, args.image_size, split, device or args.device, args.seed,
                      flip=bool(args.flip) and split == "train", skip_bad=getattr(args, "skip_bad", False),
                      n_shapes=args.n_shapes if split == "train" else None, frames=args.frames,
-                     frame_step=getattr(args, "frame_step", None))
+                     frame_step=getattr(args, "frame_step", None),
+                     cache=Path(args.runs) / "cache" if getattr(args, "runs", None) else None)
 
 
 def open_data(args):
     """-> training set, validation set. With --condition text every image must have a caption."""
-    sets = open_split(args, "train"), open_split(args, "val")
-    if args.condition == "text" and args.data != "shapes" and any(s.texts is None for s in sets):
-        raise BadInput(f"--condition text: not every image of --data {args.data} has a caption; write NAME.txt beside "
-                       "NAME.jpg")
-    return sets
+    train_set = open_split(args, "train")
+    val_set = open_split(args, "val")
+    missing = train_set.without_text + val_set.without_text
+    if args.condition == "text" and args.data != "shapes" and (missing or train_set.texts is None):
+        first = f", the first is {missing[0]}" if missing else ""
+        raise BadInput(f"--condition text: {len(missing) or 'all'} images of --data {args.data} have no caption{first}; "
+                       "write NAME.txt beside NAME.jpg")
+    return train_set, val_set
 
 
 def fingerprint(image_set):
@@ -466,10 +471,13 @@ def build_generator(args, tokenizer, num_classes):
             for name in ("n_buffer", "mask_min", "mask_std"):
                 options.pop(name, None)
     options |= args.options
+    label_drop = args.label_drop
+    if label_drop is None:                                  # one class: nothing to guide away from
+        label_drop = 0.0 if num_classes == 1 and args.condition == "class" else LABEL_DROP
     try:
         head = build_head(args, tokenizer, options["n_embd"])
         model = model_class(head, tokenizer.seq_len, num_classes, tokenizer.token_dim, tokenizer.vocab_size,
-                            tokenizer.grid, label_drop=args.label_drop, **options)
+                            tokenizer.grid, label_drop=label_drop, **options)
     except ValueError as e:
         raise BadInput(f"--size {args.size}: {e}") from None
     if args.adapter == "flow":
@@ -590,6 +598,7 @@ def load_run(folder, device="cpu"):
     refuse_gone(folder, checkpoint["flags"])
     args = argparse.Namespace(**DEFAULTS["any"] | checkpoint["flags"])
     args.device = device
+    args.runs = str(folder.resolve().parent)                # its folder cache holds the decoded images
     try:
         tokenizer = build_tokenizer(args)
         generator = None

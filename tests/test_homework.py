@@ -112,11 +112,11 @@ def test_homework_from_the_command_line(tmp_path, monkeypatch, capsys):
         typed("handout", "gmm_head", "-o", tmp_path / "hw")
     right, blank = SOURCES["gmm_head"], (tmp_path / "hw" / "gmm_head.py").read_text()
     change = lambda old, new: right.replace(old, new) if right.count(old) == 1 else pytest.fail(old)
-    nucleus = "        pi, order = log_pi.exp().sort(-1, descending=True)\n"
+    nucleus = "    pi, order = log_pi.exp().sort(-1, descending=True)\n"
     subtle = change("drop = pi.cumsum(-1) - pi >= top_p", "drop = pi.cumsum(-1) >= top_p")
-    monster = change(nucleus, "        os._exit(3)\n" + nucleus).replace("import math\n", "import math\nimport os\n")
+    monster = change(nucleus, "    os._exit(3)\n" + nucleus).replace("import math\n", "import math\nimport os\n")
     monster = monster.replace("    ratio = (sc / su) ** 2\n", "    torch.empty(10 << 30)\n    ratio = (sc / su) ** 2\n")
-    monster = monster.replace("        k = GMMHead.choose(log_pi, n)",
+    monster = monster.replace("        k = choose(log_pi, n)",
                               "        while True:\n            print(7)\n        k = 0")
     students = {
         "perfect": (right, 10, ""), "blank": (blank, 0, "not written yet"),
@@ -124,7 +124,7 @@ def test_homework_from_the_command_line(tmp_path, monkeypatch, capsys):
                    "gmm_head.py is no Python: expected ':'"),
         "constant": (change("- sigma.log().sum(-1) - 0.5 * math.log(2 * math.pi) * x.shape[-1]\n        return torch.log",
                             "- sigma.log().sum(-1)\n        return torch.log"), 7, "log p is off by +2.757 on average"),
-        "loop": (change(nucleus, "        while True:\n            pass\n" + nucleus), 8,
+        "loop": (change(nucleus, "    while True:\n        pass\n" + nucleus), 8,
                  "not done after 1 s of processor time"),
         "subtle": (subtle, 8, "The one that reaches top_p belongs to them."),
         "monster": (monster, 3, "ends the Python interpreter (exit code 3)"), "nobody": (None, 0, "there is no ")}

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import data
 import vq
+from official import llamagen
 from tests.helpers import close, tokens_of, vq_golden
 
 
@@ -37,7 +38,7 @@ def test_vq_quantizer_has_the_authors_codes_losses_and_gradients(name):
 
 def test_vq_loads_official_weights_and_gets_the_authors_numbers():
     g, sd = vq_golden("vq")
-    model = vq.VQ.from_official({"model": sd | {"quantize.codebook_used": torch.zeros(65536)}}, image_size=16)
+    model = llamagen.load_vq({"model": sd | {"quantize.codebook_used": torch.zeros(65536)}}, image_size=16)
     assert model.seq_len == 64 and model.grid == (8, 8) and model.vocab_size == 64 and not model.training
     with torch.no_grad():
         close(model.encoder(g["in/x"]), g["out/enc_h"]), close(model.latents(g["in/x"]), tokens_of(g["out/z_pre_quant"]))
@@ -60,15 +61,15 @@ def test_vq_loads_official_weights_and_gets_the_authors_numbers():
         close(weight.grad, g["grad/" + key])
 
 
-def test_vq_from_official_names_the_key_that_does_not_fit(tmp_path):
+def test_load_vq_names_the_key_that_does_not_fit(tmp_path):
     _, sd = vq_golden("vq")
     torch.save({"model": sd}, tmp_path / "vq_ds2.pt")
-    assert vq.VQ.from_official(tmp_path / "vq_ds2.pt").seq_len == 128 * 128
+    assert llamagen.load_vq(tmp_path / "vq_ds2.pt").seq_len == 128 * 128
     with pytest.raises(ValueError, match="decoder.extra.weight"):
-        vq.VQ.from_official(sd | {"decoder.extra.weight": torch.zeros(1)})
+        llamagen.load_vq(sd | {"decoder.extra.weight": torch.zeros(1)})
     for key in ("decoder.conv_blocks.0.attn.1.q.bias", "quant_conv.weight", "encoder.conv_blocks.1.res.0.conv1.weight"):
         with pytest.raises(ValueError, match=key):
-            vq.VQ.from_official({k: v for k, v in sd.items() if k != key})
+            llamagen.load_vq({k: v for k, v in sd.items() if k != key})
 
 
 def test_vq_of_the_papers_has_its_parameter_count():
