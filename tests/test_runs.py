@@ -132,9 +132,27 @@ def test_a_run_goes_on_with_the_same_images_only(tiny_run, tmp_path, capsys):
     state = runs.read_checkpoint(tiny_run / "shapes-vae")
     torch.save(state | {"fingerprint": runs.fingerprint(one)}, folder / "ckpt.pt")
     args = train.parse_args(TINY)
+    args.begun = [folder]
     runs.refuse_other_data(args, folder, copy)
     with pytest.raises(SystemExit, match="these are not the images"):
         runs.refuse_other_data(args, folder, other)
+    args.begun = []                                         # trained anew: the old images do not matter
+    runs.refuse_other_data(args, folder, other)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_overwrite_trains_anew_whatever_was_there(damaged, tiny_run, tmp_path):
+    """A run on other images, or a checkpoint that cannot be read."""
+    for name in ("shapes-vae", "shapes-vae-ar-gmm"):
+        shutil.copytree(tiny_run / name, tmp_path / name)
+        if damaged:
+            (tmp_path / name / "ckpt.pt").write_bytes(b"half a file")
+    args = runs.resolve(train.parse_args([*TINY, "--runs", str(tmp_path), "--seed", "1", "--overwrite"]),
+                        tmp_path / "shapes-vae", tmp_path / "shapes-vae-ar-gmm")
+    assert runs.stages_to_train(args, tmp_path / "shapes-vae", tmp_path / "shapes-vae-ar-gmm") == [1, 2]
+    train_set, _ = runs.open_data(args)
+    for name in ("shapes-vae", "shapes-vae-ar-gmm"):
+        runs.refuse_other_data(args, tmp_path / name, train_set)
 
 
 @pytest.mark.parametrize("flag, value", [("task", "segment"), ("joint", True), ("mix", "full"), ("stage", "proxy")])
