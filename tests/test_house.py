@@ -130,7 +130,7 @@ def test_every_flag_is_explained_and_read(name):
             options = {k.arg: k.value for k in node.keywords}
             assert "help" in options, f"{name} --{flag} has no help"
             dest = options["dest"].value if "dest" in options else flag
-            read = rf"\b\w+\.{dest}\b|[\"']{dest}[\"'][,)\]]"
+            read = rf"\b\w+\.{dest}\b|[\"']{dest}[\"'][,)\]]|\bdict\([^)]*\b{dest}="
             assert any(re.search(read, text) for text in rooms + [source]), f"{name} parses --{flag} and never reads it"
 
 
