@@ -32,7 +32,7 @@ import time
 import torch
 
 from common import files, pictures
-from common.files import BadInput, clips_of, free_bytes, read_clip, read_image         # the names that programs use
+from common.reading import BadInput, clips_of, free_bytes, read_clip, read_image     # names that programs use
 
 SHAPES = ("disc", "triangle", "square", "pentagon", "star", "trefoil", "ring", "cross", "bar", "crescent")
 ACTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "shrinks",
@@ -272,7 +272,7 @@ def load(data="shapes", image_size=32, split="train", device="cpu", seed=0, flip
          n_shapes=None, max_bytes=None, task="class", frames=1, frame_step=None, cache=None):
     """The training or validation set named by --data, as an ImageSet. Its .summary says in words what was found.
 
-    data: "shapes", or the path of your own images; what may lie there: see common/files.py.
+    data: "shapes", or the path of your own images; what may lie there: see common/folders.py.
     max_bytes: a larger set is decoded while training (default: half of the free memory).
     task: "class" gives images; of the drawn world also their maps, in the same order: "segment", one channel for the
     ground and one for each class, or "depth", the signed distance to the outline in half image widths, cut off at -1
@@ -284,7 +284,7 @@ def load(data="shapes", image_size=32, split="train", device="cpu", seed=0, flip
         raise BadInput(f"--image_size {image_size}: at least 1")
     if not str(data):
         raise BadInput("--data: names nothing; give `shapes`, or the path of your images")
-    free = files.free_bytes(device) // 2
+    free = free_bytes(device) // 2
     if 30 * 3 * frames * image_size ** 2 > free:            # to draw or to decode one takes as much
         raise BadInput(f"--image_size {image_size}: to read one picture takes {90 * frames * image_size ** 2 / 2**30:,.0f} GB, "
                        "more than half of the free memory")
@@ -342,7 +342,7 @@ def draw_clip_set(image_size, split, device, seed=0, n=None, flip=False, task="c
 
 def refuse_too_many(n, frames, image_size, device):
     size = n * 3 * frames * image_size ** 2
-    free = files.free_bytes(device)
+    free = free_bytes(device)
     if size > free // 2:
         what = f"clips of {frames} frames" if frames > 1 else "images"
         raise BadInput(f"--n_shapes: {n} {what} at {image_size} pixels take {size / 2**30:,.1f} GB, and {free / 2**30:,.1f} GB "

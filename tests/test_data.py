@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import data
-from common import files, pictures
+from common import pictures, reading
 
 
 def test_drawn_pictures_depend_on_seed_and_index_only():
@@ -120,8 +120,8 @@ def test_the_same_images_from_folder_tar_zip_and_npz(tmp_path):
 def test_images_are_cropped_in_the_middle_and_grey_becomes_rgb(tmp_path):
     wide = np.zeros((8, 16, 3), np.uint8)
     wide[:, 4:12] = 200
-    assert (files.centre_crop(Image.fromarray(wide), 8) == 200).all()
-    assert files.centre_crop(Image.fromarray(wide).resize((200, 90)), 8).shape == (8, 8, 3)
+    assert (reading.centre_crop(Image.fromarray(wide), 8) == 200).all()
+    assert reading.centre_crop(Image.fromarray(wide).resize((200, 90)), 8).shape == (8, 8, 3)
     s = data.load(str(picture_tree(tmp_path / "g", grey=True)), 16)
     assert s.images.shape[1:] == (3, 16, 16) and torch.equal(s.images[:, 0], s.images[:, 2])
     s = data.load(str(tmp_path / "g"), 16, flip=True)
