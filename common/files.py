@@ -175,7 +175,7 @@ def read_files(path, image_size, split, frames=1, frame_step=None, skip_bad=Fals
     images: (N, 3, [F,] H, W) uint8, or StreamedFiles where they take more than `fits` bytes (default: half of the free
     memory). split: "train" or another. cache: a folder to keep what was decoded, for the next time.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     shown = printable(path)
     fits = free_bytes("cpu") // 2 if fits is None else fits
     kind = "image" if frames == 1 else "clip"
@@ -184,7 +184,7 @@ def read_files(path, image_size, split, frames=1, frame_step=None, skip_bad=Fals
             raise BadInput(f"--data {shown}: clips are read from class folders or an archive of them, not from an "
                            f"{path.suffix}")
         return read_array(path, image_size, split, skip_bad, fits, cache)
-    found = list_path(path)
+    found = list_path(path, skip_bad)
     openers = found.pictures
     if kind == "clip":
         openers = dict(clips_of([*found.pictures.items(), *found.films.items()]))
@@ -369,8 +369,8 @@ def read_array(path, image_size, split, skip_bad, fits, cache):
         how = f"`{own[0]}`"
     else:
         if len(rows) <= len(values):
-            raise BadInput(f"{shown}: {len(rows)} images in {len(values)} classes are too few to hold out one for "
-                           "validation")
+            raise BadInput(f"{shown}: it takes more than one image in at least one class, to hold out one for "
+                           f"validation; here are {len(rows)} in all")
         held, how = hold_out(labels[rows].tolist())
         val_images, val_labels = images, labels
         val_rows = rows[held]

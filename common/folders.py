@@ -98,8 +98,8 @@ def limited(size, most=MOST_FILE):
         raise OSError(f"{size / 2**30:,.1f} GB are too large for a picture")
 
 
-def list_path(path):
-    """A folder or an archive -> Listing."""
+def list_path(path, skip_bad=False):
+    """A folder or an archive -> Listing. skip_bad: of a damaged .tar, what comes before the damage."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as e:
@@ -112,7 +112,7 @@ def list_path(path):
     try:
         if zipfile.is_zipfile(path):
             return list_zip(path)
-        return list_tar(path)
+        return list_tar(path, skip_bad)
     except BadInput:
         raise
     except Exception as e:                                  # zlib, lzma, tarfile, zipfile, and what they run into
@@ -224,7 +224,7 @@ class Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"a header in it: {e}") from None
 
 
-def list_tar(path):
+def list_tar(path, skip_bad):
     """A .tar is read where its members lie. A packed one has no such places: its pictures are read through once, and
     kept as they are, packed; other members are not read."""
     with open(path, "rb") as f:
@@ -248,7 +248,17 @@ def list_tar(path):
             with lock:
                 return archive.extractfile(member).read()
         return read
-    for member in archive:
+
+    def members():
+        try:
+            yield from archive
+            while unpack and stream.read(1 << 20):          # the checksum comes last
+                pass
+        except Exception as e:                              # zlib, lzma, tarfile
+            if not skip_bad:
+                raise
+            print(f"--skip_bad: {printable(path)} is damaged ({reason(e)}): only what comes before is used")
+    for member in members():
         name = inside(member.name)
         if not name or hidden(name):
             continue
@@ -262,10 +272,11 @@ def list_tar(path):
         elif not unpack:
             found.add(name, reader(member), (member.size, member.offset, stamp.st_mtime_ns), reader(member))
         else:
-            room = keep_member(found, archive, member, name, room)
-    if unpack:
-        while stream.read(1 << 20):                         # the checksum comes last
-            pass
+            try:
+                room = keep_member(found, archive, member, name, room)
+            except Exception:                               # members() meets the same, and says it
+                if not skip_bad:
+                    raise
     for name, target in links.items():                      # of files, and of folders
         for kind in (found.pictures, found.films, found.texts):
             for old in [n for n in kind if n == target or n.startswith(target + "/")] if target else []:
@@ -284,7 +295,9 @@ def keep_member(found, archive, member, name, room):
     kind = found.sort(name, lambda: begin)
     if kind is None:
         return room
-    limited(member.size)
+    if member.size > MOST_FILE:
+        found.leave_out("larger than a picture can be", name)
+        return room
     room -= member.size
     if room < 0:
         raise BadInput(f"--data {printable(found.path)}: its pictures do not fit into memory: unpack it and name the "
@@ -451,8 +464,8 @@ def arrange(found, kind="image", names=None):
     how = f"those in {printable(used[0])}/" if used else ""
     if not used:
         if len(names) <= len(classes):
-            raise BadInput(f"--data {path}: {len(names)} {kind}s in {len(classes)} classes are too few to hold out one "
-                           "for validation: put them into one folder, or add some")
+            raise BadInput(f"--data {path}: it takes more than one {kind} in at least one class, to hold out one for "
+                           f"validation; here are {len(names)} in all: add some, or put them into one folder")
         held, how = hold_out([label for _, label in train])
         val = [row for row, out in zip(train, held) if out]
         train = [row for row, out in zip(train, held) if not out]

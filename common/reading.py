@@ -36,8 +36,12 @@ class NeedsPackage(BadInput):
 
 
 def printable(name):
-    """A name from a disk -> what can be printed, saved and drawn: names may hold newlines, or bytes that are no UTF-8."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
+    """A name from a disk -> what can be printed, saved and drawn.
+
+    Names may hold newlines, or bytes that are no UTF-8.
+    """
+    name = str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def reason(error):
@@ -57,7 +61,7 @@ def reason(error):
 def free_bytes(device):
     """Free memory in bytes where a set would be held."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info()[0]
     try:
         text = Path("/proc/meminfo").read_text()
         free = int(text.split("MemAvailable:")[1].split()[0]) * 1024
