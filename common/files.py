@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from common.folders import arrange, caption_readers, hold_out, list_path, told
-from common.reading import (BadInput, NeedsPackage, clips_of, free_bytes, printable, read_clip, read_image, reason, square)
+from common.reading import (BadInput, NeedsPackage, clips_of, free_bytes, printable, read_clip, read_image,
+                            reason, square)
 
 
 # ---- Reading many --------------------------------------------------------------------------------
@@ -33,29 +34,33 @@ class StreamedFiles:
 
     def __getitem__(self, index):
         """index (B,) int64 -> (B, 3, H, W) uint8."""
-        return torch.stack(list(self.pool.map(lambda i: read_image(*self.files[i], self.image_size), index.tolist())))
+        def read(i):
+            return read_image(*self.files[i], self.image_size)
+        return torch.stack(list(self.pool.map(read, index.tolist())))
 
 
 def workers():
     """Threads that decode: Pillow lets go of Python's lock while it works."""
-    return min(16, 2 * len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, 2 * cores)
 
 
 def in_threads(function, n, what):
-    """[function(0), ..., function(n - 1)], by several threads. Waiting longer than 2 seconds shows a counter line."""
+    """[function(0), ..., function(n - 1)], by several threads; after 2 seconds with a counter line."""
     results = []
     begin = time.perf_counter()
     shown = begin + 2 if os.environ.get("RANK", "0") == "0" else float("inf")         # when to write next
     live = sys.stderr.isatty()
     end = "\r" if live else "\n"
     with ThreadPoolExecutor(workers()) as pool:
-        for start in range(0, n, 1024):                     # not all at once: a million waiting calls take a gigabyte
+        for start in range(0, n, 1024):  # not all at once: a million waiting calls take a gigabyte
             for result in pool.map(function, range(start, min(start + 1024, n))):
                 results.append(result)
                 now = time.perf_counter()
                 if now > shown:
                     left = (now - begin) / len(results) * (n - len(results))
-                    print(f"{what}: {len(results)} of {n}, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
+                    line = f"{what}: {len(results)} of {n}, {left:.0f} s left "
+                    print(line, end=end, file=sys.stderr, flush=True)
                     shown = now + (0.5 if live else 10)
     if live and time.perf_counter() > begin + 2:
         print(" " * 70, end="\r", file=sys.stderr)
@@ -63,7 +68,7 @@ def in_threads(function, n, what):
 
 
 def decode_images(files, image_size):
-    """Files [(name, opener)] -> images (N, 3, H, W) uint8, bad {position: sentence}, how many were no squares."""
+    """Files [(name, opener)] -> images (N, 3, H, W) uint8, bad {position: sentence}, oblong (a count)."""
     images = torch.zeros(len(files), 3, image_size, image_size, dtype=torch.uint8, device="cpu")
 
     def decode(i):
@@ -79,7 +84,7 @@ def decode_images(files, image_size):
 
 
 def check_images(files, image_size):
-    """What decode_images finds bad, for a set that does not fit into memory -> dict with bad {position: sentence}."""
+    """What decode_images finds bad, for a set too large for memory -> bad {position: sentence}."""
     def check(i):
         try:
             square(*files[i], image_size)
@@ -90,7 +95,7 @@ def check_images(files, image_size):
 
 
 def decode_clips(files, image_size, frames, frame_step, fits):
-    """Files [(name, opener)] -> images (N, 3, F, H, W) uint8, owner (list of N positions in files), bad as above.
+    """Files [(name, opener)] -> images (N, 3, F, H, W) uint8, owner (N positions in files), bad as above.
 
     fits: bytes of memory there are for them. Raises ValueError where they are more.
     """
@@ -106,7 +111,7 @@ def decode_clips(files, image_size, frames, frame_step, fits):
             raise
         except BadInput as e:
             return str(e)
-        taken[0] += len(windows) * size                     # by several threads: nearly right, which is enough
+        taken[0] += len(windows) * size  # by several threads: nearly right, which is enough
         return windows
     outcome = in_threads(decode, len(files), "reading clips")
     if taken[0] > fits:
@@ -118,7 +123,7 @@ def decode_clips(files, image_size, frames, frame_step, fits):
 
 
 def cached(folder, path, key, what, make):
-    """make() -> a dict with `images`, kept in a file in `folder` (None: not kept), as long as `key` stays the same.
+    """make() -> a dict, kept in a file in `folder` (None: not kept) as long as `key` stays the same.
 
     One file for each path and kind of set, so that old ones do not pile up. A damaged one is made anew.
     """
@@ -138,7 +143,7 @@ def cached(folder, path, key, what, make):
     made = make()
     size = made["images"].numel() if "images" in made else 0
     if time.perf_counter() - begin < 0.5 or os.environ.get("RANK", "0") != "0":
-        return made                                         # read again as quickly; or another process keeps it
+        return made  # read again as quickly; or another process keeps it
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +158,9 @@ def cached(folder, path, key, what, make):
 
 
 def checksum(saved):
-    return zlib.crc32(saved["images"].numpy().reshape(-1).data if "images" in saved else repr(saved["bad"]).encode())
+    if "images" in saved:
+        return zlib.crc32(saved["images"].numpy().reshape(-1).data)
+    return zlib.crc32(repr(saved["bad"]).encode())
 
 
 def refuse_bad(bad, files, skip_bad, kind):
@@ -170,10 +177,10 @@ def refuse_bad(bad, files, skip_bad, kind):
 
 
 def read_files(path, image_size, split, frames=1, frame_step=None, skip_bad=False, fits=None, cache=None):
-    """One split of what lies in a path -> images, labels (list of int), classes, texts or None, and a summary in words.
+    """One split of what lies in a path -> images, labels [int], classes, texts or None, summary in words.
 
-    images: (N, 3, [F,] H, W) uint8, or StreamedFiles where they take more than `fits` bytes (default: half of the free
-    memory). split: "train" or another. cache: a folder to keep what was decoded, for the next time.
+    images: (N, 3, [F,] H, W) uint8, or StreamedFiles where they take more than `fits` bytes (default: half of
+    the free memory). split: "train" or another. cache: a folder to keep what was decoded, for the next time.
     """
     path = Path(path)
     shown = printable(path)
@@ -181,8 +188,8 @@ def read_files(path, image_size, split, frames=1, frame_step=None, skip_bad=Fals
     kind = "image" if frames == 1 else "clip"
     if path.suffix.lower() in (".npz", ".npy") and path.is_file():
         if kind == "clip":
-            raise BadInput(f"--data {shown}: clips are read from class folders or an archive of them, not from an "
-                           f"{path.suffix}")
+            raise BadInput(f"--data {shown}: clips are read from class folders or an archive of them, not "
+                           f"from an {path.suffix}")
         return read_array(path, image_size, split, skip_bad, fits, cache)
     found = list_path(path, skip_bad)
     openers = found.pictures
@@ -208,14 +215,14 @@ def read_files(path, image_size, split, frames=1, frame_step=None, skip_bad=Fals
             decoded = cached(cache, path, (names, stamps), (split, image_size, frames, frame_step),
                              lambda: decode_clips(files, image_size, frames, frame_step, fits // 2))
         except ValueError:
-            raise BadInput(f"--data {shown}: more clips of {frames} frames at {image_size} pixels than fit into "
-                           "memory: give less of --frames or --image_size, or fewer files") from None
+            raise BadInput(f"--data {shown}: more clips of {frames} frames at {image_size} pixels than fit "
+                           "into memory: give less of --frames or --image_size, or fewer files") from None
         images = decoded["images"]
         good = decoded["owner"]
     elif size > fits:
         if not path.is_dir():
-            raise BadInput(f"--data {shown}: {len(files)} images at {image_size} pixels do not fit into memory, "
-                           "and an archive cannot be streamed: unpack it and name the folder")
+            raise BadInput(f"--data {shown}: {len(files)} images at {image_size} pixels do not fit into "
+                           "memory, and an archive cannot be streamed: unpack it and name the folder")
         if skip_bad:
             decoded = cached(cache, path, stamps, (split, image_size, "checked"),
                              lambda: check_images(files, image_size))
@@ -228,12 +235,14 @@ def read_files(path, image_size, split, frames=1, frame_step=None, skip_bad=Fals
         images = decoded["images"] if not decoded["bad"] else decoded["images"][good]
     refuse_bad(decoded["bad"], files, skip_bad, kind)
     if {labels[i] for i in good} != set(labels):
-        raise BadInput(f"--data {shown}: without its unreadable {'and short ' * (kind == 'clip')}{kind}s a class is empty")
+        raise BadInput(f"--data {shown}: without its unreadable {'and short ' * (kind == 'clip')}{kind}s a "
+                       "class is empty")
     notes = [f"left out: {told(found.left_out)}"] if found.left_out else []
     if decoded.get("oblong"):
         notes.append(f"{decoded['oblong']} are not square: of those, the middle square is taken")
     if texts is None and len(missing) < len(names) and kind == "image":
-        notes.append(f"{len(names) - len(missing)} of {len(names)} have a caption, {printable(missing[0])} has none")
+        notes.append(f"{len(names) - len(missing)} of {len(names)} have a caption, {printable(missing[0])} "
+                     "has none")
     elif texts is not None:
         notes.append("each has a caption")
     return SimpleNamespace(
@@ -259,14 +268,15 @@ def summary(path, train, val, how, kind, notes):
 
 # ---- Arrays --------------------------------------------------------------------------------------
 
-PAIRS = [("images", "labels"), ("arr_0", "arr_1"), ("arr_0", "labels"), ("x", "y"), ("train_images", "train_labels"),
-         ("x_train", "y_train")]                            # names in .npz files of this project, of FID tools, of others
+# Names in .npz files of this project, of FID tools, of others.
+PAIRS = [("images", "labels"), ("arr_0", "arr_1"), ("arr_0", "labels"), ("x", "y"),
+         ("train_images", "train_labels"), ("x_train", "y_train")]
 VAL_PAIRS = {"train_images": [("val_images", "val_labels"), ("test_images", "test_labels")],
              "x_train": [("x_val", "y_val"), ("x_test", "y_test")]}
 
 
 def open_arrays(path):
-    """An .npz or .npy -> its names, and a function (name) -> array that reads one. Nothing pickled is opened."""
+    """An .npz or .npy -> its names, and a function (name) -> array. Nothing pickled is opened."""
     def safely(read):
         try:
             return read()
@@ -284,8 +294,8 @@ def open_arrays(path):
         member = name if name in archive.zip.namelist() else name + ".npy"
         size = archive.zip.getinfo(member).file_size
         if size > free_bytes("cpu") // 2:
-            raise BadInput(f"--data {printable(path)}: `{printable(name)}` takes {size / 2**30:,.1f} GB, more than half "
-                           "of the free memory")
+            raise BadInput(f"--data {printable(path)}: `{printable(name)}` takes {size / 2**30:,.1f} GB, "
+                           "more than half of the free memory")
         return safely(lambda: archive[name])
     return archive.files, read
 
@@ -297,18 +307,20 @@ def as_pictures(where, array):
     if array.ndim == 4 and array.shape[-1] not in (1, 3, 4) and array.shape[1] in (1, 3, 4):
         array = array.transpose(0, 2, 3, 1)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
-        remedy = "; floats in 0 .. 1: save (255 * images).round().astype(np.uint8)" if array.dtype.kind == "f" else ""
+        remedy = ""
+        if array.dtype.kind == "f":
+            remedy = "; floats in 0 .. 1: save (255 * images).round().astype(np.uint8)"
         raise BadInput(f"{where} must be (N, H, W, 3) uint8, not {array.shape} {array.dtype}{remedy}")
     return array.repeat(3, -1) if array.shape[-1] == 1 else array
 
 
 def as_labels(where, array, n):
-    """Labels (N,) or (N, 1), of whole numbers or names -> (N,), and which rows have one (a float may be NaN)."""
+    """Labels (N,) or (N, 1), whole numbers or names -> (N,), and which rows have one: a float may be NaN."""
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.shape != (n,) or array.dtype.kind not in "biufUS":
-        raise BadInput(f"{where} must be ({n},) whole numbers or names, one for each image, not {array.shape} "
-                       f"{array.dtype}")
+        raise BadInput(f"{where} must be ({n},) whole numbers or names, one for each image, not "
+                       f"{array.shape} {array.dtype}")
     known = np.ones(n, bool)
     if array.dtype.kind == "S":
         array = np.char.decode(array, "utf-8", "replace")
@@ -332,13 +344,15 @@ def name_classes(where, values, names):
         return [names[value] for value in values]
     if len(names) == len(values):                           # counted from 1, for example
         return names
-    raise BadInput(f"{where}: `classes` has {len(names)} names, but the labels go from {values.min()} to {values.max()}")
+    raise BadInput(f"{where}: `classes` has {len(names)} names, but the labels go from {values.min()} to "
+                   f"{values.max()}")
 
 
 def read_array(path, image_size, split, skip_bad, fits, cache):
     """An .npz with `images` (N, H, W, 3) uint8 and `labels` (N,), or only images; `classes` names the labels.
 
-    As read_files. A tenth of each class is held out, unless the file has arrays for validation (PAIRS, VAL_PAIRS).
+    As read_files. A tenth of each class is held out, unless the file has arrays for validation (PAIRS,
+    VAL_PAIRS).
     """
     shown = f"--data {printable(path)}"
     keys, read = open_arrays(path)
@@ -346,8 +360,8 @@ def read_array(path, image_size, split, skip_bad, fits, cache):
                            next((pair for pair in PAIRS if pair[0] in keys), (None, None)))
     if key is None:
         holds = ", ".join(printable(name) for name in keys[:9]) or "nothing"
-        raise BadInput(f"{shown}: an .npz needs the array `images` (N, H, W, 3) uint8 and, for classes, `labels` (N,); "
-                       f"it holds {holds}")
+        raise BadInput(f"{shown}: an .npz needs the array `images` (N, H, W, 3) uint8 and, for classes, "
+                       f"`labels` (N,); it holds {holds}")
 
     def pair(key, key_labels):
         images = as_pictures(f"{shown}: `{key}`", read(key))
@@ -358,7 +372,8 @@ def read_array(path, image_size, split, skip_bad, fits, cache):
     values = np.unique(labels[known])
     if len(values) == 0:
         raise BadInput(f"{shown}: `{key_labels}` holds no labels")
-    classes = name_classes(shown, values, read("classes") if "classes" in keys and key_labels in keys else None)
+    named = "classes" in keys and key_labels in keys
+    classes = name_classes(shown, values, read("classes") if named else None)
     rows = np.flatnonzero(known)
     unlabelled = np.flatnonzero(~known)
     labelled = key_labels in keys
@@ -369,8 +384,8 @@ def read_array(path, image_size, split, skip_bad, fits, cache):
         how = f"`{own[0]}`"
     else:
         if len(rows) <= len(values):
-            raise BadInput(f"{shown}: it takes more than one image in at least one class, to hold out one for "
-                           f"validation; here are {len(rows)} in all")
+            raise BadInput(f"{shown}: it takes more than one image in at least one class, to hold out one "
+                           f"for validation; here are {len(rows)} in all")
         held, how = hold_out(labels[rows].tolist())
         val_images, val_labels = images, labels
         val_rows = rows[held]
@@ -379,14 +394,15 @@ def read_array(path, image_size, split, skip_bad, fits, cache):
         if not skip_bad:
             raise BadInput(f"{shown}: `{key_labels}`[{unlabelled[0]}] is not a number ({len(unlabelled)} of "
                            f"{len(labels)} are not); mend it, or leave such images out with --skip_bad")
-        print(f"--skip_bad: left out {len(unlabelled)} images without a label, the first is number {unlabelled[0]}")
+        print(f"--skip_bad: left out {len(unlabelled)} images without a label, the first is number "
+              f"{unlabelled[0]}")
     name_of = dict(zip(values.tolist(), classes))
     train = [(i, name_of[label]) for i, label in zip(rows.tolist(), labels[rows].tolist())]
     val = [(i, name_of[label]) for i, label in zip(val_rows.tolist(), val_labels[val_rows].tolist())]
     chosen, source = (train, images) if split == "train" else (val, val_images)
     if len(chosen) * 3 * image_size ** 2 > fits:
-        raise BadInput(f"{shown}: {len(chosen)} images at {image_size} pixels do not fit into memory: give less of "
-                       "--image_size")
+        raise BadInput(f"{shown}: {len(chosen)} images at {image_size} pixels do not fit into memory: give "
+                       "less of --image_size")
     files = [(f"{path}[{i}]", lambda i=i: np.asarray(source[i])) for i, _ in chosen]
     stamp = os.stat(path)
     decoded = cached(cache, path, (stamp.st_size, stamp.st_mtime_ns, key, chosen), (split, image_size),
@@ -396,6 +412,13 @@ def read_array(path, image_size, split, skip_bad, fits, cache):
     if decoded["oblong"]:
         notes.append(f"{decoded['oblong']} are not square: of those, the middle square is taken")
     if len(val_labels) > len(val_rows) and own:
-        notes.append(f"left out: {len(val_labels) - len(val_rows)} of `{own[0]}` with labels that no training image has")
-    return SimpleNamespace(images=decoded["images"], labels=[classes.index(name) for _, name in chosen], classes=classes,
-                           texts=None, without_text=[], summary=summary(printable(path), train, val, how, "image", notes))
+        notes.append(f"left out: {len(val_labels) - len(val_rows)} of `{own[0]}` with labels that no "
+                     "training image has")
+    return SimpleNamespace(
+        images=decoded["images"],
+        labels=[classes.index(name) for _, name in chosen],
+        classes=classes,
+        texts=None,
+        without_text=[],
+        summary=summary(printable(path), train, val, how, "image", notes),
+    )

@@ -5,9 +5,10 @@ A folder or an archive -> its pictures, and what in it is a class.
     arrange          names -> training and validation pictures with their classes
     caption_readers  the captions beside them
 
-What is a class: the folders that hold the pictures, below any number of folders around them. `train` beside `val` or
-`test`, in any spelling, are two splits. Without them, every tenth picture of a class is held out. Pictures that lie in
-no class folder at all are one class, "images". Archives are never unpacked, so their names can do no harm.
+What is a class: the folders that hold the pictures, below any number of folders around them. `train` beside
+`val` or `test`, in any spelling, are two splits. Without them, every tenth picture of a class is held out.
+Pictures that lie in no class folder at all are one class, "images". Archives are never unpacked, so their
+names can do no harm.
 """
 import bz2
 import gzip
@@ -29,19 +30,20 @@ from PIL import Image
 
 from common.reading import ANIMATED, FILMS, BadInput, free_bytes, picture_endings, printable, reason
 
-SNIFFED = ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "QOI"]          # known by their first bytes
-UNREADABLE = {                                              # endings of pictures that Pillow cannot read -> the remedy
+# Known by their first bytes.
+SNIFFED = ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "QOI"]
+UNREADABLE = {  # endings of pictures that Pillow cannot read -> the remedy
     **dict.fromkeys((".heic", ".heif", ".hif"), "read by the optional package pillow-heif"),
     **dict.fromkeys((".avif", ".avifs"), "read by a newer Pillow"),
-    **dict.fromkeys((".svg", ".eps", ".ai", ".pdf", ".jxl", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"),
-                    "convert to PNG or JPEG"),
+    **dict.fromkeys((".svg", ".eps", ".ai", ".pdf", ".jxl", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf",
+                     ".orf", ".rw2"), "convert to PNG or JPEG"),
 }
-JUNK = {"__macosx", "@eadir", "$recycle.bin", "thumbs.db", "desktop.ini"}                   # of systems: not worth a word
+JUNK = {"__macosx", "@eadir", "$recycle.bin", "thumbs.db", "desktop.ini"}  # of systems: not worth a word
 TRAIN = {"train", "training", "trainset"}                   # folders that are splits, in any case
 VAL = {"val", "valid", "validation", "dev", "valset"}
 TEST = {"test", "testing", "testset", "eval"}
 MOST_TEXT = 1 << 16                                         # bytes of a caption that are read
-MOST_FILE = 1 << 30                                         # bytes of a picture file; a larger one is a mistake
+MOST_FILE = 1 << 30  # bytes of a picture file; a larger one is a mistake
 
 
 # ---- What lies in a folder or an archive ---------------------------------------------------------
@@ -57,7 +59,7 @@ class Listing:
         self.pictures, self.films, self.texts, self.stamps = {}, {}, {}, {}
         self.folders = set()
         self.left_out = {}
-        self.same_file = {}                                 # name -> identity of the file, where links may share it
+        self.same_file = {}  # name -> identity of the file, where links may share it
         self.aliases = set()
         self.endings = picture_endings()
 
@@ -104,7 +106,8 @@ def list_path(path, skip_bad=False):
         mode = path.stat().st_mode
     except (OSError, ValueError) as e:
         why = "there is no such file or folder (use `shapes` for the drawn world)"
-        raise BadInput(f"--data {printable(path)}: {why if isinstance(e, FileNotFoundError) else reason(e)}") from None
+        raise BadInput(f"--data {printable(path)}: "
+                       f"{why if isinstance(e, FileNotFoundError) else reason(e)}") from None
     if stat.S_ISDIR(mode):
         return list_folder(path)
     if not stat.S_ISREG(mode):
@@ -115,7 +118,7 @@ def list_path(path, skip_bad=False):
         return list_tar(path, skip_bad)
     except BadInput:
         raise
-    except Exception as e:                                  # zlib, lzma, tarfile, zipfile, and what they run into
+    except Exception as e:  # zlib, lzma, tarfile, zipfile, and what they run into
         raise BadInput(f"--data {printable(path)}: the archive is damaged ({reason(e)})") from None
 
 
@@ -123,7 +126,7 @@ def list_folder(root):
     """Links are followed, but not to a folder that they lie in. hidden() names are passed over."""
     found = Listing(root)
     waiting = [("", (os.stat(root).st_dev, os.stat(root).st_ino), frozenset(), False)]
-    while waiting:                                          # a list, not recursion: folders may be nested deeply
+    while waiting:  # a list, not recursion: folders may be nested deeply
         prefix, here, above, linked = waiting.pop()
         above = above | {here}
         try:
@@ -165,7 +168,8 @@ def is_above(root, entry):
 
 def disk_reader(path, size):
     def read():
-        limited(size, max(MOST_FILE, free_bytes("cpu") // 4) if Path(path).suffix.lower() in FILMS else MOST_FILE)
+        is_film = Path(path).suffix.lower() in FILMS
+        limited(size, max(MOST_FILE, free_bytes("cpu") // 4) if is_film else MOST_FILE)
         return Path(path).read_bytes()
     return read
 
@@ -179,7 +183,7 @@ def disk_head(path):
 
 
 def inside(name):
-    """The name of an archive's member -> the same without a root, `.` or `..` around it: nothing is unpacked."""
+    """The name of an archive's member -> the same without a root, a `.` or a `..` around it."""
     name = posixpath.normpath(name.replace("\\", "/"))
     return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
 
@@ -200,7 +204,7 @@ def list_zip(path):
         try:
             with archive.open(info) as f:
                 return f.read(64)
-        except Exception:                                   # encrypted, or packed in a way that zipfile does not know
+        except Exception:  # encrypted, or packed in a way that zipfile does not know
             return b""
     for info in archive.infolist():
         name = inside(info.filename)
@@ -225,15 +229,16 @@ class Header(tarfile.TarInfo):
 
 
 def list_tar(path, skip_bad):
-    """A .tar is read where its members lie. A packed one has no such places: its pictures are read through once, and
-    kept as they are, packed; other members are not read."""
+    """A .tar is read where its members lie. A packed one has no such places: its pictures are read through
+    once, and kept as they are, packed; other members are not read.
+    """
     with open(path, "rb") as f:
         first = f.read(6)
     marks = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
     unpack = next((opener for mark, opener in marks.items() if first.startswith(mark)), None)
     if unpack is None and not tarfile.is_tarfile(path):
-        raise BadInput(f"--data {printable(path)}: neither a folder, nor a .tar[.gz], .zip, .npz or .npy file, or one "
-                       "that is cut short")
+        raise BadInput(f"--data {printable(path)}: neither a folder, nor a .tar[.gz], .zip, .npz or .npy "
+                       "file, or one that is cut short")
     found = Listing(path)
     links = {}
     stamp = os.stat(path)
@@ -289,7 +294,7 @@ def list_tar(path, skip_bad):
 
 
 def keep_member(found, archive, member, name, room):
-    """Take one member of a packed .tar into memory, if it is of use -> the bytes of memory that are left for others."""
+    """Take one member of a packed .tar into memory, if it is of use -> bytes that are left for others."""
     file = archive.extractfile(member)
     begin = file.read(64)
     kind = found.sort(name, lambda: begin)
@@ -300,8 +305,8 @@ def keep_member(found, archive, member, name, room):
         return room
     room -= member.size
     if room < 0:
-        raise BadInput(f"--data {printable(found.path)}: its pictures do not fit into memory: unpack it and name the "
-                       "folder")
+        raise BadInput(f"--data {printable(found.path)}: its pictures do not fit into memory: unpack it and "
+                       "name the folder")
     content = begin + file.read(MOST_TEXT if kind is found.texts else -1)
     kind[name] = lambda: content
     found.stamps[name] = f"{len(content)} {zlib.crc32(content)}"
@@ -335,7 +340,7 @@ def unwrap(names, known=()):
 
 
 def find_splits(names):
-    """Names below the wrapping -> training folder, [validation folders, best first]; None where there are no splits."""
+    """Names below the wrapping -> training folder, [validation folders, best first]; None: no splits."""
     direct = {}                                             # top folder -> does a picture lie in it directly
     for name in names:
         top, _, rest = name.partition("/")
@@ -356,7 +361,7 @@ def find_splits(names):
 
 
 def label_names(found, names, base, kind):
-    """Names that lie below base -> {name: class}. In no class folder at all: one class, "images" (or "clips")."""
+    """Names that lie below base -> {name: class}. Without class folders: one class, "images" or "clips"."""
     one = f"{kind}s"
     below = {name: name[len(base):] for name in names}
     loose = [name for name in names if "/" not in below[name]]
@@ -367,7 +372,8 @@ def label_names(found, names, base, kind):
             remedy += " that holds its clips; a clip of single pictures is a folder in there"
         else:
             remedy += ", or all of them into one folder"
-        raise BadInput(f"--data {printable(found.path)}: {printable(loose[0])} lies in no class folder: {remedy}")
+        raise BadInput(f"--data {printable(found.path)}: {printable(loose[0])} lies in no class folder: "
+                       f"{remedy}")
     if loose:
         return dict.fromkeys(names, one)
     label_of = {name: below[name].split("/")[0] for name in names}
@@ -378,8 +384,9 @@ def label_names(found, names, base, kind):
 
 
 def refuse_empty(found, base, classes, kind):
-    """A class folder without one readable picture is a mistake. A folder of tables or texts beside the classes is not."""
-    files = [*found.texts, *found.films, *found.pictures, *(n for names in found.left_out.values() for n in names)]
+    """A class folder without a readable picture is a mistake. A folder of tables or texts is none."""
+    left_out = [name for names in found.left_out.values() for name in names]
+    files = [*found.texts, *found.films, *found.pictures, *left_out]
     for folder in sorted(found.folders):
         name = folder.removeprefix(base)
         if not folder.startswith(base) or "/" in name or name in classes:
@@ -395,8 +402,8 @@ def refuse_empty(found, base, classes, kind):
 def hold_out(labels):
     """Labels in the order of the files -> a bool array, True for validation, and the rule in words.
 
-    Every tenth of each class. Where most classes have fewer than ten: every tenth of all, but never the first of its
-    class, so that each class is learnt.
+    Every tenth of each class. Where most classes have fewer than ten: every tenth of all, but never the first
+    of its class, so that each class is learnt.
     """
     rank = np.zeros(len(labels), int)
     seen = Counter()
@@ -413,7 +420,7 @@ def hold_out(labels):
 
 
 def drop_doubles(found, names):
-    """A folder of links beside the folder that they show: the links are what somebody arranged, so they count."""
+    """Of pictures and links to them, in other folders, the links count: somebody arranged them."""
     shown = {}                                              # file -> the folders of the links to it
     for name in names:
         if name in found.aliases:
@@ -429,7 +436,7 @@ def drop_doubles(found, names):
 
 
 def arrange(found, kind="image", names=None):
-    """A Listing -> train and val, each [(name, class)], sorted by name; classes; and in words what is held out.
+    """A Listing -> train and val, each [(name, class)] sorted by name; classes; how, the rule in words.
 
     names: of clips, in the place of the pictures. What is left out is added to found.left_out.
     """
@@ -464,7 +471,8 @@ def arrange(found, kind="image", names=None):
     how = f"those in {printable(used[0])}/" if used else ""
     if not used:
         if len(names) <= len(classes):
-            raise BadInput(f"--data {path}: it takes more than one {kind} in at least one class, to hold out one for "
+            raise BadInput(f"--data {path}: it takes more than one {kind} in at least one class, to hold out "
+                           "one for "
                            f"validation; here are {len(names)} in all: add some, or put them into one folder")
         held, how = hold_out([label for _, label in train])
         val = [row for row, out in zip(train, held) if out]
@@ -473,7 +481,9 @@ def arrange(found, kind="image", names=None):
 
 
 def first_that_fits(found, base, tops, splits, classes, kind):
-    """The first validation folder with the classes of the training folder -> [(name, class)], (its name,); else [], ().
+    """The first validation folder with the classes of the training folder -> [(name, class)], (folder,).
+
+    [], () where there is none.
 
     A test folder is often without classes: contests keep the answers to themselves.
     """
@@ -487,7 +497,9 @@ def first_that_fits(found, base, tops, splits, classes, kind):
         rows = [(name, name[len(below):].split("/")[0]) for name in names if "/" in name[len(below):]]
         fits = [row for row in rows if row[1] in classes]
         inside = {name for name, _ in fits}
-        why = "of classes that no training image has" if fits else f"without the class folders of {splits[0]}/"
+        why = f"without the class folders of {printable(splits[0])}/"
+        if fits:
+            why = "of classes that no training image has"
         for name in names:
             if name not in inside:
                 found.leave_out(f"{kind}s in {printable(top)}/ {why}", name)
@@ -520,7 +532,7 @@ def caption(content):
 
 
 def caption_readers(found, names):
-    """For each name a function that reads its caption, NAME.txt beside NAME.jpg; None where there is no such file."""
+    """For each name a function that reads its caption, NAME.txt beside NAME.jpg, or None."""
     beside = {posixpath.splitext(name)[0]: opener for name, opener in found.texts.items()}
 
     def reader(name):

@@ -1,8 +1,9 @@
 """
 One file -> an upright RGB picture, or a clip; and the sentences in which bad input is refused.
 
-A file is judged by its content, not by its name. A phone's photo is turned as its EXIF orientation says, transparent
-parts lie over white, 16 bits become 8 by the range of the mode. Pictures are cropped to the middle square as in ADM.
+A file is judged by its content, not by its name. A phone's photo is turned as its EXIF orientation says,
+transparent parts lie over white, 16 bits become 8 by the range of the mode. Pictures are cropped to the
+middle square as in ADM.
 
 This file imports nothing of the project.
 """
@@ -16,14 +17,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms
 
-FORMATS = ["JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "PCX", "SGI",
-           "QOI", "PSD", "DDS", "HEIF"]                     # not all that Pillow knows: EPS would run a program
+FORMATS = ["JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "PCX",
+           "SGI", "QOI", "PSD", "DDS", "HEIF"]  # not all that Pillow knows: EPS would run a program
 ANIMATED = {".gif", ".webp"}                                # where clips are wanted, each of these is one
-FILMS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".y4m"}          # by the optional package av
-BIG = 16 << 20                                              # pixels above which pictures are decoded one at a time
-WIDEST = 16                                                 # times as wide as high, or the reverse: the rest is cut first
+# By the optional package av.
+FILMS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".y4m"}
+BIG = 16 << 20  # pixels above which pictures are decoded one at a time
+WIDEST = 16  # times as wide as high, or the reverse: the rest is cut first
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)                  # twice the limit is refused
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # twice the limit is refused
 one_big = threading.Semaphore(1)
 
 
@@ -67,7 +69,7 @@ def free_bytes(device):
         free = int(text.split("MemAvailable:")[1].split()[0]) * 1024
     except (OSError, IndexError):
         return 8 << 30                                      # not Linux: assume a laptop with 8 GB to spare
-    try:                                                    # a container may be allowed less than the machine has
+    try:  # a container may be allowed less than the machine has
         allowed = int(Path("/sys/fs/cgroup/memory.max").read_text())
         return min(free, allowed - int(Path("/sys/fs/cgroup/memory.current").read_text()))
     except (OSError, ValueError):
@@ -78,13 +80,15 @@ def free_bytes(device):
 
 def picture_endings():
     """The endings of files that Pillow reads here, with pillow-heif where it is installed."""
+    Image.init()                                            # else Image.OPEN has but five formats
     if "HEIF" not in Image.OPEN:
         try:
             import pillow_heif
             pillow_heif.register_heif_opener()
         except ImportError:
             pass
-    return {ending for ending, name in Image.registered_extensions().items() if name in FORMATS + ["TGA"] and name in Image.OPEN}
+    known = {name for name in [*FORMATS, "TGA"] if name in Image.OPEN}
+    return {ending for ending, name in Image.registered_extensions().items() if name in known}
 
 
 def formats(name=""):
@@ -95,8 +99,9 @@ def formats(name=""):
 
 
 def open_picture(content, name="", least=None):
-    """The bytes of a picture file -> an upright RGB image. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, as far
-    as the short side keeps `least` pixels (default: at its own size). Raises what Pillow raises."""
+    """The bytes of a picture file -> an upright RGB image. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its
+    size, as far as the short side keeps `least` pixels (default: at its own size). Raises what Pillow raises.
+    """
     if not content:
         raise ValueError("the file is empty")
     image = Image.open(io.BytesIO(content), formats=formats(name))
@@ -111,8 +116,9 @@ def open_picture(content, name="", least=None):
 def upright_rgb(image):
     """A PIL image of any mode -> RGB: turned as its EXIF orientation says, transparent parts over white.
 
-    16 bits become 8 by the range of the mode, 0 .. 65535. Numbers without such a range (32-bit integers, floats) are
-    taken to lie in 0 .. 1 (floats), 0 .. 255 or 0 .. 65535, whichever holds them all; else the image's own range is.
+    16 bits become 8 by the range of the mode, 0 .. 65535. Numbers without such a range (32-bit integers,
+    floats) are taken to lie in 0 .. 1 (floats), 0 .. 255 or 0 .. 65535, whichever holds them all; else the
+    image's own range is.
     """
     image.load()
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -127,7 +133,7 @@ def upright_rgb(image):
 
 
 def over_white(image):
-    """What lies under a transparent pixel is arbitrary: RGBA or a palette with a transparent colour -> RGB on white."""
+    """An image with transparent parts -> RGB. What lies under a transparent pixel is arbitrary."""
     image = image.convert("RGBA")
     if image.getextrema()[3][0] == 255:                     # opaque
         return image.convert("RGB")
@@ -145,8 +151,8 @@ def eight_bits(image):
         fitting = [top for top in known if low >= 0 and high <= top]
         if fitting:
             low, high = 0, fitting[0]
-    scaled = (np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low) - low) / max(high - low, 1e-30)
-    return (scaled * 255).round().astype(np.uint8)
+    values = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
+    return ((values - low) / max(high - low, 1e-30) * 255).round().astype(np.uint8)
 
 
 def orientation(image):
@@ -157,22 +163,23 @@ def orientation(image):
 
 
 def turn(image, how):
-    """Undo an EXIF orientation, 1 to 8; a phone stores the picture as the sensor lay and notes how it was held."""
+    """Undo an EXIF orientation, 1 to 8: a phone stores what the sensor saw, and notes how it was held."""
     T = Image.Transpose
-    ways = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270, 7: T.TRANSVERSE,
-            8: T.ROTATE_90}
+    ways = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270,
+            7: T.TRANSVERSE, 8: T.ROTATE_90}
     return image.transpose(ways[how]) if how in ways else image
 
 
 def centre_crop(image, image_size):
     """PIL image -> (image_size, image_size, 3) uint8, as in ADM (Dhariwal & Nichol 2021).
 
-    Halve by boxes while it is twice too big (so that nothing aliases), then bicubic so that the short side fits, then
-    the middle square.
+    Halve by boxes while it is twice too big (so that nothing aliases), then bicubic so that the short side
+    fits, then the middle square.
     """
     if image.size == (image_size, image_size):
         return np.array(image)
-    if max(image.size) > WIDEST * min(image.size):          # a line of 1 x 60000 pixels would become 60000 times as large
+    # A line of 1 x 60000 pixels would become 60000 times as large.
+    if max(image.size) > WIDEST * min(image.size):
         width, height = (min(side, WIDEST * min(image.size)) for side in image.size)
         left = (image.width - width) // 2
         top = (image.height - height) // 2
@@ -187,7 +194,7 @@ def centre_crop(image, image_size):
 
 
 def square(name, opener, image_size):
-    """One file -> (image_size, image_size, 3) uint8, and whether it was a square. opener: () -> bytes, or an array."""
+    """One file -> (image_size, image_size, 3) uint8, was it a square. opener: () -> bytes, or an array."""
     try:
         content = opener()
         if isinstance(content, np.ndarray):
@@ -197,8 +204,8 @@ def square(name, opener, image_size):
             image = open_picture(content, name, 2 * image_size)
         return centre_crop(image, image_size), image.width == image.height
     except Exception as e:                                  # Pillow raises a dozen kinds
-        raise BadInput(f"{printable(name)}: not a readable image ({reason(e)}); remove it, or leave such files out with "
-                       "--skip_bad") from None
+        raise BadInput(f"{printable(name)}: not a readable image ({reason(e)}); remove it, or leave such "
+                       "files out with --skip_bad") from None
 
 
 def read_image(name, opener, image_size):
@@ -230,7 +237,8 @@ def clips_of(files):
 def read_clip(name, opener, image_size, frames, frame_step=None):
     """One clip -> a list of windows (3, F, H, W) uint8, cropped like images. Which frames of it:
 
-    frame_step None: one window, its frames evenly spread from the first to the last, so that an action is seen whole.
+    frame_step None: one window, its frames spread evenly from the first to the last, so that an action is
+    seen whole.
     frame_step n: every n-th frame, and of these as many windows, one behind the other, as there are.
     """
     cropped = []
@@ -242,12 +250,12 @@ def read_clip(name, opener, image_size, frames, frame_step=None):
             if len(cropped) > most:
                 raise ValueError(f"more than {most} frames, which do not fit into memory: cut it")
     except Exception as e:                                  # Pillow and av raise a dozen kinds
-        raise BadInput(f"{printable(name)}: not a readable clip ({reason(e)}); remove it, or leave such files out with "
-                       "--skip_bad") from None
+        raise BadInput(f"{printable(name)}: not a readable clip ({reason(e)}); remove it, or leave such "
+                       "files out with --skip_bad") from None
     if len(cropped) < frames:
         every = f" with --frame_step {frame_step}" if frame_step else ""
-        raise BadInput(f"{printable(name)}: has {len(cropped)} frames{every}, fewer than --frames {frames}; remove it, or "
-                       "leave such files out with --skip_bad")
+        raise BadInput(f"{printable(name)}: has {len(cropped)} frames{every}, fewer than --frames {frames}; "
+                       "remove it, or leave such files out with --skip_bad")
     if frame_step is None:
         cropped = [cropped[i] for i in np.linspace(0, len(cropped) - 1, frames).round().astype(int)]
     clip = torch.from_numpy(np.stack(cropped)).permute(3, 0, 1, 2)                    # (3, all of them, H, W)
@@ -263,7 +271,8 @@ def pictures_of(name, content):
         try:
             import av
         except ImportError:
-            raise NeedsPackage(f"{printable(name)}: to read films takes the optional package av: pip install av") from None
+            raise NeedsPackage(f"{printable(name)}: to read films takes the optional package av: pip install "
+                               "av") from None
         with av.open(io.BytesIO(content)) as film:
             for frame in film.decode(video=0):
                 yield frame.to_image()
