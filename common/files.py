@@ -142,8 +142,10 @@ def cached(folder, path, key, what, make):
     begin = time.perf_counter()
     made = make()
     size = made["images"].numel() if "images" in made else 0
-    if time.perf_counter() - begin < 0.5 or os.environ.get("RANK", "0") != "0":
-        return made  # read again as quickly; or another process keeps it
+    quick = time.perf_counter() - begin < 0.5               # to read again takes no longer
+    mendable = "images" in made and made["bad"]             # what cannot be read today may be tomorrow
+    if quick or mendable or os.environ.get("RANK", "0") != "0":
+        return made
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -158,9 +160,10 @@ def cached(folder, path, key, what, make):
 
 
 def checksum(saved):
-    if "images" in saved:
-        return zlib.crc32(saved["images"].numpy().reshape(-1).data)
-    return zlib.crc32(repr(saved["bad"]).encode())
+    """CRC-32 of what cached() keeps, pixels and the rest."""
+    rest = [saved.get(name) for name in ("bad", "owner", "oblong")]
+    rest = zlib.crc32(repr(rest).encode())
+    return zlib.crc32(saved["images"].numpy().reshape(-1).data, rest) if "images" in saved else rest
 
 
 def refuse_bad(bad, files, skip_bad, kind):
