@@ -35,7 +35,7 @@ def test_drawn_pictures_depend_on_seed_and_index_only():
 def test_drawn_shapes_have_the_area_and_place_they_should():
     images, labels, masks, d = data.draw(torch.arange(400), 128)
     s = data.scene(torch.arange(400))
-    area = (masks > 0).float().mean((1, 2)) * 4                                             # in squared half widths
+    area = (masks > 0).float().mean((1, 2)) * 4             # in squared half widths
     disc, square = labels == 0, labels == 2
     assert torch.allclose(area[disc], math.pi * (0.9 * s["radius"][disc]) ** 2, rtol=0.02)
     assert torch.allclose(area[square], (1.56 * s["radius"][square]) ** 2, rtol=0.02)
@@ -51,13 +51,15 @@ def test_maps_belong_to_their_images():
     truth = data.load(n_shapes=20).batch(torch.arange(20))[0]
     assert (truth - images).abs().max() < 0.01
     maps, again = data.load(n_shapes=20, task="segment").batch(torch.arange(20))
-    assert maps.shape == (20, 11, 32, 32) and torch.equal(maps.argmax(1), masks) and torch.equal(again, labels)
+    assert maps.shape == (20, 11, 32, 32) and torch.equal(maps.argmax(1), masks) and torch.equal(
+        again, labels)
     assert set(maps.unique().tolist()) == {-1.0, 1.0}
     depth = data.load(n_shapes=20, task="depth").batch(torch.arange(20))[0]
     assert (depth[:, 0] - d.clamp(-1, 1)).abs().max() < 0.01
     colours = pictures.colour_maps(maps)
     assert colours.shape == (20, 3, 32, 32) and (colours[:, :, 0, 0] == -1).all()
-    assert len(pictures.colour_maps(torch.eye(11)[:, :, None, None]).flatten(1).unique(dim=0)) == 11, "two classes have one colour"
+    assert len(pictures.colour_maps(
+        torch.eye(11)[:, :, None, None]).flatten(1).unique(dim=0)) == 11, "two classes have one colour"
     with pytest.raises(data.BadInput, match="only the drawn world"):
         data.load("somewhere", task="depth")
 
@@ -82,8 +84,8 @@ def test_clips_move_as_their_action_says():
     axis = torch.arange(32.0)
     mass = weight.sum((2, 3)).clamp(min=1e-3)
     x, y = (weight.sum(2) * axis).sum(-1) / mass, (weight.sum(3) * axis).sum(-1) / mass
-    for name, value, sign in (("moves left", x, -1), ("moves right", x, 1), ("moves up", y, -1), ("moves down", y, 1),
-                              ("grows", mass, 1), ("shrinks", mass, -1)):
+    for name, value, sign in (("moves left", x, -1), ("moves right", x, 1), ("moves up", y, -1),
+                              ("moves down", y, 1), ("grows", mass, 1), ("shrinks", mass, -1)):
         rows = actions == data.ACTIONS.index(name)
         assert (sign * (value[rows, -1] - value[rows, 0]) > 0).all(), name
     rests = actions == data.ACTIONS.index("rests")
@@ -111,9 +113,11 @@ def test_the_same_images_from_folder_tar_zip_and_npz(tmp_path):
             z.write(f, f.relative_to(tree))
     files = sorted(tree.rglob("*.png"))
     np.savez(tmp_path / "d.npz", images=np.stack([np.array(Image.open(f)) for f in files]),
-             labels=np.array([f.parent.name == "dog" for f in files]).astype(int), classes=np.array(["cat", "dog"]))
+             labels=np.array([f.parent.name == "dog" for f in files]).astype(int),
+             classes=np.array(["cat", "dog"]))
     reference = data.load(str(tree), 16)
-    assert reference.classes == ["cat", "dog"] and len(reference) == 22 and len(data.load(str(tree), 16, "val")) == 2
+    assert reference.classes == ["cat", "dog"] and len(reference) == 22 and len(
+        data.load(str(tree), 16, "val")) == 2
     assert np.array_equal(reference.images[0].permute(1, 2, 0).numpy(), np.array(Image.open(files[0])))
     for other in ("a.tar.gz", "b.tar", "c.zip"):
         s = data.load(str(tmp_path / other), 16)
@@ -201,8 +205,10 @@ def read(path, image_size=16):
 def test_the_eight_exif_orientations_of_a_photo_are_one_picture(tmp_path):
     photo = smooth()
     T = Image.Transpose
-    undo = {1: None, 2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_90,
-            7: T.TRANSVERSE, 8: T.ROTATE_270}               # how the camera lay: the inverse of what a viewer does
+    undo = {
+        1: None, 2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_90,
+        7: T.TRANSVERSE, 8: T.ROTATE_270
+    }  # how the camera lay: the inverse of what a viewer does
     photo.save(tmp_path / "plain.png")
     for how, way in undo.items():
         exif = Image.Exif()
@@ -210,9 +216,11 @@ def test_the_eight_exif_orientations_of_a_photo_are_one_picture(tmp_path):
         stored = photo if way is None else photo.transpose(way)
         for ending, lossless in (("png", {}), ("tif", {}), ("webp", dict(lossless=True))):
             stored.save(tmp_path / f"{how}.{ending}", exif=exif, **lossless)
-            assert torch.equal(read(tmp_path / f"{how}.{ending}"), read(tmp_path / "plain.png")), (how, ending)
+            assert torch.equal(read(tmp_path / f"{how}.{ending}"),
+                               read(tmp_path / "plain.png")), (how, ending)
         stored.save(tmp_path / f"{how}.jpg", exif=exif, quality=98)
-        assert (read(tmp_path / f"{how}.jpg").int() - read(tmp_path / "plain.png").int()).abs().max() < 12, how
+        assert (read(tmp_path / f"{how}.jpg").int() -
+                read(tmp_path / "plain.png").int()).abs().max() < 12, how
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
@@ -283,10 +291,11 @@ def test_every_mode_of_pillow_becomes_rgb(tmp_path, mode):
 def test_content_decides_and_not_the_name(tmp_path):
     truth = smooth()
     truth.save(tmp_path / "truth.png")
-    for format, name in (("PNG", "a.jpg"), ("GIF", "b.jpg"), ("BMP", "c.png"), ("TIFF", "d"), ("JPEG", "e.jfif"), ("AVIF", "f.avif"),
-                         ("MPO", "g.jpg"), ("WEBP", "h.gif")):
+    for format, name in (("PNG", "a.jpg"), ("GIF", "b.jpg"), ("BMP", "c.png"), ("TIFF", "d"),
+                         ("JPEG", "e.jfif"), ("AVIF", "f.avif"), ("MPO", "g.jpg"), ("WEBP", "h.gif")):
         truth.save(tmp_path / name, format=format)
-        assert (read(tmp_path / name).int() - read(tmp_path / "truth.png").int()).abs().float().mean() < 6, name
+        assert (read(tmp_path / name).int() -
+                read(tmp_path / "truth.png").int()).abs().float().mean() < 6, name
 
 
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
@@ -328,9 +337,9 @@ def test_folders_around_the_class_folders_do_not_matter(tmp_path, around):
     assert found(root) == CAT_DOG and found(root, "val") == ONE_OF_EACH
 
 
-@pytest.mark.parametrize("train, val", [("train", "val"), ("Training", "Testing"), ("TRAIN", "Validation"), ("train", "valid"),
-                                        ("seg_train/seg_train", "seg_test/seg_test"), ("x/train", "x/dev"),
-                                        ("train_images", "test_images")])
+@pytest.mark.parametrize("train, val", [("train", "val"), ("Training", "Testing"), ("TRAIN", "Validation"),
+                                        ("train", "valid"), ("seg_train/seg_train", "seg_test/seg_test"),
+                                        ("x/train", "x/dev"), ("train_images", "test_images")])
 def test_splits_are_known_in_any_spelling(tmp_path, train, val):
     root = folders(tmp_path, f"{train}/cat", f"{train}/dog", f"{val}/cat:3", f"{val}/dog:2")
     assert found(root) == {"cat": 12, "dog": 12} and found(root, "val") == {"cat": 3, "dog": 2}
@@ -346,13 +355,15 @@ def test_a_class_may_be_named_train(tmp_path):
 def test_a_test_folder_without_classes_is_left_out_with_a_word(tmp_path):
     root = folders(tmp_path, "train/cat", "train/dog", "test")
     assert found(root) == CAT_DOG and found(root, "val") == ONE_OF_EACH
-    assert "left out: 12 images in test/ without the class folders of train/" in data.load(str(root), 8).summary
+    assert "left out: 12 images in test/ without the class folders of train/" in data.load(str(root),
+                                                                                           8).summary
 
 
 def test_a_class_that_only_val_has_is_left_out_with_a_word(tmp_path):
     root = folders(tmp_path, "train/cat", "train/dog", "val/cat:3", "val/emu:4")
     assert found(root, "val") == {"cat": 3, "dog": 0}
-    assert "left out: 4 images in val/ of classes that no training image has" in data.load(str(root), 8).summary
+    assert "left out: 4 images in val/ of classes that no training image has" in data.load(str(root),
+                                                                                           8).summary
 
 
 @pytest.mark.parametrize("where", ["", "photos", "train"])
@@ -449,8 +460,10 @@ def test_arrays_hold_out_a_tenth_of_each_class_and_name_classes_by_their_labels(
     assert array_set(path, images=x, labels=halves[:, None]) == {"0": 45, "1": 45}
     assert array_set(path, images=x, labels=halves.astype(float)) == {"0": 45, "1": 45}
     assert array_set(path, images=x, labels=np.array(["b", "a"])[halves]) == {"a": 45, "b": 45}
-    assert array_set(path, images=x, labels=2 * halves, classes=np.array(["cat", "dog", "emu"])) == {"cat": 45, "emu": 45}
-    assert array_set(path, images=x, labels=halves + 1, classes=np.array(["cat", "dog"])) == {"cat": 45, "dog": 45}
+    assert array_set(path, images=x, labels=2 * halves, classes=np.array(["cat", "dog",
+                                                                          "emu"])) == {"cat": 45, "emu": 45}
+    assert array_set(path, images=x, labels=halves + 1, classes=np.array(["cat",
+                                                                          "dog"])) == {"cat": 45, "dog": 45}
     assert array_set(path, images=x) == {"images": 90}
     assert array_set(path, arr_0=x, arr_1=halves) == {"0": 45, "1": 45}
     np.save(tmp_path / "x.npy", x)
@@ -463,15 +476,21 @@ def test_arrays_come_in_several_shapes_and_with_their_own_validation_set(tmp_pat
     np.savez(tmp_path / "b.npz", images=x.transpose(0, 3, 1, 2))
     a, b = (data.load(str(tmp_path / name), 8).images for name in ("a.npz", "b.npz"))
     assert torch.equal(a, b) and np.array_equal(a[0].permute(1, 2, 0).numpy(), x[0])
-    np.savez(tmp_path / "c.npz", x_train=x[..., 0], y_train=np.arange(40) % 2, x_test=x[:6, ..., 0], y_test=np.arange(6) % 3)
-    assert found(tmp_path / "c.npz") == {"0": 20, "1": 20} and found(tmp_path / "c.npz", "val") == {"0": 2, "1": 2}
+    np.savez(tmp_path / "c.npz", x_train=x[..., 0], y_train=np.arange(40) % 2, x_test=x[:6, ..., 0],
+             y_test=np.arange(6) % 3)
+    assert found(tmp_path / "c.npz") == {"0": 20, "1": 20} and found(tmp_path / "c.npz",
+                                                                     "val") == {"0": 2, "1": 2}
     np.savez(tmp_path / "d.npz", images=x, labels=np.where(np.arange(40) == 3, np.nan, np.arange(40) % 2))
     with pytest.raises(data.BadInput, match=r"`labels`\[3\] is not a number"):
         data.load(str(tmp_path / "d.npz"), 8)
     assert found(tmp_path / "d.npz", skip_bad=True) == {"0": 18, "1": 18}
 
 
-@pytest.mark.parametrize("labels", [np.zeros((20, 5)), np.array(3), np.arange(7), np.arange(20) / 2, np.arange(20) * 1j])
+@pytest.mark.parametrize(
+    "labels",
+    [np.zeros((20, 5)), np.array(3),
+     np.arange(7), np.arange(20) / 2,
+     np.arange(20) * 1j])
 def test_labels_of_other_shapes_are_refused(tmp_path, labels):
     np.savez(tmp_path / "x.npz", images=np.zeros((20, 8, 8, 3), np.uint8), labels=labels)
     with pytest.raises(data.BadInput, match="`labels` must be "):
@@ -489,7 +508,8 @@ def test_arrays_that_lie_or_are_empty_are_refused(tmp_path):
     refused("needs the array `images`.* it holds nothing")
     np.savez(path, images=np.zeros((20, 8, 0, 3), np.uint8))
     refused("not .20, 8, 0, 3. uint8")
-    np.savez(path, images=np.zeros((20, 8, 8, 3), np.uint8), labels=np.arange(20) % 4, classes=np.array(["a", "b"]))
+    np.savez(path, images=np.zeros((20, 8, 8, 3), np.uint8), labels=np.arange(20) % 4,
+             classes=np.array(["a", "b"]))
     refused("`classes` has 2 names, but the labels go from 0 to 3")
     np.savez(path, images=np.array([1, "a", None], dtype=object))
     refused("not a readable .npz")
@@ -498,7 +518,8 @@ def test_arrays_that_lie_or_are_empty_are_refused(tmp_path):
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.zeros((20, 8, 8, 3), np.uint8))
     with zipfile.ZipFile(path, "w") as z:                   # a header that promises more than there is
-        z.writestr("images.npy", buffer.getvalue().replace(b"(20, 8, 8, 3), }  ", b"(90, 800, 8, 3), }")[:buffer.tell()])
+        z.writestr("images.npy",
+                   buffer.getvalue().replace(b"(20, 8, 8, 3), }  ", b"(90, 800, 8, 3), }")[:buffer.tell()])
     refused("not a readable .npz")
 
 
@@ -508,14 +529,16 @@ def test_skip_bad_holds_for_folders_streams_and_archives(tmp_path, capsys):
     root = folders(tmp_path / "d", "cat", "dog")
     (root / "cat" / "003.png").write_bytes(b"")
     (root / "dog" / "004.png").write_text("<html>404</html>")
-    with pytest.raises(data.BadInput, match=r"cat/003.png: not a readable image \(the file is empty\).*\(2 of 22 files"):
+    with pytest.raises(data.BadInput,
+                       match=r"cat/003.png: not a readable image \(the file is empty\).*\(2 of 22 files"):
         data.load(str(root), 8)
     whole = data.load(str(root), 8, skip_bad=True)
     assert found(root, skip_bad=True) == {"cat": 10, "dog": 10}
     assert "left out 2 unreadable images, the first is " in capsys.readouterr().out
     stream = data.load(str(root), 8, skip_bad=True, max_bytes=0)
     index = torch.arange(20)
-    assert torch.equal(stream.batch(index)[0], whole.batch(index)[0]) and torch.equal(stream.labels, whole.labels)
+    assert torch.equal(stream.batch(index)[0],
+                       whole.batch(index)[0]) and torch.equal(stream.labels, whole.labels)
     with zipfile.ZipFile(tmp_path / "d.zip", "w") as z:
         for f in sorted(root.rglob("*.png")):
             z.write(f, f.relative_to(root))
@@ -569,7 +592,8 @@ def test_members_that_are_no_pictures_are_not_read_into_memory(tmp_path):
 
 def test_devices_pipes_and_sizes_without_end_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path, words in ((tmp_path / "pipe", "neither a folder nor a regular file"), ("/dev/zero", "neither a folder"),
+    for path, words in ((tmp_path / "pipe", "neither a folder nor a regular file"), ("/dev/zero",
+                                                                                     "neither a folder"),
                         ("", "names nothing"), ("a\0b", "null"), ("x" * 5000, "too long")):
         with pytest.raises(data.BadInput, match=words):
             data.load(str(path), 8)
@@ -594,7 +618,8 @@ def test_captions_are_read_in_any_encoding_and_a_missing_one_is_named(tmp_path):
     assert "8 of 9 have a caption, cat/008.png has none" in s.summary
     (root / "cat" / "008.TXT").write_text("last")
     s = data.load(str(root), 8)
-    assert s.texts[:6] == ["plain", "caf\u00e9", "\u732b", "two lines", "a b", ""] and s.texts[7:] == ["marked", "last"]
+    assert s.texts[:6] == ["plain", "caf\u00e9", "\u732b", "two lines", "a b", ""
+                           ] and s.texts[7:] == ["marked", "last"]
     assert len(s.texts[6]) == 1 << 16
 
 
@@ -610,7 +635,7 @@ def test_decoded_images_are_kept_until_a_file_changes(tmp_path, monkeypatch):
     root = folders(tmp_path / "d", "cat", "dog")
     cache = tmp_path / "runs" / "cache"
     clock = itertools.count()
-    monkeypatch.setattr(files.time, "perf_counter", lambda: float(next(clock)))             # as if reading took long
+    monkeypatch.setattr(files.time, "perf_counter", lambda: float(next(clock)))      # as if reading took long
     first = data.load(str(root), 8, cache=cache)
     kept = list(cache.iterdir())
     assert len(kept) == 1 and kept[0].suffix == ".pt"
@@ -623,7 +648,8 @@ def test_decoded_images_are_kept_until_a_file_changes(tmp_path, monkeypatch):
     monkeypatch.undo()
     smooth(18, 16, 2).save(root / "cat" / "000.png")
     changed = data.load(str(root), 8, cache=cache)
-    assert not torch.equal(changed.images[0], first.images[0]) and torch.equal(changed.images[1:], first.images[1:])
+    assert not torch.equal(changed.images[0], first.images[0]) and torch.equal(
+        changed.images[1:], first.images[1:])
     os.remove(root / "cat" / "001.png")
     assert len(data.load(str(root), 8, cache=cache)) == 21
     folders(root, "cat", "dog")
@@ -647,7 +673,7 @@ def test_data_py_shows_a_set_of_ones_own_and_a_fresh_process_knows_all_formats(t
     for f in (root / "dog").iterdir():
         Image.open(f).save(f.with_suffix(".avif"))
         f.unlink()
-    done = subprocess.run([sys.executable, ROOT / "data.py", "--data", "d", "--image_size", "8"], cwd=tmp_path,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "data.py", "--data", "d", "--image_size", "8"],
+                          cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "d: 24 images in 2 classes: cat (12), dog (12)" in done.stdout, done.stderr
     assert Image.open(tmp_path / "data.png").width > 100

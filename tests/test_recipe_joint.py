@@ -182,7 +182,9 @@ def test_a_longer_joint_run_goes_on_from_a_finished_one(joint_run, tmp_path, cap
     (tmp_path / joint_run.name).mkdir()
     checkpoint = (joint_run / "ckpt.pt").read_bytes()
     (tmp_path / joint_run.name / "ckpt.pt").write_bytes(checkpoint)
-    joint_recipe.main(["--resume", "--steps", "26", "--runs", str(tmp_path), "--device", "cpu", "--dtype", "fp32"])
+    joint_recipe.main(
+        ["--resume", "--steps", "26", "--runs",
+         str(tmp_path), "--device", "cpu", "--dtype", "fp32"])
     assert "steps 24 to 26" in capsys.readouterr().out
     assert runs.read_checkpoint(tmp_path / joint_run.name)["step"] == 26
 
@@ -205,20 +207,28 @@ def test_two_stages_are_measured_by_the_same_bound(tmp_path, capsys):
 
 
 def test_a_denoising_vae_has_no_bound(tmp_path, capsys):
-    words = ["--two_stages", "--likelihood", "mse", "--corrupt", "0.5", "--beta", "0", "--steps", "2", "--tok_steps", "2"]
+    words = [
+        "--two_stages", "--likelihood", "mse", "--corrupt", "0.5", "--beta", "0", "--steps", "2",
+        "--tok_steps", "2"
+    ]
     joint_recipe.main([*WORDS, *words, "--runs", str(tmp_path)])
     assert "no bound without --likelihood logistic" in capsys.readouterr().out
     run = runs.load_run(tmp_path / "shapes-vae-mse-ar-gmm")
     assert (run.tokenizer.corrupt, run.tokenizer.beta) == (0.5, 0.0)
 
 
-@pytest.mark.parametrize("words, sentence", [
-    (["--generator", "maskgit"], "needs --generator ar"), (["--head", "diffusion"], "needs --generator ar and --head gmm"),
-    (["--likelihood", "mse"], "or give --two_stages"), (["--beta", "0.5"], "or give --two_stages"),
-    (["--corrupt", "0.1"], "images as they are"), (["--two_stages", "--corrupt", "-1"], "must not be negative"),
-    (["--gan", "1"], "mean something else"), (["--tokenizer", "vq"], "that of a VAE"),
-    (["--frames", "17"], "is of images"), (["--condition", "text"], "images of a class"),
-    (["--resume"], "there is no run"), (["--image_size", "20"], "not a multiple of 8")])
+@pytest.mark.parametrize("words, sentence", [(["--generator", "maskgit"], "needs --generator ar"),
+                                             (["--head", "diffusion"], "needs --generator ar and --head gmm"),
+                                             (["--likelihood", "mse"], "or give --two_stages"),
+                                             (["--beta", "0.5"], "or give --two_stages"),
+                                             (["--corrupt", "0.1"], "images as they are"),
+                                             (["--two_stages", "--corrupt", "-1"], "must not be negative"),
+                                             (["--gan", "1"], "mean something else"),
+                                             (["--tokenizer", "vq"], "that of a VAE"),
+                                             (["--frames", "17"], "is of images"),
+                                             (["--condition", "text"], "images of a class"),
+                                             (["--resume"], "there is no run"),
+                                             (["--image_size", "20"], "not a multiple of 8")])
 def test_what_has_no_bound_is_refused(words, sentence, tmp_path):
     with pytest.raises(data.BadInput, match=sentence):
         joint_recipe.main([*WORDS, "--runs", str(tmp_path), *words])
