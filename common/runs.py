@@ -320,6 +320,7 @@ NUMBERS = (                                                 # (flags, what holds
     (ABOVE_ZERO, lambda v: 0 < v < float("inf"), "must be above 0"),
     (NOT_NEGATIVE, lambda v: 0 <= v < float("inf"), "must not be negative"),
     (BELOW_ONE, lambda v: v < 1, "must be below 1"),
+    (("seed",), lambda v: abs(v) < 2 ** 31, "must be between -2147483647 and 2147483647"),
 )
 
 
@@ -366,6 +367,8 @@ def refuse_too_large(args):
         f"--batch_size {args.batch_size}": 4 * 64 * args.batch_size,
         f"--vocab_size {args.vocab_size}": 4 * 64 * (args.vocab_size or 0),
         f"--tokens {args.tokens}": 4 * 64 * (args.tokens or 0)**2,
+        f"--token_dim {args.token_dim}": 4 * 64 * (args.token_dim or 0),
+        f"--n_mix {args.n_mix}": 4 * 64 * (1 + 2 * (args.token_dim or 1)) * args.n_mix,
     }
     for what, size in needs.items():
         if size > free:

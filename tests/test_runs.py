@@ -1,4 +1,5 @@
 """Tests of common/runs.py: flags, refusals, checkpoints, run folders."""
+import argparse
 import os
 import re
 import shutil
@@ -49,6 +50,9 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     (["--text_encoder", "t5-small"], "goes with --condition text"),
     (["--groups", "2"], "goes with --head categorical"),
     (["--size", "gpt-b", "--generator", "maskgit"], "--generator maskgit has nano, tiny"),
+    (["--seed", "2147483648"], "--seed 2147483648: must be between"),
+    (["--token_dim", "1000000000000"], "--token_dim 1000000000000: needs at least 238,419 GB"),
+    (["--n_mix", "1000000000000"], "--n_mix 1000000000000: needs at least 715,256 GB"),
 ])
 def test_train_refuses_in_one_sentence(words, sentence, tmp_path, capsys):
     base = ["--tokenizer", "vae", "--head", "gmm", "--runs", str(tmp_path), "--n_shapes", "50"]
@@ -75,28 +79,128 @@ def test_refusals_end_with_an_exit_code_and_no_traceback(tiny_run, tmp_path, cap
                                                                 f"{caught.value} {capsys.readouterr().err}")
 
 
-@pytest.mark.parametrize(
-    "words, sentence",
-    [(["--tokenizer", "vae", "--head", "categorical"], "gives real vectors: use --head gmm"),
-     (["--tokenizer", "vq", "--head", "gmm"], "gives ids: use --head categorical"),
-     (["--tokenizer", "vq", "--adapter", "flow"], "--adapter: needs --tokenizer vae"),
-     (["--tokenizer", "lfq", "--vocab_size", "1000"], "power of 2"),
-     (["--tokenizer", "lfq", "--token_dim", "8"], "10 bits for 1024"),
-     (["--tokenizer", "vae", "--vocab_size", "64"], "--vocab_size: is for"),
-     (["--tokenizer", "vq", "--tokens", "8"], "--tokens: is for"),
-     (["--tokenizer", "vq", "--tok_size", "kl16"], "--tok_size kl16: --tokenizer vq has"),
-     (["--tokenizer", "vq", "--condition", "text", "--generator", "mar"
-       ], "only --generator ar reads captions"),
-     (["--tokenizer", "vq", "--condition", "text", "--flip"], "may say left or right"),
-     (["--tokenizer", "vae", "--codebook", "l2"], "--codebook: is for"),
-     (["--tokenizer", "lfq", "--frames", "5", "--flip"], "moves right"),
-     (["--tokenizer", "lfq", "--vocab_size", "1"], "power of 2"),
-     (["--tokenizer", "vq", "--vocab_size", "1000", "--groups", "2"], "such as 1024"),
-     (["--tokenizer", "vae", "--gan", "-1"], "--gan -1.0: must not be negative")])
+# A row or more for every line of runs.REFUSALS: test_every_refusal_has_a_row compares them.
+TOGETHER = [
+    (["--tokenizer", "vae", "--head", "categorical"], "gives real vectors: use --head gmm"),
+    (["--tokenizer", "vq", "--head", "gmm"], "gives ids: use --head categorical"),
+    (["--tokenizer", "vq", "--adapter", "flow"], "--adapter: needs --tokenizer vae"),
+    (["--tokenizer", "titok-vae", "--adapter", "flow"], "--adapter: needs --tokenizer vae"),
+    (["--tokenizer", "lfq", "--vocab_size", "1000"], "power of 2"),
+    (["--tokenizer", "lfq", "--vocab_size", "1"], "power of 2"),
+    (["--tokenizer", "lfq", "--token_dim", "8"], "10 bits for 1024"),
+    (["--tokenizer", "vae", "--vocab_size", "64"], "--vocab_size: is for"),
+    (["--tokenizer", "vae", "--codebook", "l2"], "--codebook: is for"),
+    (["--tokenizer", "vq", "--tokens", "8"], "--tokens: is for"),
+    (["--tokenizer", "vq", "--tok_size", "kl16"], "--tok_size kl16: --tokenizer vq has"),
+    (["--tokenizer", "vq", "--generator", "mar", "--size", "gpt-b"], "--size gpt-b: --generator mar has"),
+    (["--tokenizer", "vq", "--condition", "text", "--generator", "mar"],
+     "only --generator ar reads captions"),
+    (["--tokenizer", "vq", "--condition", "text", "--flip"], "may say left or right"),
+    (["--tokenizer", "vq", "--text_encoder", "t5-small"], "goes with --condition text"),
+    (["--tokenizer", "vq", "--frames", "5"], "only --tokenizer lfq reads clips"),
+    (["--tokenizer", "lfq", "--frames", "5", "--condition", "text"], "asked for by their action only"),
+    (["--tokenizer", "lfq", "--frames", "5", "--flip"], "moves right"),
+    (["--tokenizer", "lfq", "--frames", "5", "--perceptual", "1"], "looks at time too"),
+    (["--tokenizer", "lfq", "--frame_step", "2"], "goes with --frames 17"),
+    (["--tokenizer", "lfq", "--frames", "5", "--frame_step", "2"], "is for your own clips"),
+    (["--tokenizer", "vae", "--groups", "2"], "goes with --head categorical"),
+    (["--tokenizer", "vae", "--head", "diffusion", "--generator", "maskgit"], "gives no density"),
+]
+NOT_REFUSED_BY_THE_TABLE = [                                # but by the builders
+    (["--tokenizer", "vq", "--vocab_size", "1000", "--groups", "2"], "such as 1024"),
+    (["--tokenizer", "lfq", "--frames", "4"], "--frames 4 .*: 4 frames do not fit"),
+    (["--tokenizer", "vq", "--vocab_size", "10000000000000"], "--vocab_size 10000000000000: needs at least"),
+    (["--tokenizer", "titok", "--tokens", "1000000"], "--tokens 1000000: needs at least 238,419 GB"),
+]
+
+
+@pytest.mark.parametrize("words, sentence", TOGETHER + NOT_REFUSED_BY_THE_TABLE)
 def test_what_cannot_work_together_is_refused(words, sentence, tmp_path):
     with pytest.raises(SystemExit, match=sentence):
-        train.main([*words, "--runs", str(tmp_path)])
+        train.main([*words, "--device", "cpu", "--runs", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+def args_of(words, runs_folder):
+    """The resolved args of a command line."""
+    given = train.parse_args([*words, "--device", "cpu", "--runs", str(runs_folder)])
+    return runs.resolve(given, *runs.folders(given))
+
+
+def test_every_refusal_has_a_row(tmp_path):
+    met = set()
+    for words, _ in TOGETHER:
+        args = args_of(words, tmp_path)
+        first = [i for i, (asked, needed, _) in enumerate(runs.REFUSALS) if asked(args) and not needed(args)][0]
+        met.add(first)
+    missing = [runs.REFUSALS[i][2] for i in range(len(runs.REFUSALS)) if i not in met]
+    assert not missing, missing
+
+
+@pytest.mark.parametrize("name, value, sentence", [
+    *((name, 0, "must be at least 1") for name in runs.AT_LEAST_ONE),
+    *((name, value, "must be above 0") for name in runs.ABOVE_ZERO
+      for value in (0.0, -1.0, float("inf"), float("nan"))),
+    *((name, value, "must not be negative") for name in runs.NOT_NEGATIVE
+      for value in (-0.5, float("inf"), float("nan"))),
+    *((name, 1.0, "must be below 1") for name in runs.BELOW_ONE),
+    ("seed", 2 ** 31, "must be between"), ("seed", -2 ** 31, "must be between")])
+def test_numbers_outside_their_range_are_refused_by_name(name, value, sentence, tmp_path, monkeypatch):
+    args = args_of(TINY, tmp_path)
+    runs.refuse(args)
+    setattr(args, name, value)
+    monkeypatch.setattr(runs, "REFUSALS", [])               # it is the number that is refused
+    with pytest.raises(data.BadInput) as caught:
+        runs.refuse(args)
+    assert str(caught.value) == f"--{name} {value}: " + str(caught.value).split(": ", 1)[1]
+    assert sentence in str(caught.value)
+
+
+def test_the_largest_seed_trains(tmp_path):
+    words = [*TINY, "--runs", str(tmp_path), "--generator", "none", "--tok_steps", "2", "--seed"]
+    for seed in ("2147483647", "-2147483647"):
+        train.main([*words, seed, "--tok_name", seed])
+        assert runs.load_run(tmp_path / seed).args.seed == int(seed)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(tmp_path):
+    args = args_of([*TINY, "--batch_size", "9"], tmp_path)
+    runs.refuse(args)
+    with pytest.raises(SystemExit, match="--batch_size 9 cannot be shared equally by 2 processes"):
+        runs.refuse(args, argparse.Namespace(rank=0, size=2))
+
+
+def test_a_flag_is_as_given_or_else_as_saved_or_else_the_default(tiny_run, tmp_path):
+    """The tiny run was trained with 24 steps, batches of 8 and images of 16 pixels, which nobody repeats here."""
+    words = ["--tokenizer", "vae", "--head", "gmm", "--log_every", "7"]
+    args = args_of(words, tiny_run)
+    assert (args.tok_steps, args.tok_batch_size, args.image_size, args.size) == (24, 8, 16, "tiny")      # saved
+    assert args.log_every == 7                              # given
+    assert (args.stage1_done, args.stage2_done, args.begun[-1].name) == (True, True, "shapes-vae-ar-gmm")
+    fresh = args_of(words, tmp_path)
+    default = runs.defaults_of(fresh, torch.device("cpu"))
+    for name in runs.STAGE1 + runs.STAGE2 + runs.BOTH:
+        if name not in ("tokenizer", "generator", "head"):
+            assert getattr(fresh, name) == default[name], name
+    assert (fresh.stage1_done, fresh.stage2_done, fresh.begun) == (False, False, [])
+
+
+def test_another_generator_takes_the_flags_of_the_tokenizer_it_stands_on(tiny_run):
+    args = args_of(["--tokenizer", "vae", "--head", "gmm", "--generator", "mar", "--name", "other"], tiny_run)
+    assert (args.image_size, args.n_shapes, args.tok_steps) == (16, 200, 24)
+    assert args.steps == runs.DEFAULTS["cpu-mar"]["steps"]
+    assert runs.stages_to_train(args, tiny_run / "shapes-vae", tiny_run / "other") == [2]
+
+
+def test_later_lines_of_the_defaults_override_earlier_ones():
+    kind = argparse.Namespace(tokenizer="lfq", generator="maskgit", head="categorical", frames=17)
+    cpu = runs.defaults_of(kind, torch.device("cpu"))
+    assert (cpu["tok_size"], cpu["size"], cpu["steps"], cpu["image_size"]) == ("clips", "tiny", 6500, 16)
+    kind.frames = 1
+    cpu = runs.defaults_of(kind, torch.device("cpu"))
+    assert (cpu["tok_size"], cpu["size"], cpu["steps"], cpu["beta"]) == ("coarse", "tiny", 8000, 0.05)
+    cuda = runs.defaults_of(kind, torch.device("cuda"))
+    assert (cuda["tok_size"], cuda["size"], cuda["steps"]) == ("medium", "medium", 16_000)
 
 
 def test_an_unfinished_run_is_not_overwritten_by_accident(tiny_run, tmp_path):
@@ -162,14 +266,36 @@ def test_overwrite_trains_anew_whatever_was_there(damaged, tiny_run, tmp_path):
         runs.refuse_other_data(args, tmp_path / name, train_set)
 
 
-@pytest.mark.parametrize("flag, value", [("task", "segment"), ("joint", True), ("mix", "full"),
-                                         ("stage", "proxy")])
-def test_runs_of_the_first_edition_with_options_that_are_gone_are_refused(flag, value, tiny_run, tmp_path):
+GONE = dict(task="segment", joint=True, channels=1, likelihood="logistic", corrupt=0.5, stage="proxy", mix="full",
+            head_width=64, head_depth=2, batch_mul=8, split=2, n_buffer=4, mask_min=0.7)
+
+
+@pytest.mark.parametrize("flag", list(runs.GONE))
+def test_runs_of_the_first_edition_with_options_that_are_gone_are_refused(flag, tiny_run, tmp_path):
     state = runs.read_checkpoint(tiny_run / "shapes-vae")
-    state["flags"][flag] = value
-    torch.save(state, tmp_path / "ckpt.pt")
-    with pytest.raises(SystemExit, match=f"--{flag} {value} by the first edition"):
-        runs.load_run(tmp_path)
+    state["flags"][flag] = GONE[flag]
+    (tmp_path / "shapes-vae").mkdir()
+    torch.save(state, tmp_path / "shapes-vae" / "ckpt.pt")
+    sentence = f"--{flag} {GONE[flag]} by the first edition of this project"
+    with pytest.raises(SystemExit, match=sentence):
+        runs.load_run(tmp_path / "shapes-vae")
+    with pytest.raises(SystemExit, match=sentence):         # nor is a generator trained on its tokens
+        args_of(["--tokenizer", "vae", "--head", "gmm"], tmp_path)
+
+
+def test_runs_of_the_first_edition_with_options_that_were_left_alone_load(tiny_run, tmp_path):
+    """Its checkpoints name every flag, None where it was not given."""
+    state = runs.read_checkpoint(tiny_run / "shapes-vae-ar-gmm")
+    state["flags"] |= dict(runs.GONE) | dict(lpips=None, gan_loss="hinge", gan_start=None, adaptive=False,
+                                             proxy=None, proxy_flags=None, save_every=100)
+    for name in ("tok_options", "options", "skip_bad", "frame_step"):         # which came later
+        state["flags"].pop(name, None)
+    for given_up in (runs.GONE, dict.fromkeys(runs.GONE)):
+        torch.save(state | dict(flags=state["flags"] | given_up), tmp_path / "ckpt.pt")
+        ours, theirs = runs.load_run(tmp_path), runs.load_run(tiny_run / "shapes-vae-ar-gmm")
+        for part in ("tokenizer", "generator"):
+            a, b = (getattr(run, part).state_dict() for run in (ours, theirs))
+            assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_checkpoint_that_lacks_a_part_is_refused(tiny_run, tmp_path):
@@ -188,6 +314,24 @@ def test_a_file_in_the_place_of_a_run_folder_is_refused(tmp_path):
     (tmp_path / "shapes-vae").write_text("no folder")
     with pytest.raises(SystemExit, match="is a file, not a folder"):
         train.main([*TINY, "--runs", str(tmp_path)])
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(SystemExit, match="file/.* cannot be written .*give another --runs or --name"):
+        train.main([*TINY, "--runs", str(tmp_path / "file" / "runs")])
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(Path, "touch", refused)             # root may write anywhere
+    with pytest.raises(SystemExit, match=r"shapes-vae cannot be written \(Permission denied\)"):
+        train.main([*TINY, "--runs", str(tmp_path)])
+
+
+def test_a_refused_command_leaves_no_folder(tmp_path):
+    with pytest.raises(SystemExit, match="must be at least 1"):
+        train.main([*TINY, "--runs", str(tmp_path / "runs"), "--steps", "0"])
+    assert not list(tmp_path.rglob("shapes*"))
 
 
 def test_a_device_has_its_index():
