@@ -203,9 +203,10 @@ def saved_or_given(given, name, saved_value, folder, saved):
     other.
     """
     value = getattr(given, name, None)
-    # data are compared by content: refuse_other_data
-    if value is None or value == saved_value or name == "data":
+    if value is None:
         return saved_value
+    if value == saved_value or name == "data":              # compared by content: refuse_other_data
+        return value
     if given.resume and name in MAY_CHANGE:
         if not name.endswith("steps") or value > saved["step"]:
             print(

@@ -131,8 +131,8 @@ def test_every_refusal_has_a_row(tmp_path):
     met = set()
     for words, _ in TOGETHER:
         args = args_of(words, tmp_path)
-        first = [i for i, (asked, needed, _) in enumerate(runs.REFUSALS) if asked(args) and not needed(args)][0]
-        met.add(first)
+        refused = [asked(args) and not needed(args) for asked, needed, _ in runs.REFUSALS]
+        met.add(refused.index(True))
     missing = [runs.REFUSALS[i][2] for i in range(len(runs.REFUSALS)) if i not in met]
     assert not missing, missing
 
@@ -171,11 +171,11 @@ def test_a_batch_that_processes_cannot_share_is_refused(tmp_path):
 
 
 def test_a_flag_is_as_given_or_else_as_saved_or_else_the_default(tiny_run, tmp_path):
-    """The tiny run was trained with 24 steps, batches of 8 and images of 16 pixels, which nobody repeats here."""
+    """The tiny run was trained with 24 steps, batches of 8 and images of 16 pixels: not repeated here."""
     words = ["--tokenizer", "vae", "--head", "gmm", "--log_every", "7"]
     args = args_of(words, tiny_run)
-    assert (args.tok_steps, args.tok_batch_size, args.image_size, args.size) == (24, 8, 16, "tiny")      # saved
-    assert args.log_every == 7                              # given
+    assert (args.tok_steps, args.tok_batch_size, args.image_size, args.size) == (24, 8, 16, "tiny")
+    assert args.log_every == 7
     assert (args.stage1_done, args.stage2_done, args.begun[-1].name) == (True, True, "shapes-vae-ar-gmm")
     fresh = args_of(words, tmp_path)
     default = runs.defaults_of(fresh, torch.device("cpu"))
@@ -266,8 +266,8 @@ def test_overwrite_trains_anew_whatever_was_there(damaged, tiny_run, tmp_path):
         runs.refuse_other_data(args, tmp_path / name, train_set)
 
 
-GONE = dict(task="segment", joint=True, channels=1, likelihood="logistic", corrupt=0.5, stage="proxy", mix="full",
-            head_width=64, head_depth=2, batch_mul=8, split=2, n_buffer=4, mask_min=0.7)
+GONE = dict(task="segment", joint=True, channels=1, likelihood="logistic", corrupt=0.5, stage="proxy",
+            mix="full", head_width=64, head_depth=2, batch_mul=8, split=2, n_buffer=4, mask_min=0.7)
 
 
 @pytest.mark.parametrize("flag", list(runs.GONE))

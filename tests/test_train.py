@@ -163,3 +163,101 @@ def test_steps_may_be_raised_with_resume(tiny_run, tmp_path, capsys):
     assert runs.read_checkpoint(folder / "shapes-vae")["step"] == 26
     with pytest.raises(SystemExit, match="is at step 26 already"):
         train.main([*words[:-3], "--tok_steps", "20", "--resume"])
+
+
+def test_a_lower_learning_rate_goes_on_with_resume(tmp_path, capsys):
+    """The advice of the sentence about a loss that is not finite."""
+    words = [*TINY, "--runs", str(tmp_path), "--generator", "none"]
+    with pytest.raises(SystemExit, match="the loss is not finite.*--resume with a lower --tok_lr"):
+        train.main([*words, "--tok_lr", "1e30", "--warmup", "1"])
+    with pytest.raises(SystemExit, match="--warmup 4 does not fit"):
+        train.main([*words, "--tok_lr", "1e-3", "--resume"])
+    words = [word for pair in zip(words[::2], words[1::2]) if pair[0] != "--warmup" for word in pair]
+    capsys.readouterr()
+    train.main([*words, "--tok_lr", "1e-3", "--resume"])
+    assert "--tok_lr 0.001 instead of 1e+30" in capsys.readouterr().out
+    saved = runs.read_checkpoint(tmp_path / "shapes-vae")
+    assert saved["done"] and saved["step"] == 24 and saved["flags"]["tok_lr"] == 1e-3
+    assert all(np.isfinite(loss) for loss in log_of(tmp_path, "shapes-vae").values())
+
+
+def test_without_resume_another_learning_rate_is_another_run(tiny_run):
+    with pytest.raises(SystemExit, match="--lr 0.001 does not fit .*--lr 0.004.*--overwrite"):
+        train.main([*TINY, "--runs", str(tiny_run), "--lr", "0.001"])
+
+
+@pytest.fixture(scope="module")
+def pictures_run(tmp_path_factory):
+    """A tokenizer trained on a folder of pictures -> the folder of both."""
+    parent = tmp_path_factory.mktemp("pictures")
+    draws = torch.Generator("cpu").manual_seed(0)
+    for split, n in (("train", 24), ("val", 6)):
+        for kind in "ab":
+            (parent / "photos" / split / kind).mkdir(parents=True)
+            for i in range(n):
+                pixels = torch.randint(256, (16, 16, 3), generator=draws, dtype=torch.uint8).numpy()
+                Image.fromarray(pixels).save(parent / "photos" / split / kind / f"{i}.png")
+    train.main([*OF_PICTURES, "--data", str(parent / "photos"), "--runs", str(parent / "runs")])
+    (parent / "photos").rename(parent / "kept")             # the path that the checkpoint names is gone
+    return parent
+
+
+OF_PICTURES = ["--tokenizer", "vae", "--generator", "none", "--image_size", "16", "--tok_steps", "4",
+               "--tok_batch_size", "4", "--tok_name", "mine", "--device", "cpu", "--dtype", "fp32"]
+
+
+def moved(pictures_run, tmp_path):
+    """The pictures and the run in another place, under another name -> folders of both."""
+    shutil.copytree(pictures_run / "kept", tmp_path / "elsewhere" / "holiday")
+    shutil.copytree(pictures_run / "runs" / "mine", tmp_path / "runs" / "mine")
+    return tmp_path / "elsewhere" / "holiday", tmp_path / "runs"
+
+
+def test_a_run_goes_on_with_the_same_images_under_another_path(pictures_run, tmp_path, capsys):
+    photos, parent = moved(pictures_run, tmp_path)
+    words = [*OF_PICTURES, "--data", str(photos), "--runs", str(parent)]
+    train.main([*words, "--tok_steps", "6", "--resume"])
+    assert "steps 4 to 6" in capsys.readouterr().out
+    assert runs.read_checkpoint(parent / "mine")["step"] == 6
+
+
+def test_a_run_does_not_go_on_with_images_that_changed(pictures_run, tmp_path):
+    photos, parent = moved(pictures_run, tmp_path)
+    with Image.open(photos / "train" / "a" / "3.png") as image:
+        pixels = np.asarray(image).copy()
+    pixels[5, 5, 1] ^= 255                                  # one number of one picture
+    Image.fromarray(pixels).save(photos / "train" / "a" / "3.png")
+    words = [*OF_PICTURES, "--data", str(photos), "--runs", str(parent)]
+    with pytest.raises(SystemExit, match="these are not the images that .*mine was trained on"):
+        train.main([*words, "--tok_steps", "6", "--resume"])
+    assert runs.read_checkpoint(parent / "mine")["step"] == 4
+    train.main([*words, "--overwrite"])                     # the remedy that the sentence names
+    assert runs.read_checkpoint(parent / "mine")["done"]
+
+
+def test_checkpoints_come_by_time_between_validations(tmp_path, monkeypatch):
+    """Else a long run of few validations would lose hours; not after every step, which would cost more."""
+    saved = []
+
+    def note(state, path):
+        saved.append((state["step"], state["done"]))
+    monkeypatch.setattr(runs, "save_atomically", note)
+    words = [*TINY, "--runs", str(tmp_path), "--generator", "none", "--tok_steps", "6"]
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    train.main([*words, "--tok_name", "often"])
+    assert saved == [(step, False) for step in range(7)] + [(6, True)]
+    saved.clear()
+    monkeypatch.setattr(train, "SAVE_SECONDS", 1e9)
+    train.main([*words, "--tok_name", "seldom", "--eval_every", "4"])
+    assert saved == [(0, False), (4, False), (6, False), (6, True)]
+
+
+def test_a_resumed_run_refuses_a_tokenizer_that_was_trained_anew(tiny_run, tmp_path):
+    for name in ("shapes-vae", "shapes-vae-ar-gmm"):
+        shutil.copytree(tiny_run / name, tmp_path / name)
+    path = tmp_path / "shapes-vae" / "ckpt.pt"
+    state = runs.read_checkpoint(path.parent)
+    state["ema"]["module.quant_conv.bias"] += 1
+    runs.save_atomically(state, path)
+    with pytest.raises(SystemExit, match="begun on the tokens of another tokenizer"):
+        train.main([*TINY, "--runs", str(tmp_path), "--steps", "26", "--resume"])
