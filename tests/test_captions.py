@@ -77,3 +77,84 @@ def test_one_long_caption_does_not_make_every_step_long(capsys):
     assert captions.length_of(args, ["a cat", "two dogs"]) == 8
     assert captions.length_of(args, ["a cat", "word " * 2000]) == captions.MOST_BYTES
     assert "1 of 2 captions are longer than 512 bytes" in capsys.readouterr().out
+
+
+def test_a_caption_is_cut_between_letters_and_stands_at_the_end():
+    args = argparse.Namespace(text_encoder="bytes", text_len=6)
+    x = captions.encode(args, ["a cat", "\u00e9\u00e9\u00e9\u00e9", "\u00e9" + "a" * 9])
+    assert x.shape == (3, 6) and x.dtype == torch.uint8
+    assert x[0].tolist() == [0, *b"a cat"]
+    assert x[1].tolist() == list("\u00e9\u00e9\u00e9".encode())
+    args.text_len = 5                                       # in the middle of a letter of two bytes
+    assert captions.encode(args, ["\u00e9\u00e9\u00e9"])[0].tolist() == [0, *"\u00e9\u00e9".encode()]
+
+
+class Words(dict):
+    """What a tokenizer of the package transformers returns."""
+
+    def to(self, device):
+        return self
+
+
+class PretendT5:
+    """Tokenizer and encoder in one: word i of a text has feature (length of the word, 1); 9s behind it."""
+    calls = 0
+
+    def __call__(self, texts=None, max_length=None, input_ids=None, attention_mask=None, **options):
+        if texts is None:
+            self.calls += 1
+            features = torch.stack([input_ids, torch.ones_like(input_ids)], -1).float()
+            features[attention_mask == 0] = 9.0             # T5 gives features of the padding, too
+            return argparse.Namespace(last_hidden_state=features)
+        ids = torch.zeros(len(texts), max_length, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, text in enumerate(texts):
+            lengths = [len(word) for word in text.split()][:max_length]
+            ids[i, :len(lengths)] = torch.tensor(lengths)
+            mask[i, :len(lengths)] = 1
+        return Words(input_ids=ids, attention_mask=mask)
+
+    def to(self, device):
+        return self
+
+
+def test_features_of_t5_stand_at_the_end_and_are_kept_in_a_file(tmp_path, monkeypatch):
+    t5 = PretendT5()
+    monkeypatch.setattr(captions, "load_t5", lambda name: (t5, t5))
+    args = argparse.Namespace(text_encoder="t5-small", text_len=4)
+    dist = argparse.Namespace(rank=0, size=1)
+    path = tmp_path / "captions-train.pt"
+    texts = ["a star", "one two three four five"] * 40      # more than one batch of 64
+    features = captions.cached(args, texts, path, dist)
+    assert features.shape == (80, 4, 2) and features.dtype == torch.float16
+    assert features[0].tolist() == [[0, 0], [0, 0], [1, 1], [4, 1]]
+    assert features[79].tolist() == [[3, 1], [3, 1], [5, 1], [4, 1]]
+    assert t5.calls == 2
+    assert torch.equal(captions.cached(args, texts, path, dist), features) and t5.calls == 2, "read"
+    captions.cached(args, texts[1:], path, dist)
+    assert t5.calls == 4, "other texts are encoded"
+    args.text_encoder = "t5-large"
+    captions.cached(args, texts[1:], path, dist)
+    assert t5.calls == 6, "so are those for another encoder"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+    again = captions.cached(args, texts[1:], path, dist)
+    assert t5.calls == 8 and torch.equal(again, features[1:]), "a damaged file is made anew"
+
+
+def test_only_the_first_process_writes_the_features(tmp_path, monkeypatch):
+    t5 = PretendT5()
+    monkeypatch.setattr(captions, "load_t5", lambda name: (t5, t5))
+    args = argparse.Namespace(text_encoder="t5-small", text_len=4)
+    captions.cached(args, ["a star"], tmp_path / "captions.pt", argparse.Namespace(rank=1, size=2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_drawn_captions_of_validation_are_those_of_the_validation_images():
+    args = argparse.Namespace(data="shapes", seed=3)
+    for split, first in (("train", 0), ("val", data.VAL_INDEX)):
+        index = torch.arange(first, first + 5)
+        images = data.load(n_shapes=5, image_size=16, split=split, seed=3)
+        ours = captions.of_images(args, images, split)[:5]
+        assert ours == data.captions(index, 3)

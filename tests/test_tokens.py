@@ -5,6 +5,7 @@ import torch
 
 import data
 import vae
+import vq
 from common import tokens
 
 
@@ -41,3 +42,75 @@ def test_a_damaged_token_cache_is_made_anew(tmp_path):
     path.write_bytes(content)
     again = tokens.cached(tokenizer, images, path, dist).arrays["mean"]
     assert torch.equal(first, again)
+
+
+SMALL = dict(image_size=16, ch=8, ch_mult=(1, 1, 1), n_res=1, groups=4)
+
+
+def test_ids_of_a_set_are_those_of_its_images_one_by_one():
+    images = data.load(n_shapes=260, image_size=16)         # more than are encoded at once
+    tokenizer = vq.VQ(vocab_size=64, code_dim=4, z_channels=8, **SMALL).eval()
+    ids = tokens.encode_all(tokenizer, images)["ids"]
+    assert ids.shape == (260, 16) and ids.dtype == torch.int64
+    for i in (0, 249, 250, 259):
+        x, _ = images.batch(torch.tensor([i]))
+        assert torch.equal(ids[i:i + 1], tokenizer.encode(x))
+
+
+def test_a_batch_of_flipped_ids_is_the_image_or_its_mirror_image():
+    images = data.load(n_shapes=30, image_size=16)
+    tokenizer = vq.VQ(vocab_size=64, code_dim=4, z_channels=8, **SMALL).eval()
+    plain = tokenizer.encode(images.images.float() / 127.5 - 1)
+    mirrored = tokenizer.encode(images.images.float().flip(-1) / 127.5 - 1)
+    images.flip = True
+    arrays = tokens.encode_all(tokenizer, images)
+    assert images.flip, "left as it was"
+    source = tokens.Tokens(tokenizer, arrays, images.labels)
+    index = torch.arange(30)
+    seen = [0, 0]
+    for _ in range(10):
+        ids, labels = source.batch(index)
+        assert torch.equal(labels, images.labels)
+        is_plain, is_mirrored = (ids == plain).all(1), (ids == mirrored).all(1)
+        assert (is_plain | is_mirrored).all()
+        seen[0] += int((is_plain & ~is_mirrored).sum())
+        seen[1] += int((is_mirrored & ~is_plain).sum())
+    assert min(seen) > 0.35 * sum(seen), "both come about half of the time"
+
+
+def test_tokens_of_vectors_have_the_mean_and_spread_of_the_posterior():
+    images = data.load(n_shapes=6, image_size=16)
+    tokenizer = vae.VAE(token_dim=4, **SMALL).eval()
+    arrays = tokens.encode_all(tokenizer, images)
+    tokenizer.measure(arrays["mean"], arrays["std"])
+    source = tokens.Tokens(tokenizer, arrays, images.labels)
+    draws = torch.stack([source.batch(torch.tensor([2]))[0][0] for _ in range(2000)])
+    mean = (arrays["mean"][2] - tokenizer.latent_mean) * tokenizer.latent_scale
+    std = arrays["std"][2] * tokenizer.latent_scale
+    assert ((draws.mean(0) - mean).abs() < 5 * std / 2000 ** 0.5).all()
+    assert ((draws.std(0) / std - 1).abs() < 0.1).all()
+
+
+def test_captions_stand_in_the_place_of_labels():
+    images = data.load(n_shapes=4, image_size=16)
+    tokenizer = vq.VQ(vocab_size=64, code_dim=4, z_channels=8, **SMALL).eval()
+    source = tokens.Tokens(tokenizer, tokens.encode_all(tokenizer, images), torch.rand(4, 3, 2).half())
+    _, cond = source.batch(torch.tensor([3, 0]))
+    assert cond.dtype == torch.float32 and torch.equal(cond, source.labels[[3, 0]].float())
+
+
+def test_only_the_first_process_writes_the_tokens(tmp_path):
+    images = data.load(n_shapes=4, image_size=16)
+    tokenizer = vq.VQ(vocab_size=64, code_dim=4, z_channels=8, **SMALL).eval()
+    tokens.cached(tokenizer, images, tmp_path / "tokens-train.pt", argparse.Namespace(rank=1, size=2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_token_cache_is_remade_for_other_images(tmp_path):
+    tokenizer = vq.VQ(vocab_size=64, code_dim=4, z_channels=8, **SMALL).eval()
+    dist = argparse.Namespace(rank=0, size=1)
+    path = tmp_path / "tokens-train.pt"
+    for seed in (0, 1):
+        images = data.load(n_shapes=20, image_size=16, seed=seed)
+        ids = tokens.cached(tokenizer, images, path, dist).arrays["ids"]
+        assert torch.equal(ids, tokenizer.encode(images.images.float() / 127.5 - 1))
