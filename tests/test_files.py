@@ -172,3 +172,181 @@ def test_a_picture_of_more_pixels_than_pillow_allows_is_a_sentence(tmp_path, mon
 
 def test_a_line_of_pixels_does_not_grow_into_a_large_picture():
     assert files.centre_crop(Image.new("RGB", (60_000, 1)), 16).shape == (16, 16, 3)
+
+
+# ---- What is a class -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("wrapping", ["", "pets", "a/b/c", "images/archive"])
+def test_folders_around_the_class_folders_do_not_count(tmp_path, wrapping):
+    tree(tmp_path / "t" / wrapping)
+    assert sizes(tmp_path / "t") == (["cat", "dog"], 22, 2)
+
+
+@pytest.mark.parametrize("train, val", [("train", "val"), ("Training", "Testing"), ("TRAIN", "Valid"),
+                                        ("train", "validation"), ("seg_train", "seg_test"), ("x/train", "x/test")])
+def test_two_splits_have_many_names_in_any_case(tmp_path, train, val):
+    tree(tmp_path / "t" / train), tree(tmp_path / "t" / val, n=4)
+    assert sizes(tmp_path / "t") == (["cat", "dog"], 24, 8)
+
+
+def test_val_counts_before_test_and_the_other_is_named(tmp_path):
+    for split, n in (("train", 12), ("val", 3), ("test", 2)):
+        tree(tmp_path / "t" / split, n=n)
+    train_set, val_set = both(tmp_path / "t")
+    assert (len(train_set), len(val_set)) == (24, 6)
+    assert "left out: 4 images in test/" in data.describe(train_set, val_set)
+
+
+@pytest.mark.parametrize("inside", ["", "test", "unknown"])
+def test_a_test_folder_without_classes_is_left_out_and_a_tenth_held_out(tmp_path, inside):
+    tree(tmp_path / "t" / "train")
+    unlabelled = tmp_path / "t" / "test" / inside
+    unlabelled.mkdir(parents=True)
+    for i in range(5):
+        photo(i).save(unlabelled / f"{i}.png")
+    train_set, val_set = both(tmp_path / "t")
+    assert train_set.classes == ["cat", "dog"] and (len(train_set), len(val_set)) == (22, 2)
+    assert "left out: 5 images in test/" in data.describe(train_set, val_set)
+
+
+def test_classes_may_be_named_train_or_test(tmp_path):
+    tree(tmp_path / "a", ("bus", "car", "train"))
+    assert sizes(tmp_path / "a") == (["bus", "car", "train"], 33, 3)
+    tree(tmp_path / "b" / "train", ("train", "val")), tree(tmp_path / "b" / "val", ("train", "val"), n=3)
+    assert sizes(tmp_path / "b") == (["train", "val"], 24, 6)
+
+
+def test_a_flat_folder_of_photos_is_one_class(tmp_path):
+    for where in ("a", "b/train"):
+        (tmp_path / where).mkdir(parents=True)
+        for i in range(20):
+            photo(i).save(tmp_path / where / f"IMG_{i:04d}.JPG")
+    assert sizes(tmp_path / "a") == (["images"], 18, 2)
+    assert sizes(tmp_path / "b") == (["images"], 18, 2)
+
+
+def test_classes_of_five_images_are_learnt_whole_but_for_a_tenth_of_all(tmp_path):
+    tree(tmp_path / "t", [f"person{k:02d}" for k in range(20)], 5)
+    train_set, val_set = both(tmp_path / "t")
+    assert len(train_set) + len(val_set) == 100 and 6 <= len(val_set) <= 12
+    assert len(train_set.labels.unique()) == 20 and len(val_set.labels.unique()) > 5
+
+
+def test_a_class_of_one_image_is_learnt_and_not_held_out(tmp_path):
+    tree(tmp_path / "t"), tree(tmp_path / "t", ("rare",), 1)
+    train_set, val_set = both(tmp_path / "t")
+    assert train_set.classes == ["cat", "dog", "rare"]
+    assert train_set.labels.bincount().tolist() == [11, 11, 1] and val_set.labels.bincount().tolist() == [1, 1]
+
+
+def test_every_tenth_of_a_class_is_held_out_and_no_image_twice(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "t" / name).mkdir(parents=True)
+        for i in range(30):
+            Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(tmp_path / "t" / name / f"{i:03d}.png")
+    train_set, val_set = both(tmp_path / "t")
+    ninth = torch.from_numpy(np.array(Image.open(tmp_path / "t" / "cat" / "009.png"))).permute(2, 0, 1)
+    assert torch.equal(val_set.images[0], ninth) and len(val_set) == 6
+    rows = [image.numpy().tobytes() for image in [*train_set.images, *val_set.images]]
+    assert len(set(rows)) == 60
+
+
+def test_links_to_class_folders_and_files_are_followed_and_loops_are_not(tmp_path):
+    tree(tmp_path / "store")
+    (tmp_path / "a").mkdir(), (tmp_path / "b" / "set" / "cat").mkdir(parents=True)
+    for name in ("cat", "dog"):
+        os.symlink(tmp_path / "store" / name, tmp_path / "a" / name)
+    assert sizes(tmp_path / "a") == (["cat", "dog"], 22, 2)
+    os.symlink(tmp_path / "store", tmp_path / "whole")
+    assert sizes(tmp_path / "whole") == (["cat", "dog"], 22, 2)
+    tree(tmp_path / "b" / "store")
+    for file in (tmp_path / "b" / "store" / "cat").iterdir():
+        os.symlink(file, tmp_path / "b" / "set" / "cat" / file.name)
+    os.symlink(tmp_path / "b" / "store" / "dog", tmp_path / "b" / "set" / "dog")
+    assert sizes(tmp_path / "b") == (["cat", "dog"], 22, 2), "links beside the store that they show"
+    os.symlink("..", tmp_path / "store" / "cat" / "loop")
+    os.symlink("../dog", tmp_path / "store" / "cat" / "other"), os.symlink("../cat", tmp_path / "store" / "dog" / "other")
+    os.symlink("nowhere.jpg", tmp_path / "store" / "cat" / "gone.jpg")
+    assert sizes(tmp_path / "store") == (["cat", "dog"], 22, 2), "links among the classes"
+
+
+def test_what_systems_leave_behind_is_passed_over(tmp_path):
+    root = tree(tmp_path / "t")
+    for name in (".DS_Store", "cat/._000.png", "cat/Thumbs.db", "dog/desktop.ini"):
+        (root / name).write_bytes(b"\0\5\x16\7")
+    for folder in (".ipynb_checkpoints", "cat/.ipynb_checkpoints", "__MACOSX"):
+        (root / folder).mkdir()
+        (root / folder / "000.png").write_bytes(b"no picture")
+    train_set, val_set = both(root)
+    assert sizes(root) == (["cat", "dog"], 22, 2) and "left out" not in data.describe(train_set, val_set)
+
+
+def test_what_is_left_out_is_told_with_the_reason(tmp_path):
+    root = tree(tmp_path / "t")
+    (root / "cat" / "a.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(50))
+    (root / "cat" / "a.svg").write_text("<svg/>")
+    (root / "labels.csv").write_text("a,b")
+    os.mkfifo(root / "cat" / "pipe.png")
+    text = data.describe(*both(root))
+    for words in ("1 .heic (read by the optional package pillow-heif)", "1 .svg (convert to PNG or JPEG)",
+                  "1 .csv (no picture)", "1 devices and pipes"):
+        assert words in text
+    photo().save(root / "cat" / "no_ending", "PNG"), photo().save(root / "cat" / "a.jfif", "JPEG")
+    assert sizes(root) == (["cat", "dog"], 24, 2), "pictures under rare endings are read"
+
+
+def test_the_summary_tells_images_classes_and_what_is_held_out(tmp_path):
+    assert data.describe(*both(tree(tmp_path / "t"))).splitlines()[0].endswith(
+        "24 images in 2 classes: cat (12), dog (12)")
+    text = data.describe(*both(tmp_path / "t"))
+    assert "22 to learn from, 2 held out (every tenth of each class)" in text
+    assert "not square: 24, of which the middle square is taken" in text
+    text = data.describe(data.load(image_size=8, n_shapes=30), data.load(image_size=8, split="val", n_shapes=20))
+    assert "10 classes: disc, triangle" in text and "30 to learn from, 20 held out" in text
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda r: r.mkdir(), "no images in it"),
+    (lambda r: (tree(r), (r / "emu").mkdir()), "the class folder emu holds no image: fill it or remove it"),
+    (lambda r: (tree(r), photo().save(r / "loose.png")), "loose.png lies in no class folder: put the images into"),
+    (lambda r: tree(r, ("cat",), 1), "too few to hold out one"),
+    (lambda r: tree(r, ("cat", "dog", "emu"), 1), "too few to hold out one"),
+    (lambda r: photo().save(r, "PNG"), "neither a folder"),
+    (os.mkfifo, "neither a folder nor a regular file"),
+    (lambda r: None, "no such file or folder"),
+])
+def test_a_set_that_cannot_be_is_a_sentence(tmp_path, make, words):
+    make(tmp_path / "t")
+    refused(tmp_path / "t", words)
+
+
+def test_names_are_printable_whatever_the_disk_holds(tmp_path):
+    names = [os.fsencode("été 猫"), b"bad\xff", b"new\nline"]
+    for name in names:
+        folder = os.path.join(os.fsencode(tmp_path / "t"), name)
+        os.makedirs(folder)
+        for i in range(10):
+            with open(os.path.join(folder, b"%d.png" % i), "wb") as f:
+                f.write(encoded(photo()))
+    classes, learnt, held_out = sizes(tmp_path / "t")
+    assert (learnt, held_out) == (27, 3) and "été 猫" in classes
+    assert all(name.isprintable() and name.encode() for name in classes)
+
+
+# ---- Captions ------------------------------------------------------------------------------------
+
+def test_captions_stand_beside_the_images(tmp_path):
+    root = tree(tmp_path / "t")
+    for file in root.rglob("*.png"):
+        file.with_suffix(".txt").write_text(f"a {file.parent.name}, number {int(file.stem)}\n")
+    (root / "cat" / "000.txt").write_bytes(b"\xef\xbb\xbfa  cat\0with\na BOM")
+    (root / "cat" / "001.txt").write_bytes("ein Kätzchen".encode("latin-1"))
+    train_set, val_set = both(root)
+    assert train_set.texts[:3] == ["a cat with a BOM", "ein Kätzchen", "a cat, number 2"]
+    assert val_set.texts == ["a cat, number 9", "a dog, number 9"]
+    assert "each has a caption" in data.describe(train_set, val_set)
+    (root / "dog" / "003.txt").unlink()
+    train_set, val_set = both(root)
+    assert train_set.texts is None and train_set.without_text == ["dog/003.png"]
+    assert "without a caption: 1, the first is dog/003.png" in data.describe(train_set, val_set)
