@@ -15,6 +15,7 @@ no class folder at all are one class, "images". Every fault of the data is a Bad
 This file imports nothing of the project.
 """
 import bz2
+import contextlib
 import gzip
 import hashlib
 import io
@@ -57,6 +58,7 @@ TEST = {"test", "testing", "testset", "eval"}
 MOST_TEXT = 1 << 16                                         # bytes of a caption that are read
 MOST_FILE = 1 << 30                                         # bytes of a picture file; a larger one is a mistake
 BIG = 16 << 20                                              # pixels above which pictures are decoded one at a time
+WORTH_KEEPING = 0.5                                        # seconds of reading, from which on a set is kept
 WIDEST = 16                                                 # times as wide as high, or the reverse: the rest is cut first
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)                  # twice the limit is refused
@@ -82,6 +84,8 @@ def reason(error):
         return "its content is no picture that Pillow knows"
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} million pixels"
+    if isinstance(error, (zlib.error, lzma.LZMAError)):
+        return "its packed content is damaged"
     if isinstance(error, MemoryError):
         return "it does not fit into memory"
     if isinstance(error, OSError) and error.strerror:
@@ -911,18 +915,21 @@ def cached(folder, path, key, what, make):
     begin = time.perf_counter()
     made = make()
     size = made["images"].numel() if "images" in made else 0
-    if time.perf_counter() - begin < 0.5 or os.environ.get("RANK", "0") != "0":
+    if time.perf_counter() - begin < WORTH_KEEPING or os.environ.get("RANK", "0") != "0":
         return made                                         # read again as quickly; or another process keeps it
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        for old in file.parent.glob(f"{file.name}.*.tmp"):  # of a program that was killed while it wrote
+            old.unlink()
         room = os.statvfs(file.parent) if hasattr(os, "statvfs") else None
         if room is None or room.f_bavail * room.f_frsize > 2 * size:
             torch.save(dict(made, key=key, sum=checksum(made)), temporary)
             os.replace(temporary, file)
-    except OSError as e:
+    except (OSError, RuntimeError) as e:                    # torch turns a full disk into a RuntimeError
         print(f"note: the images read are not kept for the next time ({reason(e)})")
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return made
 
 

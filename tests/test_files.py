@@ -350,3 +350,226 @@ def test_captions_stand_beside_the_images(tmp_path):
     train_set, val_set = both(root)
     assert train_set.texts is None and train_set.without_text == ["dog/003.png"]
     assert "without a caption: 1, the first is dog/003.png" in data.describe(train_set, val_set)
+
+
+# ---- Archives ------------------------------------------------------------------------------------
+
+MEMBERS = [(f"{name}/{i:03d}.png", encoded(photo(k))) for k, name in enumerate(("cat", "dog")) for i in range(12)]
+
+
+def write_zip(path, members=MEMBERS, prefix=""):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members:
+            archive.writestr(prefix + name, content)
+    return path
+
+
+def write_tar(path, members=MEMBERS, prefix="", mode="w", extra=()):
+    with tarfile.open(path, mode) as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(prefix + name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        for name, kind, target in extra:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            archive.addfile(member)
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["", "./", "/home/me/", "../", "data\\pets\\", "data//pets/./"])
+def test_paths_inside_archives_may_be_absolute_or_have_dots(tmp_path, prefix):
+    prefix_of_tar = prefix.replace("\\", "/")
+    for path in (write_zip(tmp_path / "a.zip", prefix=prefix), write_tar(tmp_path / "a.tar", prefix=prefix_of_tar),
+                 write_tar(tmp_path / "a.tgz", prefix=prefix_of_tar, mode="w:gz")):
+        assert sizes(path) == (["cat", "dog"], 22, 2), path
+
+
+@pytest.mark.parametrize("mode, name", [("w", "a.tar"), ("w:gz", "a.tar.gz"), ("w:bz2", "a.tar.bz2"), ("w:xz", "a.txz")])
+def test_every_packing_of_a_tar_gives_the_images_of_the_folder(tmp_path, mode, name):
+    expected = data.load(str(tree(tmp_path / "t")), 16)
+    got = data.load(str(write_tar(tmp_path / name, mode=mode)), 16)
+    assert torch.equal(got.images, expected.images) and torch.equal(got.labels, expected.labels)
+
+
+def test_devices_in_a_tar_are_left_out_and_links_are_followed(tmp_path):
+    extra = [("cat/null.png", tarfile.CHRTYPE, ""), ("dog/pipe.png", tarfile.FIFOTYPE, "")]
+    path = write_tar(tmp_path / "a.tar", extra=extra)
+    assert sizes(path) == (["cat", "dog"], 22, 2)
+    assert "2 devices and pipes" in data.describe(*both(path))
+    linked = [(f"set/{name}", tarfile.SYMTYPE, f"../store/{name}") for name in ("cat", "dog")]
+    assert sizes(write_tar(tmp_path / "b.tgz", prefix="store/", mode="w:gz", extra=linked)) == (["cat", "dog"], 22, 2)
+
+
+def test_a_damaged_archive_is_a_sentence(tmp_path):
+    whole = write_zip(tmp_path / "a.zip").read_bytes()
+    (tmp_path / "cut.zip").write_bytes(whole[:len(whole) // 2])
+    refused(tmp_path / "cut.zip", "the archive is damaged .its end is missing")
+    flipped = bytearray(whole)
+    flipped[whole.index(b"cat/000.png") + 60] ^= 255
+    (tmp_path / "crc.zip").write_bytes(flipped)
+    refused(tmp_path / "crc.zip", "cat/000.png: not a readable image .*(CRC-32|packed content is damaged)")
+    packed = write_tar(tmp_path / "a.tgz", mode="w:gz").read_bytes()
+    rng = np.random.default_rng(0)
+    for place in rng.integers(10, len(packed) - 1, 12):
+        flipped = bytearray(packed)
+        flipped[place] ^= 255
+        (tmp_path / "flipped.tgz").write_bytes(flipped)
+        refused(tmp_path / "flipped.tgz", "the archive is damaged|not a readable image")
+        (tmp_path / "cut.tgz").write_bytes(packed[:place])
+        refused(tmp_path / "cut.tgz", "the archive is damaged")
+
+
+def test_members_of_a_packed_tar_that_are_no_pictures_are_not_kept(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "a.tgz", [*MEMBERS, ("cat/table.bin", bytes(30 << 20))], mode="w:gz")
+    monkeypatch.setattr(files, "free_bytes", lambda device: 20 << 20)
+    assert sizes(path) == (["cat", "dog"], 22, 2)
+    assert "1 .bin (no picture)" in data.describe(*both(path))
+    path = write_tar(tmp_path / "b.tgz", [*MEMBERS, ("cat/large.png", bytes(30 << 20))], mode="w:gz")
+    refused(path, "its pictures do not fit into memory: unpack it")
+
+
+def test_a_member_that_unpacks_to_gigabytes_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MOST_FILE", 1 << 20)
+    monkeypatch.setattr(files.limited, "__defaults__", (1 << 20,))
+    path = write_zip(tmp_path / "a.zip", [*MEMBERS, ("cat/bomb.png", bytes(2 << 20))])
+    refused(path, "cat/bomb.png: not a readable image .0.0 GB are too large")
+
+
+# ---- Arrays --------------------------------------------------------------------------------------
+
+RANDOM = np.random.default_rng(0).integers(0, 255, (40, 8, 8, 3), dtype=np.uint8)
+
+
+def npz(folder, **arrays):
+    np.savez(folder / "a.npz", **arrays)
+    return folder / "a.npz"
+
+
+def test_an_array_is_read_as_it_is(tmp_path):
+    train_set, val_set = both(npz(tmp_path, images=RANDOM, labels=np.arange(40) % 2, classes=np.array(["cat", "dog"])))
+    assert train_set.classes == ["cat", "dog"] and (len(train_set), len(val_set)) == (36, 4)
+    together = torch.cat([train_set.images, val_set.images]).permute(0, 2, 3, 1).reshape(40, -1)
+    labels = torch.cat([train_set.labels, val_set.labels])
+    rows = {bytes(row.numpy()): label for row, label in zip(together, labels.tolist())}
+    assert [rows[RANDOM[i].tobytes()] for i in range(40)] == [i % 2 for i in range(40)]
+
+
+@pytest.mark.parametrize("labels, classes", [
+    (np.arange(40) % 10, [str(k) for k in range(10)]),                     # in turn: each tenth is of one class
+    (np.repeat(np.arange(4), 10), ["0", "1", "2", "3"]),
+    ((np.arange(40) % 2)[:, None], ["0", "1"]),                            # a column
+    (np.array(["cat", "dog"] * 20), ["cat", "dog"]),
+    (np.array([b"cat", b"dog"] * 20), ["cat", "dog"]),
+    ((np.arange(40) % 2).astype(float), ["0", "1"]),
+    (np.arange(40) % 2 == 0, ["0", "1"]),
+    (np.arange(40) % 2 - 1, ["-1", "0"]),
+])
+def test_labels_may_be_numbers_or_names_in_any_order(tmp_path, labels, classes):
+    train_set, val_set = both(npz(tmp_path, images=RANDOM, labels=labels))
+    assert train_set.classes == classes and len(train_set) + len(val_set) == 40
+    assert len(train_set.labels.unique()) == len(classes)
+    assert train_set.labels.bincount(minlength=len(classes)).min() >= 3
+
+
+def test_a_class_name_without_images_shifts_no_other_name(tmp_path):
+    names = np.array(["cat", "dog", "emu"])
+    train_set, _ = both(npz(tmp_path, images=RANDOM, labels=np.arange(40) % 2 * 2, classes=names))
+    assert train_set.classes == ["cat", "emu"] and set(train_set.labels.tolist()) == {0, 1}
+    refused(npz(tmp_path, images=RANDOM, labels=np.arange(40) % 4, classes=names), "`classes` has 3 names")
+
+
+@pytest.mark.parametrize("images", [RANDOM.transpose(0, 3, 1, 2), RANDOM[..., 0], RANDOM[..., :1],
+                                    np.concatenate([RANDOM, np.full_like(RANDOM[..., :1], 255)], -1)])
+def test_arrays_may_have_channels_first_one_channel_or_alpha(tmp_path, images):
+    grey = images.ndim == 3 or images.shape[-1] == 1
+    train_set, _ = both(npz(tmp_path, images=images, labels=np.zeros(40, int)))
+    first = RANDOM[0, ..., :1].repeat(3, -1) if grey else RANDOM[0]
+    assert torch.equal(train_set.images[0], torch.from_numpy(first).permute(2, 0, 1))
+
+
+def test_arrays_without_labels_are_one_class_and_own_validation_arrays_count(tmp_path):
+    assert sizes(npz(tmp_path, images=RANDOM)) == (["images"], 36, 4)
+    np.save(tmp_path / "b.npy", RANDOM)
+    assert sizes(tmp_path / "b.npy") == (["images"], 36, 4)
+    mnist = dict(x_train=RANDOM[:30], y_train=np.arange(30) % 2, x_test=RANDOM[30:], y_test=np.arange(10) % 2)
+    assert sizes(npz(tmp_path, **mnist)) == (["0", "1"], 30, 10)
+
+
+@pytest.mark.parametrize("arrays, words", [
+    (dict(images=RANDOM / 255, labels=np.arange(40) % 2), "must be .N, H, W, 3. uint8, .*save .255"),
+    (dict(images=RANDOM[:0], labels=np.zeros(0, int)), "must be .N, H, W, 3. uint8"),
+    (dict(images=RANDOM[:, :, :0], labels=np.arange(40) % 2), "must be .N, H, W, 3. uint8"),
+    (dict(images=RANDOM, labels=np.arange(39)), "`labels` must be .40,. whole numbers or names"),
+    (dict(images=RANDOM, labels=np.zeros((40, 4))), "`labels` must be .40,. whole numbers or names"),
+    (dict(images=RANDOM, labels=np.linspace(0, 1, 40)), "must be whole numbers or names, not such as 0.0"),
+    (dict(images=RANDOM, labels=np.where(np.arange(40) == 3, np.nan, 1.0)), "`labels`.3. is not a number"),
+    (dict(images=np.array([1, "a", None], dtype=object), labels=np.zeros(3)), "no arrays of numbers or words"),
+    (dict(pictures=RANDOM), "needs the array `images`.*it holds pictures"),
+    (dict(images=RANDOM[:1], labels=np.zeros(1, int)), "too few to hold out one"),
+])
+def test_an_array_that_does_not_fit_is_a_sentence(tmp_path, arrays, words):
+    refused(npz(tmp_path, **arrays), words)
+
+
+def test_a_header_that_lies_is_a_sentence(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, dict(descr="|u1", fortran_order=False, shape=(10**9, 99, 99, 3)))
+    (tmp_path / "b.npy").write_bytes(header.getvalue() + bytes(999))
+    refused(tmp_path / "b.npy", "not a readable .npy")
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images.npy", header.getvalue() + bytes(999))
+    refused(tmp_path / "a.npz", "not a readable .npz")
+    (tmp_path / "c.npz").write_text("not a zip")
+    refused(tmp_path / "c.npz", "not a readable .npz")
+
+
+# ---- Reading many --------------------------------------------------------------------------------
+
+def test_a_set_that_was_read_once_is_kept_until_a_file_changes(tmp_path, monkeypatch):
+    root = tree(tmp_path / "t", ending="jpg")
+    decoded = []
+    square = files.square
+    monkeypatch.setattr(files, "square", lambda name, *rest: decoded.append(name) or square(name, *rest))
+    monkeypatch.setattr(files, "WORTH_KEEPING", 0.0)
+    load = lambda size=8, split="train": data.load(str(root), size, split, cache=tmp_path / "cache").images
+    first = load()
+    assert len(decoded) == 22 and torch.equal(load(), first) and len(decoded) == 22
+    load(16), load(8, "val")
+    assert len(decoded) == 22 + 22 + 2, "another size or split is another file"
+    assert torch.equal(load(), first) and len(decoded) == 46
+    photo(2).save(root / "cat" / "003.jpg")
+    os.utime(root / "cat" / "003.jpg", ns=(1, 1))
+    changed = load()
+    assert len(decoded) == 68 and not torch.equal(changed, first)
+    (root / "dog" / "000.jpg").unlink()
+    assert len(load()) == 21 and len(list((tmp_path / "cache").iterdir())) == 3
+    kept = sorted((tmp_path / "cache").iterdir(), key=lambda path: path.stat().st_mtime)[-1]
+    content = bytearray(kept.read_bytes())
+    content[len(content) // 2] ^= 1                         # a flipped bit is noticed, and the set read anew
+    kept.write_bytes(content)
+    before = len(decoded)
+    assert len(load()) == 21 and len(decoded) == before + 21
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "WORTH_KEEPING", 0.0)
+    (tmp_path / "cache").write_text("a file in its place")
+    assert len(data.load(str(tree(tmp_path / "t")), 8, cache=tmp_path / "cache")) == 22
+    assert "not kept for the next time" in capsys.readouterr().out
+
+
+def test_reading_shows_how_far_it_is(monkeypatch, capsys):
+    clock = iter(range(1000))
+    monkeypatch.setattr(files.time, "perf_counter", lambda: 3.0 * next(clock))
+    assert files.in_threads(lambda i: i * i, 20, "reading images") == [i * i for i in range(20)]
+    lines = capsys.readouterr().err.splitlines()
+    assert "reading images: 1 of 20, 57 s left" in lines[0] and 2 <= len(lines) < 20
+
+
+def test_skip_bad_leaves_no_class_empty(tmp_path):
+    root = tree(tmp_path / "t")
+    for file in (root / "dog").iterdir():
+        file.write_bytes(b"")
+    refused(root, "without its unreadable images a class is empty", skip_bad=True)
+    refused(root, "without its unreadable images a class is empty", skip_bad=True, max_bytes=0)
