@@ -84,7 +84,7 @@ def reason(error):
         return "its content is no picture that Pillow knows"
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} million pixels"
-    if isinstance(error, (zlib.error, lzma.LZMAError)):
+    if isinstance(error, (zlib.error, lzma.LZMAError)) or "while decompressing" in str(error):
         return "its packed content is damaged"
     if isinstance(error, MemoryError):
         return "it does not fit into memory"
