@@ -76,7 +76,7 @@ def distance(shape, x, y):
     name = SHAPES[shape]
     r = torch.hypot(x, y)
 
-    def polygon(n, inner):                                  # n half planes at a distance, by folding the angle
+    def polygon(n, inner):  # n half planes at a distance, by folding the angle
         sector = 2 * math.pi / n
         angle = torch.atan2(x, -y)                          # one corner points up
         return r * torch.cos(angle - sector * torch.floor(angle / sector) - sector / 2) - inner
@@ -115,7 +115,9 @@ def distance(shape, x, y):
 
 
 def scene(index, seed=0, video=False):
-    """What picture `index` (B,) shows -> a dict of (B,) tensors. Colours are (B, 3) in [0, 1], places in [-1, 1]."""
+    """What picture `index` (B,) shows -> a dict of (B,) tensors. Colours are (B, 3) in [0, 1],
+    places are in [-1, 1].
+    """
     u = uniforms(index, 12, seed)
     label = (u[:, 0] * len(SHAPES)).long()
     colour = (u[:, 1] * len(COLOURS)).long()
@@ -152,7 +154,7 @@ def draw_scene(s, image_size):
         rows = (s["label"] == shape).nonzero()[:, 0]
         if len(rows):
             d[rows] = distance(shape, x[rows], y[rows]) * radius[rows]
-    a = (0.5 - d * (image_size / 2)).clamp(0, 1)[:, None]                                 # (B, 1, H, W) coverage
+    a = (0.5 - d * (image_size / 2)).clamp(0, 1)[:, None]  # (B, 1, H, W) coverage
     visible = s.get("visible", torch.ones_like(s["cx"]))    # a blinking shape is away at times
     a = a * visible[:, None, None, None]
     images = a * s["rgb"][:, :, None, None] + (1 - a) * s["ground_rgb"][:, :, None, None]
@@ -162,7 +164,8 @@ def draw_scene(s, image_size):
 def draw(index, image_size=32, seed=0):
     """index (B,) int64 -> images (B, 3, H, W) in [-1, 1], labels (B,), masks (B, H, W), distances (B, H, W).
 
-    masks hold 0 for background and 1 + label on the shape. distances are in half image widths, negative inside.
+    masks hold 0 for background and 1 + label on the shape. distances are in half image widths, negative
+    inside.
     """
     s = scene(index, seed)
     images, d = draw_scene(s, image_size)
@@ -177,7 +180,7 @@ def draw_clips(index, image_size=32, frames=17, seed=0):
     s = scene(index, seed, video=True)
     B = len(index)
     action = s["action"]
-    moment = torch.linspace(-0.5, 0.5, frames, device=index.device) * (frames > 1)        # one frame: the middle
+    moment = torch.linspace(-0.5, 0.5, frames, device=index.device) * (frames > 1)  # one frame: the middle
 
     def is_action(name):
         return (action == ACTIONS.index(name)).float()[:, None]                           # (B, 1)
@@ -195,7 +198,7 @@ def draw_clips(index, image_size=32, frames=17, seed=0):
     cy = torch.where(down != 0, down * 2 * reach[:, None] * moment, s["cy"][:, None].expand(B, frames))
     radius = s["radius"][:, None] * (1 + 0.8 * growth * moment)
     angle = s["angle"][:, None] + 0.75 * math.pi * turning * moment
-    blink = ((torch.arange(frames, device=index.device) // 2) % 2).float()                # two frames there, two away
+    blink = ((torch.arange(frames, device=index.device) // 2) % 2).float()  # two frames there, two away
     visible = 1 - is_action("blinks") * blink
     flat = {k: v.repeat_interleave(frames, 0) for k, v in s.items()}
     moving = dict(cx=cx, cy=cy, radius=radius, angle=angle, visible=visible)              # (B, F) each
@@ -227,9 +230,9 @@ def captions(index, seed=0, video=False):
 class ImageSet:
     """N images or clips with class labels, ready to be drawn in batches.
 
-    images: (N, 3, H, W) uint8, on the device where it fits, or a StreamedFiles. labels: (N,) int64 on `device`.
-    Clips: (N, 3, F, H, W), and so are the batches.
-    With one_hot = n, images are maps (N, 1, H, W) of 0 .. n - 1, and batch() gives n channels of -1 and 1.
+    images: (N, 3, H, W) uint8, on the device where it fits, or a StreamedFiles. labels: (N,) int64 on
+    `device`. Clips: (N, 3, F, H, W), and so are the batches. With one_hot = n, images are maps (N, 1, H, W)
+    of 0 .. n - 1, and batch() gives n channels of -1 and 1.
     """
 
     def __init__(self, images, labels, classes, device, flip=False, texts=None, one_hot=0):
@@ -258,11 +261,12 @@ class ImageSet:
         return self.images.shape[2] if getattr(self.images, "ndim", 4) == 5 else 1
 
     def batch(self, index):
-        """index (B,) int64 on the CPU -> images (B, 3, H, W) float32 in [-1, 1], labels (B,), on the device."""
+        """index (B,) int64 on the CPU -> images (B, 3, H, W) float32 in [-1, 1], labels (B,), on the device.
+        """
         if self.beside_labels:
             index = index.to(self.device, non_blocking=True)
             images = self.images[index]
-        else:                                               # copied while the device still computes the last step
+        else:  # copied while the device still computes the last step
             images = self.images[index]
             if self.labels.is_cuda:
                 images = images.pin_memory()
@@ -297,7 +301,8 @@ def order(n, batch_size, step, seed=0, _cache={}):
 
 def load(data="shapes", image_size=32, split="train", device="cpu", seed=0, flip=False, skip_bad=False,
          n_shapes=None, max_bytes=None, task="class", frames=1, frame_step=None, cache=None):
-    """The training or validation set named by --data -> an ImageSet, of which describe() tells what was found.
+    """The training or validation set named by --data -> an ImageSet, of which describe() tells what was
+    found.
 
     data: "shapes", or the path of your own images. common/files.py says what may lie there.
     max_bytes: a larger set is decoded while training (default: half of the free memory).
@@ -315,7 +320,8 @@ def load(data="shapes", image_size=32, split="train", device="cpu", seed=0, flip
     free = files.free_bytes(device) // 2
     if 30 * 3 * frames * image_size ** 2 > free:            # to draw or to decode one takes as much
         size = 90 * frames * image_size ** 2 / 2**30
-        raise BadInput(f"--image_size {image_size}: to read one picture takes {size:,.0f} GB, more than half of the "
+        raise BadInput(f"--image_size {image_size}: to read one picture takes {size:,.0f} GB, more than half "
+                       "of the "
                        "free memory")
     if data == "shapes":
         drawn = draw_set if frames == 1 else draw_clip_set
@@ -359,7 +365,9 @@ def describe(train_set, val_set):
 
 
 def draw_set(image_size, split, device, seed=0, n=None, flip=False, task="class", frames=1):
-    """The drawn world or maps of it, see load() -> ImageSet: 20,000 pictures to learn from, 2,000 to validate."""
+    """The drawn world or maps of it, see load() -> ImageSet: 20,000 pictures to learn from, 2,000 to
+    validate.
+    """
     n = n or (20_000 if split == "train" else 2_000)
     refuse_too_many(n, 1, image_size, device)
     start = 0 if split == "train" else VAL_INDEX
@@ -403,8 +411,10 @@ def refuse_too_many(n, frames, image_size, device):
     free = files.free_bytes(device)
     if size > free // 2:
         what = f"clips of {frames} frames" if frames > 1 else "images"
-        raise BadInput(f"--n_shapes: {n} {what} at {image_size} pixels do not fit into memory, {size / 2**30:,.1f} GB "
-                       f"where {free / 2**30:,.1f} GB are free: give less of --n_shapes, --frames or --image_size")
+        raise BadInput(f"--n_shapes: {n} {what} at {image_size} pixels do not fit into memory, "
+                       f"{size / 2**30:,.1f} GB "
+                       f"where {free / 2**30:,.1f} GB are free: give less of --n_shapes, --frames or "
+                       "--image_size")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -417,11 +427,12 @@ def demo_shapes(image_size):
     for what, function, n in (("pictures", draw, 1000), ("17-frame clips", draw_clips, 50)):
         start = time.perf_counter()
         function(torch.arange(n), image_size)
-        print(f"{n / (time.perf_counter() - start):7.0f} {what} of {image_size} x {image_size} drawn per second")
+        print(f"{n / (time.perf_counter() - start):7.0f} {what} of {image_size} x {image_size} drawn per "
+              "second")
     images, labels, masks, d = draw(torch.arange(400), image_size)
     fig = plt.figure(figsize=(15, 7.6))
-    left, right = fig.add_gridspec(1, 2, width_ratios=[1, 1.0], wspace=0.12, left=0.065, right=0.985, top=0.92,
-                                   bottom=0.01)
+    left, right = fig.add_gridspec(1, 2, width_ratios=[1, 1.0], wspace=0.12, left=0.065, right=0.985,
+                                   top=0.92, bottom=0.01)
     rows = left.subgridspec(len(SHAPES), 1, hspace=0.05)
     for k, name in enumerate(SHAPES):
         ax = fig.add_subplot(rows[k])
@@ -457,7 +468,8 @@ def demo_shapes(image_size):
 
 def main():
     parser = argparse.ArgumentParser(description="Draw the shapes world, or look at your own images.")
-    parser.add_argument("--data", default="shapes", help="`shapes`, or a folder / archive / npz of class folders")
+    parser.add_argument("--data", default="shapes",
+                        help="`shapes`, or a folder, an archive or an .npz of images")
     parser.add_argument("--image_size", type=int, default=32, help="side of the square pictures, in pixels")
     parser.add_argument("--frames", type=int, default=1,
                         help="with --data PATH: more than 1 reads clips of so many frames")
@@ -466,15 +478,16 @@ def main():
         demo_shapes(args.image_size)
     else:
         start = time.perf_counter()
-        train, val = (load(args.data, args.image_size, split, frames=args.frames) for split in ("train", "val"))
-        what = "images" if args.frames == 1 else f"clips of {args.frames} frames"
-        print(f"{len(train)} training and {len(val)} validation {what}, {len(train.classes)} classes: "
-              f"{', '.join(train.classes)}; read in {time.perf_counter() - start:.1f} s")
+        train = load(args.data, args.image_size, "train", frames=args.frames)
+        val = load(args.data, args.image_size, "val", frames=args.frames)
+        print(f"{describe(train, val)}\n    read in {time.perf_counter() - start:.1f} s")
         n = min(len(train), 4000 // args.frames)
         images, labels = train.batch(order(len(train), n, 0))
         rows = [(c, images[labels == k][:12]) for k, c in enumerate(train.classes[:20])]
-        rows = rows if args.frames == 1 else [(c, pictures.film(x[0])) for c, x in rows if len(x)]
-        pictures.save_rows("data.png", [r for r in rows if len(r[1])], f"{args.data} at {args.image_size} x {args.image_size}")
+        rows = [row for row in rows if len(row[1])]
+        if args.frames > 1:
+            rows = [(c, pictures.film(x[0])) for c, x in rows]
+        pictures.save_rows("data.png", rows, f"{args.data} at {args.image_size} x {args.image_size}")
     print("wrote data.png")
 
 

@@ -8,9 +8,10 @@ A path is read in four steps, and the file is in this order:
     arrange         names -> training and validation pictures with their classes
     read_files      all of it -> uint8 tensors, by several threads, kept in a cache file
 
-What is a class: the folders that hold the pictures, below any number of folders around them. `train` beside `val` or
-`test`, in any spelling, are two splits. Without them, every tenth picture of a class is held out. Pictures that lie in
-no class folder at all are one class, "images". Every fault of the data is a BadInput: one sentence, with the remedy.
+What is a class: the folders that hold the pictures, below any number of folders around them. `train` beside
+`val` or `test`, in any spelling, are two splits. Without them, every tenth picture of a class is held out.
+Pictures that lie in no class folder at all are one class, "images". Every fault of the data is a BadInput:
+one sentence, with the remedy.
 
 This file imports nothing of the project.
 """
@@ -40,28 +41,30 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms
 
-FORMATS = ["JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "PCX", "SGI",
-           "QOI", "PSD", "DDS", "HEIF"]                     # not all that Pillow knows: EPS would run a program
-SNIFFED = ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "QOI"]          # known by their first bytes
-UNREADABLE = {                                              # endings of pictures that Pillow cannot read -> the remedy
+FORMATS = ["JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "PCX",
+           "SGI", "QOI", "PSD", "DDS", "HEIF"]  # not all that Pillow knows: EPS would run a program
+# known by their first bytes
+SNIFFED = ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "QOI"]
+UNREADABLE = {  # endings of pictures that Pillow cannot read -> the remedy
     **dict.fromkeys((".heic", ".heif", ".hif"), "read by the optional package pillow-heif"),
     **dict.fromkeys((".avif", ".avifs"), "read by a newer Pillow"),
-    **dict.fromkeys((".svg", ".eps", ".ai", ".pdf", ".jxl", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"),
-                    "convert to PNG or JPEG"),
+    **dict.fromkeys((".svg", ".eps", ".ai", ".pdf", ".jxl", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf",
+                     ".orf", ".rw2"), "convert to PNG or JPEG"),
 }
 ANIMATED = {".gif", ".webp"}                                # where clips are wanted, each of these is one
-FILMS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".y4m"}          # by the optional package av
-JUNK = {"__macosx", "@eadir", "$recycle.bin", "thumbs.db", "desktop.ini"}                   # of systems: not worth a word
+# by the optional package av
+FILMS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".y4m"}
+JUNK = {"__macosx", "@eadir", "$recycle.bin", "thumbs.db", "desktop.ini"}  # of systems: not worth a word
 TRAIN = {"train", "training", "trainset"}                   # folders that are splits, in any case
 VAL = {"val", "valid", "validation", "dev", "valset"}
 TEST = {"test", "testing", "testset", "eval"}
 MOST_TEXT = 1 << 16                                         # bytes of a caption that are read
-MOST_FILE = 1 << 30                                         # bytes of a picture file; a larger one is a mistake
-BIG = 16 << 20                                              # pixels above which pictures are decoded one at a time
+MOST_FILE = 1 << 30  # bytes of a picture file; a larger one is a mistake
+BIG = 16 << 20  # pixels above which pictures are decoded one at a time
 WORTH_KEEPING = 0.5                                        # seconds of reading, from which on a set is kept
-WIDEST = 16                                                 # times as wide as high, or the reverse: the rest is cut first
+WIDEST = 16  # times as wide as high, or the reverse: the rest is cut first
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)                  # twice the limit is refused
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # twice the limit is refused
 one_big = threading.Semaphore(1)
 
 
@@ -74,7 +77,9 @@ class NeedsPackage(BadInput):
 
 
 def printable(name):
-    """A name from a disk -> what can be printed, saved and drawn: names may hold newlines, or bytes that are no UTF-8."""
+    """A name from a disk -> what can be printed, saved and drawn: names may hold newlines, or bytes that are
+    no UTF-8.
+    """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
 
 
@@ -103,7 +108,7 @@ def free_bytes(device):
         free = int(text.split("MemAvailable:")[1].split()[0]) * 1024
     except (OSError, IndexError):
         return 8 << 30                                      # not Linux: assume a laptop with 8 GB to spare
-    try:                                                    # a container may be allowed less than the machine has
+    try:  # a container may be allowed less than the machine has
         allowed = int(Path("/sys/fs/cgroup/memory.max").read_text())
         return min(free, allowed - int(Path("/sys/fs/cgroup/memory.current").read_text()))
     except (OSError, ValueError):
@@ -120,7 +125,8 @@ def picture_endings():
             pillow_heif.register_heif_opener()
         except ImportError:
             pass
-    return {ending for ending, name in Image.registered_extensions().items() if name in FORMATS + ["TGA"] and name in Image.OPEN}
+    known = set(FORMATS + ["TGA"]) & set(Image.OPEN)
+    return {ending for ending, name in Image.registered_extensions().items() if name in known}
 
 
 def formats(name=""):
@@ -131,8 +137,9 @@ def formats(name=""):
 
 
 def open_picture(content, name="", least=None):
-    """The bytes of a picture file -> an upright RGB image. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, as far
-    as the short side keeps `least` pixels (default: at its own size). Raises what Pillow raises."""
+    """The bytes of a picture file -> an upright RGB image. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its
+    size, as far as the short side keeps `least` pixels (default: at its own size). Raises what Pillow
+    raises."""
     if not content:
         raise ValueError("the file is empty")
     image = Image.open(io.BytesIO(content), formats=formats(name))
@@ -147,8 +154,9 @@ def open_picture(content, name="", least=None):
 def upright_rgb(image):
     """A PIL image of any mode -> RGB: turned as its EXIF orientation says, transparent parts over white.
 
-    16 bits become 8 by the range of the mode, 0 .. 65535. Numbers without such a range (32-bit integers, floats) are
-    taken to lie in 0 .. 1 (floats), 0 .. 255 or 0 .. 65535, whichever holds them all; else the image's own range is.
+    16 bits become 8 by the range of the mode, 0 .. 65535. Numbers without such a range (32-bit integers,
+    floats) are taken to lie in 0 .. 1 (floats), 0 .. 255 or 0 .. 65535, whichever holds them all; else the
+    image's own range is.
     """
     image.load()
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -160,12 +168,14 @@ def upright_rgb(image):
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         return turn(over_white(image), orientation(image))
     if image.mode != "RGB":
-        image = image.convert("RGB")                        # of RGB it would be a copy: half a gigabyte at worst
+        image = image.convert("RGB")  # of RGB it would be a copy: half a gigabyte at worst
     return turn(image, orientation(image))
 
 
 def over_white(image):
-    """What lies under a transparent pixel is arbitrary: RGBA or a palette with a transparent colour -> RGB on white."""
+    """What lies under a transparent pixel is arbitrary: RGBA or a palette with a transparent colour -> RGB on
+    white.
+    """
     image = image.convert("RGBA")
     if image.getextrema()[3][0] == 255:                     # opaque
         return image.convert("RGB")
@@ -183,7 +193,8 @@ def eight_bits(image):
         fitting = [top for top in known if low >= 0 and high <= top]
         if fitting:
             low, high = 0, fitting[0]
-    scaled = (np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low) - low) / max(high - low, 1e-30)
+    values = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
+    scaled = (values - low) / max(high - low, 1e-30)
     return (scaled * 255).round().astype(np.uint8)
 
 
@@ -195,22 +206,25 @@ def orientation(image):
 
 
 def turn(image, how):
-    """Undo an EXIF orientation, 1 to 8; a phone stores the picture as the sensor lay and notes how it was held."""
+    """Undo an EXIF orientation, 1 to 8; a phone stores the picture as the sensor lay and notes how it was
+    held.
+    """
     T = Image.Transpose
-    ways = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270, 7: T.TRANSVERSE,
-            8: T.ROTATE_90}
+    ways = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270,
+            7: T.TRANSVERSE, 8: T.ROTATE_90}
     return image.transpose(ways[how]) if how in ways else image
 
 
 def centre_crop(image, image_size):
     """PIL image -> (image_size, image_size, 3) uint8, as in ADM (Dhariwal & Nichol 2021).
 
-    Halve by boxes while it is twice too big (so that nothing aliases), then bicubic so that the short side fits, then
-    the middle square.
+    Halve by boxes while it is twice too big (so that nothing aliases), then bicubic so that the short side
+    fits, then the middle square.
     """
     if image.size == (image_size, image_size):
         return np.array(image)
-    if max(image.size) > WIDEST * min(image.size):          # a line of 1 x 60000 pixels would become 60000 times as large
+    # a line of 1 x 60000 pixels would become 60000 times as large
+    if max(image.size) > WIDEST * min(image.size):
         width, height = (min(side, WIDEST * min(image.size)) for side in image.size)
         left = (image.width - width) // 2
         top = (image.height - height) // 2
@@ -225,7 +239,9 @@ def centre_crop(image, image_size):
 
 
 def square(name, opener, image_size):
-    """One file -> (image_size, image_size, 3) uint8, and whether it was a square. opener: () -> bytes, or an array."""
+    """One file -> (image_size, image_size, 3) uint8, and whether it was a square. opener: () -> bytes, or an
+    array.
+    """
     try:
         content = opener()
         if isinstance(content, np.ndarray):
@@ -235,7 +251,8 @@ def square(name, opener, image_size):
             image = open_picture(content, name, 2 * image_size)
         return centre_crop(image, image_size), image.width == image.height
     except Exception as e:                                  # Pillow raises a dozen kinds
-        raise BadInput(f"{printable(name)}: not a readable image ({reason(e)}); remove it, or leave such files out with "
+        raise BadInput(f"{printable(name)}: not a readable image ({reason(e)}); remove it, or leave such "
+                       "files out with "
                        "--skip_bad") from None
 
 
@@ -268,8 +285,9 @@ def clips_of(files):
 def read_clip(name, opener, image_size, frames, frame_step=None):
     """One clip -> a list of windows (3, F, H, W) uint8, cropped like images. Which frames of it:
 
-    frame_step None: one window, its frames evenly spread from the first to the last, so that an action is seen whole.
-    frame_step n: every n-th frame, and of these as many windows, one behind the other, as there are.
+    frame_step None: one window, its frames evenly spread from the first to the last, so that an action is
+    seen whole. frame_step n: every n-th frame, and of these as many windows, one behind the other, as there
+    are.
     """
     cropped = []
     most = free_bytes("cpu") // 4 // (3 * image_size ** 2)
@@ -280,11 +298,13 @@ def read_clip(name, opener, image_size, frames, frame_step=None):
             if len(cropped) > most:
                 raise ValueError(f"more than {most} frames, which do not fit into memory: cut it")
     except Exception as e:                                  # Pillow and av raise a dozen kinds
-        raise BadInput(f"{printable(name)}: not a readable clip ({reason(e)}); remove it, or leave such files out with "
+        raise BadInput(f"{printable(name)}: not a readable clip ({reason(e)}); remove it, or leave such "
+                       "files out with "
                        "--skip_bad") from None
     if len(cropped) < frames:
         every = f" with --frame_step {frame_step}" if frame_step else ""
-        raise BadInput(f"{printable(name)}: has {len(cropped)} frames{every}, fewer than --frames {frames}; remove it, or "
+        raise BadInput(f"{printable(name)}: has {len(cropped)} frames{every}, fewer than --frames {frames}; "
+                       "remove it, or "
                        "leave such files out with --skip_bad")
     if frame_step is None:
         cropped = [cropped[i] for i in np.linspace(0, len(cropped) - 1, frames).round().astype(int)]
@@ -301,7 +321,8 @@ def pictures_of(name, content):
         try:
             import av
         except ImportError:
-            raise NeedsPackage(f"{printable(name)}: to read films takes the optional package av: pip install av") from None
+            raise NeedsPackage(f"{printable(name)}: to read films takes the optional package av: pip install "
+                               "av") from None
         with av.open(io.BytesIO(content)) as film:
             for frame in film.decode(video=0):
                 yield frame.to_image()
@@ -325,7 +346,7 @@ class Listing:
         self.pictures, self.films, self.texts, self.stamps = {}, {}, {}, {}
         self.folders = set()
         self.left_out = {}
-        self.same_file = {}                                 # name -> identity of the file, where links may share it
+        self.same_file = {}  # name -> identity of the file, where links may share it
         self.aliases = set()
         self.endings = picture_endings()
 
@@ -372,7 +393,8 @@ def list_path(path):
         mode = path.stat().st_mode
     except (OSError, ValueError) as e:
         why = "there is no such file or folder (use `shapes` for the drawn world)"
-        raise BadInput(f"--data {printable(path)}: {why if isinstance(e, FileNotFoundError) else reason(e)}") from None
+        raise BadInput(f"--data {printable(path)}: "
+                       f"{why if isinstance(e, FileNotFoundError) else reason(e)}") from None
     if stat.S_ISDIR(mode):
         return list_folder(path)
     if not stat.S_ISREG(mode):
@@ -386,7 +408,7 @@ def list_path(path):
         return list_tar(path)
     except BadInput:
         raise
-    except Exception as e:                                  # zlib, lzma, tarfile, zipfile, and what they run into
+    except Exception as e:  # zlib, lzma, tarfile, zipfile, and what they run into
         raise BadInput(f"--data {printable(path)}: the archive is damaged ({reason(e)})") from None
 
 
@@ -394,7 +416,7 @@ def list_folder(root):
     """Links are followed, but not to a folder that they lie in. hidden() names are passed over."""
     found = Listing(root)
     waiting = [("", (os.stat(root).st_dev, os.stat(root).st_ino), frozenset(), False)]
-    while waiting:                                          # a list, not recursion: folders may be nested deeply
+    while waiting:  # a list, not recursion: folders may be nested deeply
         prefix, here, above, linked = waiting.pop()
         above = above | {here}
         try:
@@ -436,7 +458,8 @@ def is_above(root, entry):
 
 def disk_reader(path, size):
     def read():
-        limited(size, max(MOST_FILE, free_bytes("cpu") // 4) if Path(path).suffix.lower() in FILMS else MOST_FILE)
+        is_film = Path(path).suffix.lower() in FILMS
+        limited(size, max(MOST_FILE, free_bytes("cpu") // 4) if is_film else MOST_FILE)
         return Path(path).read_bytes()
     return read
 
@@ -450,7 +473,8 @@ def disk_head(path):
 
 
 def inside(name):
-    """The name of an archive's member -> the same without a root, `.` or `..` around it: nothing is unpacked."""
+    """The name of an archive's member -> the same without a root, `.` or `..` around it: nothing is unpacked.
+    """
     name = posixpath.normpath(name.replace("\\", "/"))
     return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
 
@@ -471,7 +495,7 @@ def list_zip(path):
         try:
             with archive.open(info) as f:
                 return f.read(64)
-        except Exception:                                   # encrypted, or packed in a way that zipfile does not know
+        except Exception:  # encrypted, or packed in a way that zipfile does not know
             return b""
     for info in archive.infolist():
         name = inside(info.filename)
@@ -496,14 +520,15 @@ class Header(tarfile.TarInfo):
 
 
 def list_tar(path):
-    """A .tar is read where its members lie. A packed one has no such places: its pictures are read through once, and
-    kept as they are, packed; other members are not read."""
+    """A .tar is read where its members lie. A packed one has no such places: its pictures are read through
+    once, and kept as they are, packed; other members are not read."""
     with open(path, "rb") as f:
         first = f.read(6)
     marks = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
     unpack = next((opener for mark, opener in marks.items() if first.startswith(mark)), None)
     if unpack is None and not tarfile.is_tarfile(path):
-        raise BadInput(f"--data {printable(path)}: neither a folder, nor a .tar[.gz], .zip, .npz or .npy file, or cut short")
+        raise BadInput(f"--data {printable(path)}: neither a folder, nor a .tar[.gz], .zip, .npz or .npy "
+                       "file, or cut short")
     found = Listing(path)
     links = {}
     stamp = os.stat(path)
@@ -525,7 +550,9 @@ def list_tar(path):
         if member.isdir():
             found.folders.add(name)
         elif member.issym() or member.islnk():
-            target = member.linkname if member.islnk() else posixpath.join(posixpath.dirname(member.name), member.linkname)
+            target = member.linkname
+            if member.issym():
+                target = posixpath.join(posixpath.dirname(member.name), target)
             links[name] = inside(target)
         elif not member.isfile():
             found.leave_out("devices and pipes", name)
@@ -548,7 +575,9 @@ def list_tar(path):
 
 
 def keep_member(found, archive, member, name, room):
-    """Take one member of a packed .tar into memory, if it is of use -> the bytes of memory that are left for others."""
+    """Take one member of a packed .tar into memory, if it is of use -> the bytes of memory that are left for
+    others.
+    """
     file = archive.extractfile(member)
     begin = file.read(64)
     kind = found.sort(name, lambda: begin)
@@ -557,7 +586,8 @@ def keep_member(found, archive, member, name, room):
     limited(member.size)
     room -= member.size
     if room < 0:
-        raise BadInput(f"--data {printable(found.path)}: its pictures do not fit into memory: unpack it and name the folder")
+        raise BadInput(f"--data {printable(found.path)}: its pictures do not fit into memory: unpack it and "
+                       "name the folder")
     content = begin + file.read(MOST_TEXT if kind is found.texts else -1)
     kind[name] = lambda: content
     found.stamps[name] = f"{len(content)} {zlib.crc32(content)}"
@@ -591,7 +621,9 @@ def unwrap(names, known=()):
 
 
 def find_splits(names):
-    """Names below the wrapping -> training folder, [validation folders, best first]; None where there are no splits."""
+    """Names below the wrapping -> training folder, [validation folders, best first]; None where there are no
+    splits.
+    """
     direct = {}                                             # top folder -> does a picture lie in it directly
     for name in names:
         top, _, rest = name.partition("/")
@@ -604,7 +636,7 @@ def find_splits(names):
     if len(training) != 1:
         return None
     train = training[0]
-    if direct[train] and (others or train.lower() not in TRAIN):                      # a class of trains, beside one of cars
+    if direct[train] and (others or train.lower() not in TRAIN):  # a class of trains, beside one of cars
         return None
     if others and not held_out and not all(direct[top] for top in others):
         return None
@@ -612,7 +644,9 @@ def find_splits(names):
 
 
 def label_names(found, names, base, kind):
-    """Names that lie below base -> {name: class}. In no class folder at all: one class, "images" (or "clips")."""
+    """Names that lie below base -> {name: class}. In no class folder at all: one class, "images" (or
+    "clips").
+    """
     one = f"{kind}s"
     below = {name: name[len(base):] for name in names}
     loose = [name for name in names if "/" not in below[name]]
@@ -623,7 +657,8 @@ def label_names(found, names, base, kind):
             remedy += " that holds its clips; a clip of single pictures is a folder in there"
         else:
             remedy += ", or all of them into one folder"
-        raise BadInput(f"--data {printable(found.path)}: {printable(loose[0])} lies in no class folder: {remedy}")
+        raise BadInput(f"--data {printable(found.path)}: {printable(loose[0])} lies in no class folder: "
+                       f"{remedy}")
     if loose:
         return dict.fromkeys(names, one)
     label_of = {name: below[name].split("/")[0] for name in names}
@@ -634,8 +669,11 @@ def label_names(found, names, base, kind):
 
 
 def refuse_empty(found, base, classes, kind):
-    """A class folder without one readable picture is a mistake. A folder of tables or texts beside the classes is not."""
-    files = [*found.texts, *found.films, *found.pictures, *(n for names in found.left_out.values() for n in names)]
+    """A class folder without one readable picture is a mistake. A folder of tables or texts beside the
+    classes is not.
+    """
+    left_out = [name for names in found.left_out.values() for name in names]
+    files = [*found.texts, *found.films, *found.pictures, *left_out]
     for folder in sorted(found.folders):
         name = folder.removeprefix(base)
         if not folder.startswith(base) or "/" in name or name in classes:
@@ -651,8 +689,8 @@ def refuse_empty(found, base, classes, kind):
 def hold_out(labels):
     """Labels in the order of the files -> a bool array, True for validation, and the rule in words.
 
-    Every tenth of each class. Where most classes have fewer than ten: every tenth of all, but never the first of its
-    class, so that each class is learnt.
+    Every tenth of each class. Where most classes have fewer than ten: every tenth of all, but never the first
+    of its class, so that each class is learnt.
     """
     rank = np.zeros(len(labels), int)
     seen = Counter()
@@ -669,14 +707,15 @@ def hold_out(labels):
 
 
 def drop_doubles(found, names):
-    """One file under several names -> the names that count, so that no picture is learnt twice, or in two classes.
+    """One file under several names -> the names that count, so that no picture is learnt twice, or in two
+    classes.
 
-    A folder of nothing but links was arranged by somebody: it counts, and not the store that it shows. Elsewhere
-    the file itself counts, and not a link to it.
+    A folder of nothing but links was arranged by somebody: it counts, and not the store that it shows.
+    Elsewhere the file itself counts, and not a link to it.
     """
     base = unwrap(names)
     top = {name: name[len(base):].split("/")[0] for name in names}
-    own = {top[name] for name in names if name not in found.aliases}                  # tops that hold files themselves
+    own = {top[name] for name in names if name not in found.aliases}  # tops that hold files themselves
     arranged = {found.same_file[name] for name in names if name in found.aliases and top[name] not in own}
     real = {found.same_file.get(name) for name in names if name not in found.aliases}
     kept = []
@@ -692,7 +731,8 @@ def drop_doubles(found, names):
 
 
 def arrange(found, kind="image", names=None):
-    """A Listing -> train and val, each [(name, class)], sorted by name; classes; and in words what is held out.
+    """A Listing -> train and val, each [(name, class)], sorted by name; classes; and in words what is held
+    out.
 
     names: of clips, in the place of the pictures. What is left out is added to found.left_out.
     """
@@ -709,7 +749,9 @@ def arrange(found, kind="image", names=None):
         classes = sorted(set(label_of.values()))
         val, used = [], ()
     else:
-        tops = {top: [name for name in names if name.startswith(f"{base}{top}/")] for top in (splits[0], *splits[1])}
+        tops = {}
+        for top in (splits[0], *splits[1]):
+            tops[top] = [name for name in names if name.startswith(f"{base}{top}/")]
         learnt = tops[splits[0]]
         below = f"{base}{splits[0]}/"
         label_of = label_names(found, learnt, below + unwrap([name[len(below):] for name in learnt]), kind)
@@ -726,8 +768,10 @@ def arrange(found, kind="image", names=None):
     how = f"those in {printable(used[0])}/" if used else ""
     if not used:
         if len(names) <= len(classes):
-            many = f"{len(names)} {kind}{'s' * (len(names) > 1)} in {len(classes)} class{'es' * (len(classes) > 1)}"
-            raise BadInput(f"--data {path}: too few to hold out one for validation ({many}): put them into one folder, or "
+            many = f"{len(names)} {kind}{'s' * (len(names) > 1)} in "
+            many += f"{len(classes)} class{'es' * (len(classes) > 1)}"
+            raise BadInput(f"--data {path}: too few to hold out one for validation ({many}): put them into "
+                           "one folder, or "
                            "add some")
         held, how = hold_out([label for _, label in train])
         val = [row for row, out in zip(train, held) if out]
@@ -736,7 +780,8 @@ def arrange(found, kind="image", names=None):
 
 
 def first_that_fits(found, base, tops, splits, classes, kind):
-    """The first validation folder with the classes of the training folder -> [(name, class)], (its name,); else [], ().
+    """The first validation folder with the classes of the training folder -> [(name, class)], (its name,);
+    else [], ().
 
     A test folder is often without classes: contests keep the answers to themselves.
     """
@@ -750,7 +795,9 @@ def first_that_fits(found, base, tops, splits, classes, kind):
         rows = [(name, name[len(below):].split("/")[0]) for name in names if "/" in name[len(below):]]
         fits = [row for row in rows if row[1] in classes]
         inside = {name for name, _ in fits}
-        why = "of classes that no training image has" if fits else f"without the class folders of {splits[0]}/"
+        why = f"without the class folders of {splits[0]}/"
+        if fits:
+            why = "of classes that no training image has"
         for name in names:
             if name not in inside:
                 found.leave_out(f"{kind}s in {printable(top)}/ {why}", name)
@@ -783,7 +830,9 @@ def caption(content):
 
 
 def read_texts(found, names):
-    """The caption of each name, NAME.txt beside NAME.jpg -> list of str, or None where one is missing; those that miss."""
+    """The caption of each name, NAME.txt beside NAME.jpg -> list of str, or None where one is missing; those
+    that miss.
+    """
     beside = {posixpath.splitext(name)[0]: opener for name, opener in found.texts.items()}
     openers = [beside.get(posixpath.splitext(name)[0]) for name in names]
     missing = [name for name, opener in zip(names, openers) if opener is None]
@@ -811,29 +860,36 @@ class StreamedFiles:
 
     def __getitem__(self, index):
         """index (B,) int64 -> (B, 3, H, W) uint8."""
-        return torch.stack(list(self.pool.map(lambda i: read_image(*self.files[i], self.image_size), index.tolist())))
+        images = self.pool.map(lambda i: read_image(*self.files[i], self.image_size), index.tolist())
+        return torch.stack(list(images))
 
 
 def workers():
     """Threads that decode: Pillow lets go of Python's lock while it works."""
-    return min(16, 2 * len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return min(16, 2 * cores)
 
 
 def in_threads(function, n, what):
-    """[function(0), ..., function(n - 1)], by several threads. Waiting longer than 2 seconds shows a counter line."""
+    """[function(0), ..., function(n - 1)], by several threads. Waiting longer than 2 seconds shows a counter
+    line.
+    """
     results = []
     begin = time.perf_counter()
     shown = begin + 2 if os.environ.get("RANK", "0") == "0" else float("inf")         # when to write next
     live = sys.stderr.isatty()
     end = "\r" if live else "\n"
     with ThreadPoolExecutor(workers()) as pool:
-        for start in range(0, n, 1024):                     # not all at once: a million waiting calls take a gigabyte
+        for start in range(0, n, 1024):  # not all at once: a million waiting calls take a gigabyte
             for result in pool.map(function, range(start, min(start + 1024, n))):
                 results.append(result)
                 now = time.perf_counter()
                 if now > shown:
                     left = (now - begin) / len(results) * (n - len(results))
-                    print(f"{what}: {len(results)} of {n}, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
+                    text = f"{what}: {len(results)} of {n}, {left:.0f} s left "
+                    print(text, end=end, file=sys.stderr, flush=True)
                     shown = now + (0.5 if live else 10)
     if live and time.perf_counter() > begin + 2:
         print(" " * 70, end="\r", file=sys.stderr)
@@ -841,7 +897,9 @@ def in_threads(function, n, what):
 
 
 def decode_images(files, image_size):
-    """Files [(name, opener)] -> images (N, 3, H, W) uint8, bad {position: sentence}, how many were no squares."""
+    """Files [(name, opener)] -> images (N, 3, H, W) uint8, bad {position: sentence}, how many were no
+    squares.
+    """
     images = torch.zeros(len(files), 3, image_size, image_size, dtype=torch.uint8, device="cpu")
 
     def decode(i):
@@ -857,7 +915,9 @@ def decode_images(files, image_size):
 
 
 def check_images(files, image_size):
-    """What decode_images finds bad, for a set that does not fit into memory -> dict with bad {position: sentence}."""
+    """What decode_images finds bad, for a set that does not fit into memory -> dict with bad {position:
+    sentence}.
+    """
     def check(i):
         try:
             square(*files[i], image_size)
@@ -868,7 +928,8 @@ def check_images(files, image_size):
 
 
 def decode_clips(files, image_size, frames, frame_step, fits):
-    """Files [(name, opener)] -> images (N, 3, F, H, W) uint8, owner (list of N positions in files), bad as above.
+    """Files [(name, opener)] -> images (N, 3, F, H, W) uint8, owner (list of N positions in files), bad as
+    above.
 
     fits: bytes of memory there are for them. Raises ValueError where they are more.
     """
@@ -884,7 +945,7 @@ def decode_clips(files, image_size, frames, frame_step, fits):
             raise
         except BadInput as e:
             return str(e)
-        taken[0] += len(windows) * size                     # by several threads: nearly right, which is enough
+        taken[0] += len(windows) * size  # by several threads: nearly right, which is enough
         return windows
     outcome = in_threads(decode, len(files), "reading clips")
     if taken[0] > fits:
@@ -896,7 +957,8 @@ def decode_clips(files, image_size, frames, frame_step, fits):
 
 
 def cached(folder, path, key, what, make):
-    """make() -> a dict with `images`, kept in a file in `folder` (None: not kept), as long as `key` stays the same.
+    """make() -> a dict with `images`, kept in a file in `folder` (None: not kept), as long as `key` stays the
+    same.
 
     One file for each path and kind of set, so that old ones do not pile up. A damaged one is made anew.
     """
@@ -916,7 +978,7 @@ def cached(folder, path, key, what, make):
     made = make()
     size = made["images"].numel() if "images" in made else 0
     if time.perf_counter() - begin < WORTH_KEEPING or os.environ.get("RANK", "0") != "0":
-        return made                                         # read again as quickly; or another process keeps it
+        return made  # read again as quickly; or another process keeps it
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -934,7 +996,9 @@ def cached(folder, path, key, what, make):
 
 
 def checksum(saved):
-    return zlib.crc32(saved["images"].numpy().reshape(-1).data if "images" in saved else repr(saved["bad"]).encode())
+    if "images" in saved:
+        return zlib.crc32(saved["images"].numpy().reshape(-1).data)
+    return zlib.crc32(repr(saved["bad"]).encode())
 
 
 def refuse_bad(bad, files, skip_bad, kind):
@@ -951,10 +1015,11 @@ def refuse_bad(bad, files, skip_bad, kind):
 
 
 def read_files(path, image_size, split, frames=1, frame_step=None, skip_bad=False, fits=None, cache=None):
-    """One split of what lies in a path -> images, labels (list of int), classes, texts or None, and a summary in words.
+    """One split of what lies in a path -> images, labels (list of int), classes, texts or None, and a summary
+    in words.
 
-    images: (N, 3, [F,] H, W) uint8, or StreamedFiles where they take more than `fits` bytes (default: half of the free
-    memory). split: "train" or another. cache: a folder to keep what was decoded, for the next time.
+    images: (N, 3, [F,] H, W) uint8, or StreamedFiles where they take more than `fits` bytes (default: half of
+    the free memory). split: "train" or another. cache: a folder to keep what was decoded, for the next time.
     """
     path = Path(path).expanduser()
     shown = printable(path)
@@ -962,7 +1027,8 @@ def read_files(path, image_size, split, frames=1, frame_step=None, skip_bad=Fals
     kind = "image" if frames == 1 else "clip"
     if path.suffix.lower() in (".npz", ".npy") and path.is_file():
         if kind == "clip":
-            raise BadInput(f"--data {shown}: clips are read from class folders or an archive of them, not from an "
+            raise BadInput(f"--data {shown}: clips are read from class folders or an archive of them, not "
+                           "from an "
                            f"{path.suffix}")
         return read_array(path, image_size, split, skip_bad, fits, cache)
     found = list_path(path)
@@ -978,7 +1044,8 @@ def read_files(path, image_size, split, frames=1, frame_step=None, skip_bad=Fals
     labels = [sets.classes.index(label) for _, label in rows]
     files = [(f"{path}/{name}", openers[name]) for name in names]
     texts, missing = read_texts(found, names) if kind == "image" else (None, [])
-    stamps = [(name, found.stamps.get(name)) for name in (names if kind == "image" else [*found.pictures, *found.films])]
+    stamped = names if kind == "image" else [*found.pictures, *found.films]
+    stamps = [(name, found.stamps.get(name)) for name in stamped]
     size = len(files) * 3 * frames * image_size ** 2
     decoded = dict(oblong=0)
     if kind == "clip":
@@ -986,16 +1053,19 @@ def read_files(path, image_size, split, frames=1, frame_step=None, skip_bad=Fals
             decoded = cached(cache, path, (names, stamps), (split, image_size, frames, frame_step),
                              lambda: decode_clips(files, image_size, frames, frame_step, fits // 2))
         except ValueError:
-            raise BadInput(f"--data {shown}: more clips of {frames} frames at {image_size} pixels than fit into memory: give "
+            raise BadInput(f"--data {shown}: more clips of {frames} frames at {image_size} pixels than fit "
+                           "into memory: give "
                            "less of --frames or --image_size, or fewer files") from None
         images = decoded["images"]
         good = decoded["owner"]
     elif size > fits:
         if not path.is_dir():
-            raise BadInput(f"--data {shown}: {len(files)} images at {image_size} pixels do not fit into memory, "
+            raise BadInput(f"--data {shown}: {len(files)} images at {image_size} pixels do not fit into "
+                           "memory, "
                            "and an archive cannot be streamed: unpack it and name the folder")
         if skip_bad:
-            decoded = cached(cache, path, stamps, (split, image_size, "checked"), lambda: check_images(files, image_size))
+            decoded = cached(cache, path, stamps, (split, image_size, "checked"),
+                             lambda: check_images(files, image_size))
         bad = decoded.setdefault("bad", {})
         good = [i for i in range(len(files)) if i not in bad]
         images = StreamedFiles([files[i] for i in good], image_size)
@@ -1005,12 +1075,15 @@ def read_files(path, image_size, split, frames=1, frame_step=None, skip_bad=Fals
         images = decoded["images"] if not decoded["bad"] else decoded["images"][good]
     refuse_bad(decoded["bad"], files, skip_bad, kind)
     if {labels[i] for i in good} != set(labels):
-        raise BadInput(f"--data {shown}: without its unreadable {'and short ' * (kind == 'clip')}{kind}s a class is empty")
-    return SimpleNamespace(images=images, labels=[labels[i] for i in good], classes=[printable(c) for c in sets.classes],
+        raise BadInput(f"--data {shown}: without its unreadable {'and short ' * (kind == 'clip')}{kind}s a "
+                       "class is empty")
+    return SimpleNamespace(images=images, labels=[labels[i] for i in good],
+                           classes=[printable(name) for name in sets.classes],
                            texts=[texts[i] for i in good] if texts else None,
                            without_text=[printable(name) for name in missing],
                            summary=summary(shown, sets.train + sets.val, kind), how=sets.how,
-                           left_out=told(found.left_out), unreadable=len(decoded["bad"]), oblong=decoded.get("oblong", 0))
+                           left_out=told(found.left_out), unreadable=len(decoded["bad"]),
+                           oblong=decoded.get("oblong", 0))
 
 
 def summary(path, rows, kind):
@@ -1024,14 +1097,16 @@ def summary(path, rows, kind):
 
 # ---- Arrays --------------------------------------------------------------------------------------
 
-PAIRS = [("images", "labels"), ("arr_0", "arr_1"), ("arr_0", "labels"), ("x", "y"), ("train_images", "train_labels"),
-         ("x_train", "y_train")]                            # names in .npz files of this project, of FID tools, of others
+# Names in .npz files of this project, of FID tools, of others.
+PAIRS = [("images", "labels"), ("arr_0", "arr_1"), ("arr_0", "labels"), ("x", "y"),
+         ("train_images", "train_labels"), ("x_train", "y_train")]
 VAL_PAIRS = {"train_images": [("val_images", "val_labels"), ("test_images", "test_labels")],
              "x_train": [("x_val", "y_val"), ("x_test", "y_test")]}
 
 
 def open_arrays(path):
-    """An .npz or .npy -> its names, and a function (name) -> array that reads one. Nothing pickled is opened."""
+    """An .npz or .npy -> its names, and a function (name) -> array that reads one. Nothing pickled is opened.
+    """
     def safely(read):
         try:
             return read()
@@ -1049,7 +1124,8 @@ def open_arrays(path):
         member = name if name in archive.zip.namelist() else name + ".npy"
         size = archive.zip.getinfo(member).file_size
         if size > free_bytes("cpu") // 2:
-            raise BadInput(f"--data {printable(path)}: `{printable(name)}` takes {size / 2**30:,.1f} GB, more than half of the "
+            raise BadInput(f"--data {printable(path)}: `{printable(name)}` takes {size / 2**30:,.1f} GB, "
+                           "more than half of the "
                            "free memory")
         return safely(lambda: archive[name])
     return archive.files, read
@@ -1062,24 +1138,29 @@ def as_pictures(where, array):
     if array.ndim == 4 and array.shape[-1] not in (1, 3, 4) and array.shape[1] in (1, 3, 4):
         array = array.transpose(0, 2, 3, 1)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
-        remedy = "; floats in 0 .. 1: save (255 * images).round().astype(np.uint8)" if array.dtype.kind == "f" else ""
+        remedy = ""
+        if array.dtype.kind == "f":
+            remedy = "; floats in 0 .. 1: save (255 * images).round().astype(np.uint8)"
         raise BadInput(f"{where} must be (N, H, W, 3) uint8, not {array.shape} {array.dtype}{remedy}")
     return array.repeat(3, -1) if array.shape[-1] == 1 else array
 
 
 def as_labels(where, array, n):
-    """Labels (N,) or (N, 1), of whole numbers or names -> (N,), and which rows have one (a float may be NaN)."""
+    """Labels (N,) or (N, 1), of whole numbers or names -> (N,), and which rows have one (a float may be NaN).
+    """
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.shape != (n,) or array.dtype.kind not in "biufUS":
-        raise BadInput(f"{where} must be ({n},) whole numbers or names, one for each image, not {array.shape} {array.dtype}")
+        raise BadInput(f"{where} must be ({n},) whole numbers or names, one for each image, not "
+                       f"{array.shape} {array.dtype}")
     known = np.ones(n, bool)
     if array.dtype.kind == "S":
         array = np.char.decode(array, "utf-8", "replace")
     if array.dtype.kind == "f":
         known = np.isfinite(array)
         if (array[known] % 1 != 0).any():
-            raise BadInput(f"{where} must be whole numbers or names, not such as {array[known][array[known] % 1 != 0][0]}")
+            raise BadInput(f"{where} must be whole numbers or names, not such as "
+                           f"{array[known][array[known] % 1 != 0][0]}")
         array = np.where(known, array, 0).astype(np.int64)
     return array.astype(np.int64) if array.dtype.kind == "b" else array, known
 
@@ -1095,20 +1176,23 @@ def name_classes(where, values, names):
         return [names[value] for value in values]
     if len(names) == len(values):                           # counted from 1, for example
         return names
-    raise BadInput(f"{where}: `classes` has {len(names)} names, but the labels go from {values.min()} to {values.max()}")
+    raise BadInput(f"{where}: `classes` has {len(names)} names, but the labels go from {values.min()} to "
+                   f"{values.max()}")
 
 
 def read_array(path, image_size, split, skip_bad, fits, cache):
     """An .npz with `images` (N, H, W, 3) uint8 and `labels` (N,), or only images; `classes` names the labels.
 
-    As read_files. A tenth of each class is held out, unless the file has arrays for validation (PAIRS, VAL_PAIRS).
+    As read_files. A tenth of each class is held out, unless the file has arrays for validation (PAIRS,
+    VAL_PAIRS).
     """
     shown = f"--data {printable(path)}"
     keys, read = open_arrays(path)
     key, key_labels = next((pair for pair in PAIRS if pair[0] in keys and pair[1] in keys),
                            next((pair for pair in PAIRS if pair[0] in keys), (None, None)))
     if key is None:
-        raise BadInput(f"{shown}: an .npz needs the array `images` (N, H, W, 3) uint8 and, for classes, `labels` (N,); it holds "
+        raise BadInput(f"{shown}: an .npz needs the array `images` (N, H, W, 3) uint8 and, for classes, "
+                       "`labels` (N,); it holds "
                        + (", ".join(printable(k) for k in keys[:9]) or "nothing"))
 
     def pair(key, key_labels):
@@ -1120,36 +1204,43 @@ def read_array(path, image_size, split, skip_bad, fits, cache):
     values = np.unique(labels[known])
     if len(values) == 0:
         raise BadInput(f"{shown}: `{key_labels}` holds no labels")
-    classes = name_classes(shown, values, read("classes") if "classes" in keys and key_labels in keys else None)
+    names = read("classes") if "classes" in keys and key_labels in keys else None
+    classes = name_classes(shown, values, names)
     rows = np.flatnonzero(known)
     unlabelled = np.flatnonzero(~known)
-    own = next((p for p in VAL_PAIRS.get(key, ()) if p[0] in keys and (p[1] in keys or key_labels not in keys)), None)
+    own = [p for p in VAL_PAIRS.get(key, ()) if p[0] in keys and (p[1] in keys or key_labels not in keys)]
     if own:
+        own = own[0]
         val_images, val_labels, fine = pair(*own)
         val_rows = np.flatnonzero(fine & np.isin(val_labels, values))
         how = f"`{own[0]}`"
     else:
         if len(rows) <= len(values):
-            raise BadInput(f"{shown}: {len(rows)} images in {len(values)} classes are too few to hold out one for validation")
+            raise BadInput(f"{shown}: {len(rows)} images in {len(values)} classes are too few to hold out "
+                           "one for validation")
         held, how = hold_out(labels[rows].tolist())
         val_images, val_labels = images, labels
         val_rows = rows[held]
         rows = rows[~held]
     if len(unlabelled):
         if not skip_bad:
-            raise BadInput(f"{shown}: `{key_labels}`[{unlabelled[0]}] is not a number ({len(unlabelled)} of {len(labels)} are "
+            raise BadInput(f"{shown}: `{key_labels}`[{unlabelled[0]}] is not a number ({len(unlabelled)} of "
+                           f"{len(labels)} are "
                            "not); mend it, or leave such images out with --skip_bad")
-        print(f"--skip_bad: left out {len(unlabelled)} images without a label, the first is number {unlabelled[0]}")
+        print(f"--skip_bad: left out {len(unlabelled)} images without a label, the first is number "
+              f"{unlabelled[0]}")
     name_of = dict(zip(values.tolist(), classes))
     table = [(None, name_of[label]) for label in [*labels[rows].tolist(), *val_labels[val_rows].tolist()]]
     chosen, source, kept = (rows, images, labels) if split == "train" else (val_rows, val_images, val_labels)
     if len(chosen) * 3 * image_size ** 2 > fits:
-        raise BadInput(f"{shown}: {len(chosen)} images at {image_size} pixels do not fit into memory: give less of --image_size")
+        raise BadInput(f"{shown}: {len(chosen)} images at {image_size} pixels do not fit into memory: give "
+                       "less of --image_size")
     files = [(f"{path}[{i}]", lambda i=i: np.asarray(source[i])) for i in chosen.tolist()]
     stamp = os.stat(path)
-    decoded = cached(cache, path, (stamp.st_size, stamp.st_mtime_ns, key, chosen.tolist()), (split, image_size),
-                     lambda: decode_images(files, image_size))
+    stamps = (stamp.st_size, stamp.st_mtime_ns, key, chosen.tolist())
+    decoded = cached(cache, path, stamps, (split, image_size), lambda: decode_images(files, image_size))
     refuse_bad(decoded["bad"], files, False, "image")
-    return SimpleNamespace(images=decoded["images"], labels=np.searchsorted(values, kept[chosen]).tolist(), classes=classes,
-                           texts=None, without_text=[], summary=summary(printable(path), table, "image"), how=how,
-                           left_out="", unreadable=len(unlabelled) if split == "train" else 0, oblong=decoded["oblong"])
+    return SimpleNamespace(images=decoded["images"], labels=np.searchsorted(values, kept[chosen]).tolist(),
+                           classes=classes, texts=None, without_text=[],
+                           summary=summary(printable(path), table, "image"), how=how, left_out="",
+                           unreadable=len(unlabelled) if split == "train" else 0, oblong=decoded["oblong"])

@@ -27,7 +27,7 @@ def test_drawn_pictures_depend_on_seed_and_index_only():
 def test_drawn_shapes_have_the_area_and_place_they_should():
     images, labels, masks, d = data.draw(torch.arange(400), 128)
     s = data.scene(torch.arange(400))
-    area = (masks > 0).float().mean((1, 2)) * 4                                             # in squared half widths
+    area = (masks > 0).float().mean((1, 2)) * 4  # in squared half widths
     disc, square = labels == 0, labels == 2
     assert torch.allclose(area[disc], math.pi * (0.9 * s["radius"][disc]) ** 2, rtol=0.02)
     assert torch.allclose(area[square], (1.56 * s["radius"][square]) ** 2, rtol=0.02)

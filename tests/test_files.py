@@ -62,7 +62,7 @@ def read(content, image_size=40, name="a.png"):
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
 def test_all_eight_exif_orientations_give_the_same_picture(format):
     lossless = dict(JPEG=dict(quality=100, subsampling=0), WEBP=dict(lossless=True)).get(format, {})
-    flat = np.asarray(photo(0, 6, 4)).repeat(16, 0).repeat(16, 1)          # whole blocks: turned, a JPEG stays itself
+    flat = np.asarray(photo(0, 6, 4)).repeat(16, 0).repeat(16, 1)  # whole blocks: turned, a JPEG stays itself
     upright = Image.fromarray(flat)
     T = Image.Transpose
     stored = {1: None, 2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE,
@@ -456,7 +456,7 @@ def test_an_array_is_read_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("labels, classes", [
-    (np.arange(40) % 10, [str(k) for k in range(10)]),                     # in turn: each tenth is of one class
+    (np.arange(40) % 10, [str(k) for k in range(10)]),  # in turn: each tenth is of one class
     (np.repeat(np.arange(4), 10), ["0", "1", "2", "3"]),
     ((np.arange(40) % 2)[:, None], ["0", "1"]),                            # a column
     (np.array(["cat", "dog"] * 20), ["cat", "dog"]),
