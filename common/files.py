@@ -125,6 +125,7 @@ def picture_endings():
             pillow_heif.register_heif_opener()
         except ImportError:
             pass
+    Image.init()                                            # fills Image.OPEN
     known = set(FORMATS + ["TGA"]) & set(Image.OPEN)
     return {ending for ending, name in Image.registered_extensions().items() if name in known}
 

@@ -43,13 +43,15 @@ def test_maps_belong_to_their_images():
     truth = data.load(n_shapes=20).batch(torch.arange(20))[0]
     assert (truth - images).abs().max() < 0.01
     maps, again = data.load(n_shapes=20, task="segment").batch(torch.arange(20))
-    assert maps.shape == (20, 11, 32, 32) and torch.equal(maps.argmax(1), masks) and torch.equal(again, labels)
+    assert maps.shape == (20, 11, 32, 32) and torch.equal(maps.argmax(1), masks)
+    assert torch.equal(again, labels)
     assert set(maps.unique().tolist()) == {-1.0, 1.0}
     depth = data.load(n_shapes=20, task="depth").batch(torch.arange(20))[0]
     assert (depth[:, 0] - d.clamp(-1, 1)).abs().max() < 0.01
     colours = pictures.colour_maps(maps)
     assert colours.shape == (20, 3, 32, 32) and (colours[:, :, 0, 0] == -1).all()
-    assert len(pictures.colour_maps(torch.eye(11)[:, :, None, None]).flatten(1).unique(dim=0)) == 11, "two classes have one colour"
+    each = pictures.colour_maps(torch.eye(11)[:, :, None, None]).flatten(1)
+    assert len(each.unique(dim=0)) == 11, "two classes have one colour"
     with pytest.raises(data.BadInput, match="only the drawn world"):
         data.load("somewhere", task="depth")
 
@@ -74,8 +76,8 @@ def test_clips_move_as_their_action_says():
     axis = torch.arange(32.0)
     mass = weight.sum((2, 3)).clamp(min=1e-3)
     x, y = (weight.sum(2) * axis).sum(-1) / mass, (weight.sum(3) * axis).sum(-1) / mass
-    for name, value, sign in (("moves left", x, -1), ("moves right", x, 1), ("moves up", y, -1), ("moves down", y, 1),
-                              ("grows", mass, 1), ("shrinks", mass, -1)):
+    for name, value, sign in (("moves left", x, -1), ("moves right", x, 1), ("moves up", y, -1),
+                              ("moves down", y, 1), ("grows", mass, 1), ("shrinks", mass, -1)):
         rows = actions == data.ACTIONS.index(name)
         assert (sign * (value[rows, -1] - value[rows, 0]) > 0).all(), name
     rests = actions == data.ACTIONS.index("rests")
@@ -103,9 +105,11 @@ def test_the_same_images_from_folder_tar_zip_and_npz(tmp_path):
             z.write(f, f.relative_to(tree))
     files = sorted(tree.rglob("*.png"))
     np.savez(tmp_path / "d.npz", images=np.stack([np.array(Image.open(f)) for f in files]),
-             labels=np.array([f.parent.name == "dog" for f in files]).astype(int), classes=np.array(["cat", "dog"]))
+             labels=np.array([f.parent.name == "dog" for f in files]).astype(int),
+             classes=np.array(["cat", "dog"]))
     reference = data.load(str(tree), 16)
-    assert reference.classes == ["cat", "dog"] and len(reference) == 22 and len(data.load(str(tree), 16, "val")) == 2
+    assert reference.classes == ["cat", "dog"] and len(reference) == 22
+    assert len(data.load(str(tree), 16, "val")) == 2
     assert np.array_equal(reference.images[0].permute(1, 2, 0).numpy(), np.array(Image.open(files[0])))
     for other in ("a.tar.gz", "b.tar", "c.zip"):
         s = data.load(str(tmp_path / other), 16)

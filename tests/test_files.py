@@ -1,6 +1,8 @@
 """Tests of files: what may lie in a folder, an archive or an array, and what comes of it."""
 import io
 import os
+import subprocess
+import sys
 import tarfile
 import zipfile
 
@@ -11,6 +13,7 @@ from PIL import Image
 
 import data
 from common import files
+from tests.helpers import ROOT
 
 
 def photo(k=0, width=48, height=40):
@@ -83,8 +86,8 @@ def test_what_lies_under_transparency_is_white():
     got = read(encoded(Image.fromarray(pixels))).permute(1, 2, 0).numpy().astype(int)
     assert np.abs(got - white).max() <= 1
     pixels[..., 3] = np.where(pixels[..., 3] < 128, 0, 255)
-    white = np.where(pixels[..., 3:] > 0, pixels[..., :3], 255)
-    assert torch.equal(read(encoded(Image.fromarray(pixels))), read(encoded(Image.fromarray(white.astype(np.uint8)))))
+    white = np.where(pixels[..., 3:] > 0, pixels[..., :3], 255).astype(np.uint8)
+    assert torch.equal(read(encoded(Image.fromarray(pixels))), read(encoded(Image.fromarray(white))))
 
 
 def test_a_transparent_colour_of_a_palette_or_of_grey_is_white():
@@ -145,10 +148,13 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
     assert np.abs(files.centre_crop(small, 32).astype(int) - whole).max() <= 3
 
 
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), np.uint8))
+
+
 @pytest.mark.parametrize("content, words", [
     (b"", "the file is empty"), (b"<html>404</html>", "no picture that Pillow knows"),
     (encoded(photo(0, 200, 200), "JPEG")[:900], "truncated"),
-    (encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), np.uint8)))[:5000], "truncated"),
+    (encoded(NOISE)[:5000], "truncated"),
 ])
 def test_an_unreadable_picture_is_a_sentence_or_left_out(tmp_path, capsys, content, words):
     tree(tmp_path / "t")
@@ -183,7 +189,8 @@ def test_folders_around_the_class_folders_do_not_count(tmp_path, wrapping):
 
 
 @pytest.mark.parametrize("train, val", [("train", "val"), ("Training", "Testing"), ("TRAIN", "Valid"),
-                                        ("train", "validation"), ("seg_train", "seg_test"), ("x/train", "x/test")])
+                                        ("train", "validation"), ("seg_train", "seg_test"),
+                                        ("x/train", "x/test")])
 def test_two_splits_have_many_names_in_any_case(tmp_path, train, val):
     tree(tmp_path / "t" / train), tree(tmp_path / "t" / val, n=4)
     assert sizes(tmp_path / "t") == (["cat", "dog"], 24, 8)
@@ -236,7 +243,8 @@ def test_a_class_of_one_image_is_learnt_and_not_held_out(tmp_path):
     tree(tmp_path / "t"), tree(tmp_path / "t", ("rare",), 1)
     train_set, val_set = both(tmp_path / "t")
     assert train_set.classes == ["cat", "dog", "rare"]
-    assert train_set.labels.bincount().tolist() == [11, 11, 1] and val_set.labels.bincount().tolist() == [1, 1]
+    assert train_set.labels.bincount().tolist() == [11, 11, 1]
+    assert val_set.labels.bincount().tolist() == [1, 1]
 
 
 def test_every_tenth_of_a_class_is_held_out_and_no_image_twice(tmp_path):
@@ -244,7 +252,8 @@ def test_every_tenth_of_a_class_is_held_out_and_no_image_twice(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "t" / name).mkdir(parents=True)
         for i in range(30):
-            Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(tmp_path / "t" / name / f"{i:03d}.png")
+            pixels = rng.integers(0, 255, (8, 8, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "t" / name / f"{i:03d}.png")
     train_set, val_set = both(tmp_path / "t")
     ninth = torch.from_numpy(np.array(Image.open(tmp_path / "t" / "cat" / "009.png"))).permute(2, 0, 1)
     assert torch.equal(val_set.images[0], ninth) and len(val_set) == 6
@@ -266,7 +275,8 @@ def test_links_to_class_folders_and_files_are_followed_and_loops_are_not(tmp_pat
     os.symlink(tmp_path / "b" / "store" / "dog", tmp_path / "b" / "set" / "dog")
     assert sizes(tmp_path / "b") == (["cat", "dog"], 22, 2), "links beside the store that they show"
     os.symlink("..", tmp_path / "store" / "cat" / "loop")
-    os.symlink("../dog", tmp_path / "store" / "cat" / "other"), os.symlink("../cat", tmp_path / "store" / "dog" / "other")
+    os.symlink("../dog", tmp_path / "store" / "cat" / "other")
+    os.symlink("../cat", tmp_path / "store" / "dog" / "other")
     os.symlink("nowhere.jpg", tmp_path / "store" / "cat" / "gone.jpg")
     assert sizes(tmp_path / "store") == (["cat", "dog"], 22, 2), "links among the classes"
 
@@ -302,14 +312,15 @@ def test_the_summary_tells_images_classes_and_what_is_held_out(tmp_path):
     text = data.describe(*both(tmp_path / "t"))
     assert "22 to learn from, 2 held out (every tenth of each class)" in text
     assert "not square: 24, of which the middle square is taken" in text
-    text = data.describe(data.load(image_size=8, n_shapes=30), data.load(image_size=8, split="val", n_shapes=20))
+    drawn = data.load(image_size=8, n_shapes=30)
+    text = data.describe(drawn, data.load(image_size=8, split="val", n_shapes=20))
     assert "10 classes: disc, triangle" in text and "30 to learn from, 20 held out" in text
 
 
 @pytest.mark.parametrize("make, words", [
     (lambda r: r.mkdir(), "no images in it"),
     (lambda r: (tree(r), (r / "emu").mkdir()), "the class folder emu holds no image: fill it or remove it"),
-    (lambda r: (tree(r), photo().save(r / "loose.png")), "loose.png lies in no class folder: put the images into"),
+    (lambda r: (tree(r), photo().save(r / "loose.png")), "loose.png lies in no class folder: put"),
     (lambda r: tree(r, ("cat",), 1), "too few to hold out one"),
     (lambda r: tree(r, ("cat", "dog", "emu"), 1), "too few to hold out one"),
     (lambda r: photo().save(r, "PNG"), "neither a folder"),
@@ -334,6 +345,13 @@ def test_names_are_printable_whatever_the_disk_holds(tmp_path):
     assert all(name.isprintable() and name.encode() for name in classes)
 
 
+def test_endings_are_known_before_the_first_picture_is_read():
+    """In a fresh process: Pillow learns its formats one by one, when they are asked for."""
+    asked = "from common import files; print({'.jpg', '.webp', '.jfif', '.tif'} <= files.picture_endings())"
+    done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
 # ---- Captions ------------------------------------------------------------------------------------
 
 def test_captions_stand_beside_the_images(tmp_path):
@@ -354,7 +372,8 @@ def test_captions_stand_beside_the_images(tmp_path):
 
 # ---- Archives ------------------------------------------------------------------------------------
 
-MEMBERS = [(f"{name}/{i:03d}.png", encoded(photo(k))) for k, name in enumerate(("cat", "dog")) for i in range(12)]
+MEMBERS = [(f"{name}/{i:03d}.png", encoded(photo(k)))
+           for k, name in enumerate(("cat", "dog")) for i in range(12)]
 
 
 def write_zip(path, members=MEMBERS, prefix=""):
@@ -380,12 +399,14 @@ def write_tar(path, members=MEMBERS, prefix="", mode="w", extra=()):
 @pytest.mark.parametrize("prefix", ["", "./", "/home/me/", "../", "data\\pets\\", "data//pets/./"])
 def test_paths_inside_archives_may_be_absolute_or_have_dots(tmp_path, prefix):
     prefix_of_tar = prefix.replace("\\", "/")
-    for path in (write_zip(tmp_path / "a.zip", prefix=prefix), write_tar(tmp_path / "a.tar", prefix=prefix_of_tar),
+    for path in (write_zip(tmp_path / "a.zip", prefix=prefix),
+                 write_tar(tmp_path / "a.tar", prefix=prefix_of_tar),
                  write_tar(tmp_path / "a.tgz", prefix=prefix_of_tar, mode="w:gz")):
         assert sizes(path) == (["cat", "dog"], 22, 2), path
 
 
-@pytest.mark.parametrize("mode, name", [("w", "a.tar"), ("w:gz", "a.tar.gz"), ("w:bz2", "a.tar.bz2"), ("w:xz", "a.txz")])
+@pytest.mark.parametrize("mode, name", [("w", "a.tar"), ("w:gz", "a.tar.gz"), ("w:bz2", "a.tar.bz2"),
+                                        ("w:xz", "a.txz")])
 def test_every_packing_of_a_tar_gives_the_images_of_the_folder(tmp_path, mode, name):
     expected = data.load(str(tree(tmp_path / "t")), 16)
     got = data.load(str(write_tar(tmp_path / name, mode=mode)), 16)
@@ -398,7 +419,8 @@ def test_devices_in_a_tar_are_left_out_and_links_are_followed(tmp_path):
     assert sizes(path) == (["cat", "dog"], 22, 2)
     assert "2 devices and pipes" in data.describe(*both(path))
     linked = [(f"set/{name}", tarfile.SYMTYPE, f"../store/{name}") for name in ("cat", "dog")]
-    assert sizes(write_tar(tmp_path / "b.tgz", prefix="store/", mode="w:gz", extra=linked)) == (["cat", "dog"], 22, 2)
+    path = write_tar(tmp_path / "b.tgz", prefix="store/", mode="w:gz", extra=linked)
+    assert sizes(path) == (["cat", "dog"], 22, 2)
 
 
 def test_a_damaged_archive_is_a_sentence(tmp_path):
@@ -447,7 +469,8 @@ def npz(folder, **arrays):
 
 
 def test_an_array_is_read_as_it_is(tmp_path):
-    train_set, val_set = both(npz(tmp_path, images=RANDOM, labels=np.arange(40) % 2, classes=np.array(["cat", "dog"])))
+    names = np.array(["cat", "dog"])
+    train_set, val_set = both(npz(tmp_path, images=RANDOM, labels=np.arange(40) % 2, classes=names))
     assert train_set.classes == ["cat", "dog"] and (len(train_set), len(val_set)) == (36, 4)
     together = torch.cat([train_set.images, val_set.images]).permute(0, 2, 3, 1).reshape(40, -1)
     labels = torch.cat([train_set.labels, val_set.labels])
@@ -504,7 +527,7 @@ def test_arrays_without_labels_are_one_class_and_own_validation_arrays_count(tmp
     (dict(images=RANDOM, labels=np.zeros((40, 4))), "`labels` must be .40,. whole numbers or names"),
     (dict(images=RANDOM, labels=np.linspace(0, 1, 40)), "must be whole numbers or names, not such as 0.0"),
     (dict(images=RANDOM, labels=np.where(np.arange(40) == 3, np.nan, 1.0)), "`labels`.3. is not a number"),
-    (dict(images=np.array([1, "a", None], dtype=object), labels=np.zeros(3)), "no arrays of numbers or words"),
+    (dict(images=np.array([1, "a"], dtype=object), labels=np.zeros(2)), "no arrays of numbers or words"),
     (dict(pictures=RANDOM), "needs the array `images`.*it holds pictures"),
     (dict(images=RANDOM[:1], labels=np.zeros(1, int)), "too few to hold out one"),
 ])
@@ -514,7 +537,8 @@ def test_an_array_that_does_not_fit_is_a_sentence(tmp_path, arrays, words):
 
 def test_a_header_that_lies_is_a_sentence(tmp_path):
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, dict(descr="|u1", fortran_order=False, shape=(10**9, 99, 99, 3)))
+    lie = dict(descr="|u1", fortran_order=False, shape=(10**9, 99, 99, 3))
+    np.lib.format.write_array_header_1_0(header, lie)
     (tmp_path / "b.npy").write_bytes(header.getvalue() + bytes(999))
     refused(tmp_path / "b.npy", "not a readable .npy")
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
