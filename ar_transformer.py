@@ -744,7 +744,7 @@ def main():
     start = time.perf_counter()
     bars, curve = read_captions(device)
     print(
-        f"bars-and-stripes: {curve[-1][2]:.3f} nats per picture (least: ln 30 = {math.log(30):.3f}), given its "
+        f"bars-and-stripes: {curve[-1][2]:.3f} nats per picture (least: {math.log(30):.3f}), given its "
         f"caption {curve[-1][1]:.3f} (the least is 0); {time.perf_counter() - start:.0f} s")
     texts = ["rows 1 and 3 dark", "column 4 dark", "columns 1 and 4 dark"]
     cond = bytes_of(texts, 23).to(device)

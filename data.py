@@ -15,8 +15,8 @@ Shapes:  B batch, N images in a set, F frames, H W pixels
     index (B,) --hash--> label, colour, place, size, angle (B,) --distance--> images (B, 3, H, W) in [-1, 1]
     clips: index (B,) --> videos (B, 3, F, H, W) in [-1, 1]
 
-    python data.py             # draws data.png: the ten classes, captions, masks, clips; 10 s on 2 CPU cores
-    python data.py --data PATH # the same for your images: folders, .tar[.gz], .zip or .npz (common/files.py)
+    python data.py              # draws data.png: the ten classes, captions, masks, clips; 10 s on 2 CPU cores
+    python data.py --data PATH  # the same for your images: a folder, .zip, .tar[.gz] or .npz
 
 With --frames 17 the files are clips: GIFs, animated WebPs, folders of pictures, or films (see read_clip).
 
@@ -32,7 +32,7 @@ import time
 import torch
 
 from common import files, pictures
-from common.files import BadInput, clips_of, free_bytes, read_clip, read_image          # for the programs
+from common.reading import BadInput, clips_of, free_bytes, read_clip, read_image     # names that programs use
 
 SHAPES = ("disc", "triangle", "square", "pentagon", "star", "trefoil", "ring", "cross", "bar", "crescent")
 ACTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "shrinks",
@@ -230,9 +230,9 @@ def captions(index, seed=0, video=False):
 class ImageSet:
     """N images or clips with class labels, ready to be drawn in batches.
 
-    images: (N, 3, H, W) uint8, on the device where it fits, or a StreamedFiles. labels: (N,) int64 on
-    `device`. Clips: (N, 3, F, H, W), and so are the batches. With one_hot = n, images are maps (N, 1, H, W)
-    of 0 .. n - 1, and batch() gives n channels of -1 and 1.
+    images: (N, 3, H, W) uint8 tensor, on the device where it fits, or a StreamedFiles; labels: (N,) int64.
+    Clips: (N, 3, F, H, W), and so are the batches. With one_hot = n, images are maps (N, 1, H, W) of values
+    0 .. n - 1, and batch() gives n channels of -1 and 1.
     """
 
     def __init__(self, images, labels, classes, device, flip=False, texts=None, one_hot=0):
@@ -243,8 +243,8 @@ class ImageSet:
         self.flip = flip
         self.texts = texts
         self.one_hot = one_hot
-        self.summary = f"{len(labels)} images in {len(self.classes)} classes"          # what describe() tells
-        self.how = ""
+        self.summary = f"{len(labels)} images in {len(self.classes)} classes"
+        self.head = ""                                      # this and the rest: what describe() tells
         self.left_out = ""
         self.unreadable = 0
         self.oblong = 0
@@ -261,8 +261,7 @@ class ImageSet:
         return self.images.shape[2] if getattr(self.images, "ndim", 4) == 5 else 1
 
     def batch(self, index):
-        """index (B,) int64 on the CPU -> images (B, 3, H, W) float32 in [-1, 1], labels (B,), on the device.
-        """
+        """index (B,) on the CPU -> on the device: images (B, 3, H, W) float32 in [-1, 1], labels (B,)."""
         if self.beside_labels:
             index = index.to(self.device, non_blocking=True)
             images = self.images[index]
@@ -285,9 +284,8 @@ class ImageSet:
 
 
 def order(n, batch_size, step, seed=0, _cache={}):
-    """The images of one training step: -> (batch_size,) int64. Each epoch is a fresh permutation.
-
-    It is a pure function of (seed, step), so a resumed run sees what the uninterrupted one would have seen.
+    """The images of one training step: -> (batch_size,) int64. A pure function of (seed, step), so a resumed
+    run sees what the uninterrupted one would have seen. Each epoch is a fresh permutation.
     """
     if n < batch_size:
         g = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -301,39 +299,38 @@ def order(n, batch_size, step, seed=0, _cache={}):
 
 def load(data="shapes", image_size=32, split="train", device="cpu", seed=0, flip=False, skip_bad=False,
          n_shapes=None, max_bytes=None, task="class", frames=1, frame_step=None, cache=None):
-    """The training or validation set named by --data -> an ImageSet, of which describe() tells what was
-    found.
+    """The training or validation set named by --data, as an ImageSet. Its .summary tells what was found.
 
-    data: "shapes", or the path of your own images. common/files.py says what may lie there.
+    data: "shapes", or the path of your own images; what may lie there: see common/folders.py.
     max_bytes: a larger set is decoded while training (default: half of the free memory).
-    task: "class" gives images. Of the drawn world there are also maps, in the same order: "segment" has one
-        channel for the ground and one for each class. "depth" is the signed distance to the outline in half
-        image widths, cut off at -1 and 1.
-    frames: more than one gives clips of so many. The classes of drawn clips are the ACTIONS.
-    frame_step: see read_clip. cache: a folder in which decoded images of yours are kept for the next time.
-    Raises BadInput, in one sentence, for a path that is absent or empty, and for an unreadable image.
+    task: "class" gives images; of the drawn world also their maps, in the same order: "segment", one channel
+    for the ground and one for each class, or "depth", the signed distance to the outline in half image
+    widths, cut off at -1 and 1.
+    frames: more than one gives clips of so many; the classes of drawn clips are the ACTIONS.
+    frame_step: see read_clip. cache: a folder in which decoded images are kept for the next time.
+    Raises BadInput, in one sentence, for a path that is absent or empty, for an empty class, for an image
+    that cannot be read.
     """
     if image_size < 1:
         raise BadInput(f"--image_size {image_size}: at least 1")
     if not str(data):
         raise BadInput("--data: names nothing; give `shapes`, or the path of your images")
-    free = files.free_bytes(device) // 2
+    free = free_bytes(device) // 2
     if 30 * 3 * frames * image_size ** 2 > free:            # to draw or to decode one takes as much
-        size = 90 * frames * image_size ** 2 / 2**30
-        raise BadInput(f"--image_size {image_size}: to read one picture takes {size:,.0f} GB, more than half "
-                       "of the "
-                       "free memory")
+        raise BadInput(f"--image_size {image_size}: to read one picture takes "
+                       f"{90 * frames * image_size ** 2 / 2**30:,.0f} GB, more than half of the free memory")
     if data == "shapes":
         drawn = draw_set if frames == 1 else draw_clip_set
         return drawn(image_size, split, device, seed, n_shapes, flip=flip, task=task, frames=frames)
     if task != "class":
-        raise BadInput(f"--task {task}: only the drawn world (--data shapes) has such maps, not {data}")
+        raise BadInput(f"--task {task}: only the drawn world (--data shapes) comes with such maps, not "
+                       f"{data}")
     found = files.read_files(data, image_size, split, frames, frame_step, skip_bad,
                              free if max_bytes is None else max_bytes, cache)
     images = found.images.to(device) if isinstance(found.images, torch.Tensor) else found.images
     out = ImageSet(images, torch.tensor(found.labels, device="cpu"), found.classes, device, flip, found.texts)
     out.summary = found.summary
-    out.how = found.how
+    out.head = found.head
     out.left_out = found.left_out
     out.unreadable = found.unreadable
     out.without_text = found.without_text
@@ -345,9 +342,10 @@ def describe(train_set, val_set):
     """Two ImageSets of one --data -> what they hold, in words, for train.py to print before it trains.
 
     How many images, the classes with their names, how many are held out, and what was left out and why.
+    Unlike .summary, which is of one set, it counts both.
     """
-    how = f" ({train_set.how})" if train_set.how else ""
-    lines = [train_set.summary, f"{len(train_set)} to learn from, {len(val_set)} held out{how}"]
+    head = f"{train_set.summary}\n    {len(train_set)} to learn from, {len(val_set)} held out"
+    lines = [train_set.head or head]
     if train_set.left_out:
         lines.append(f"left out: {train_set.left_out}")
     unreadable = train_set.unreadable + val_set.unreadable
@@ -359,15 +357,13 @@ def describe(train_set, val_set):
     missing = train_set.without_text + val_set.without_text
     if train_set.texts is not None and val_set.texts is not None:
         lines.append("each has a caption")
-    elif len(missing) < len(train_set) + len(val_set) and missing:
+    elif missing and len(missing) < len(train_set) + len(val_set):
         lines.append(f"without a caption: {len(missing)}, the first is {missing[0]}")
     return "\n    ".join(lines)
 
 
 def draw_set(image_size, split, device, seed=0, n=None, flip=False, task="class", frames=1):
-    """The drawn world or maps of it, see load() -> ImageSet: 20,000 pictures to learn from, 2,000 to
-    validate.
-    """
+    """20,000 drawn pictures to learn from, or 2,000 to validate, or maps of them as in load() -> ImageSet."""
     n = n or (20_000 if split == "train" else 2_000)
     refuse_too_many(n, 1, image_size, device)
     start = 0 if split == "train" else VAL_INDEX
@@ -390,30 +386,30 @@ def draw_set(image_size, split, device, seed=0, n=None, flip=False, task="class"
 
 
 def draw_clip_set(image_size, split, device, seed=0, n=None, flip=False, task="class", frames=17):
-    """The drawn world in motion -> ImageSet of ACTIONS: 4000 clips to learn from and 1000 to validate."""
+    """4000 drawn clips to learn from, or 1000 to validate -> an ImageSet whose classes are ACTIONS."""
     n = n or (4000 if split == "train" else 1000)
     refuse_too_many(n, frames, image_size, device)
     clips = torch.empty(n, 3, frames, image_size, image_size, dtype=torch.uint8, device=device)
     actions = torch.empty(n, dtype=torch.long, device=device)
-    at_once = max(1, 2000 // frames)                        # they are drawn in float32
-    for i in torch.arange(n, device=device).split(at_once):
+    # Drawn in float32: a few at a time.
+    for i in torch.arange(n, device=device).split(max(1, 2000 // frames)):
         index = i + (0 if split == "train" else VAL_INDEX)
         x, actions[i], _ = draw_clips(index, image_size, frames, seed)
         clips[i] = pictures.to_uint8(x)
     out = ImageSet(clips, actions, ACTIONS, device)
-    actions = ", ".join(ACTIONS)
-    out.summary = f"shapes: {n} drawn clips of {frames} frames with {len(ACTIONS)} actions: {actions}"
+    what = f"{len(ACTIONS)} actions: {', '.join(ACTIONS)}"
+    out.summary = f"shapes: {n} drawn clips of {frames} frames with {what}"
     return out
 
 
 def refuse_too_many(n, frames, image_size, device):
     size = n * 3 * frames * image_size ** 2
-    free = files.free_bytes(device)
+    free = free_bytes(device)
     if size > free // 2:
         what = f"clips of {frames} frames" if frames > 1 else "images"
-        raise BadInput(f"--n_shapes: {n} {what} at {image_size} pixels do not fit into memory, "
-                       f"{size / 2**30:,.1f} GB "
-                       f"where {free / 2**30:,.1f} GB are free: give less of --n_shapes, --frames or "
+        raise BadInput(f"--n_shapes: {n} {what} at {image_size} pixels take {size / 2**30:,.1f} GB, and "
+                       f"{free / 2**30:,.1f} GB "
+                       "are free: they do not fit into memory; give less of --n_shapes, --frames or "
                        "--image_size")
 
 
@@ -461,15 +457,14 @@ def demo_shapes(image_size):
         ax.imshow(pictures.tile(videos[actions == k][0].transpose(0, 1), 9, gap=2, scale=2))
         ax.set_axis_off()
         ax.text(-0.02, 0.5, name, transform=ax.transAxes, ha="right", va="center", fontsize=9)
-    fig.suptitle(f"data.py: the drawn world at {image_size} x {image_size} pixels, "
-                 "its captions, masks, distances and clips")
+    fig.suptitle(f"data.py: the drawn world at {image_size} x {image_size} pixels, its captions, masks, "
+                 "distances and clips")
     fig.savefig("data.png", dpi=90)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Draw the shapes world, or look at your own images.")
-    parser.add_argument("--data", default="shapes",
-                        help="`shapes`, or a folder, an archive or an .npz of images")
+    parser.add_argument("--data", default="shapes", help="`shapes`, or a folder, archive or .npz of images")
     parser.add_argument("--image_size", type=int, default=32, help="side of the square pictures, in pixels")
     parser.add_argument("--frames", type=int, default=1,
                         help="with --data PATH: more than 1 reads clips of so many frames")
@@ -480,14 +475,13 @@ def main():
         start = time.perf_counter()
         train = load(args.data, args.image_size, "train", frames=args.frames)
         val = load(args.data, args.image_size, "val", frames=args.frames)
-        print(f"{describe(train, val)}\n    read in {time.perf_counter() - start:.1f} s")
+        print(f"{describe(train, val)}\nread in {time.perf_counter() - start:.1f} s")
         n = min(len(train), 4000 // args.frames)
         images, labels = train.batch(order(len(train), n, 0))
         rows = [(c, images[labels == k][:12]) for k, c in enumerate(train.classes[:20])]
-        rows = [row for row in rows if len(row[1])]
-        if args.frames > 1:
-            rows = [(c, pictures.film(x[0])) for c, x in rows]
-        pictures.save_rows("data.png", rows, f"{args.data} at {args.image_size} x {args.image_size}")
+        rows = rows if args.frames == 1 else [(c, pictures.film(x[0])) for c, x in rows if len(x)]
+        title = f"{args.data} at {args.image_size} x {args.image_size}"
+        pictures.save_rows("data.png", [r for r in rows if len(r[1])], title)
     print("wrote data.png")
 
 

@@ -534,9 +534,7 @@ def truncate(logits, top_k=0, top_p=1.0):
 # ---- Demo: which ids are used, and what happens in time --------------------------------------------
 
 def fit_lfq(model, images, steps, batch_size=8, lr=2e-3, held_out=None):
-    """Train on a fixed set of images (N, 3, H, W) or clips -> seconds, [(step, % of ids used on
-    held_out)].
-    """
+    """Train on a fixed set of images (N, 3, H, W) or clips -> seconds, [(step, % of ids used)]."""
     opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
     start = time.perf_counter()
     curve = []
@@ -679,10 +677,9 @@ def main():
           + ", ".join(f"{v:.2g}" for v in moved) + " in the 3 frames of tokens")
     x_hat = video.decode(video.encode(clip))
     plot_strip(fig, bottom, clip[0], x_hat[0], other[0], changed.float())
-    fig.suptitle(
-        f"lfq.py: a token is {video.bits} signs; entropy over all tokens brings the "
-        f"{video.vocab_size} ids into use\ninflated to clips (below) it looks back only: a new ending "
-        "leaves the earlier tokens alone", fontsize=12)
+    fig.suptitle(f"lfq.py: a token is {video.bits} signs; entropy over all tokens brings the "
+                 f"{video.vocab_size} ids into use\ninflated to clips (below) it looks back only: a new "
+                 "ending leaves the earlier tokens alone", fontsize=12)
     fig.savefig("lfq.png", dpi=80)
     print("wrote lfq.png")
 

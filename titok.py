@@ -16,7 +16,7 @@ Shapes:  B batch, H W pixels, P = (H / patch)^2 patches, T tokens (n_tokens), C 
     images (B, 3, H, W) --patches, latents--> (B, 1 + P + T, C) --ViT, last T--> z (B, T, D) --> ids (B, T)
     codes (B, T, D) --behind a canvas--> (B, 1 + P + T, C) --ViT, middle P--> images (B, 3, H, W)
 
-    python titok.py            # 2 to 16 tokens, and what one says; writes titok.png; about a minute on a CPU
+    python titok.py            # 2 to 16 tokens, what one says; writes titok.png; a minute on 2 CPU cores
 
 Try it yourself:
   1. Leave the patches, x, out of the torch.cat in LatentEncoder.forward. What does the decoder draw, and why?

@@ -82,7 +82,7 @@ def systems_of_paper_size(device):
         return SimpleNamespace(generator=generator, tokenizer=tokenizer, device=device)
     wide, V = maskgit.SIZES["maskgit"], vq.SIZES["ds16"]["vocab_size"]
     head = lambda V: ar_transformer.CategoricalHead(wide["n_embd"], V)
-    grid, one_d = vq.VQ(**vq.SIZES["ds16"]), titok.TiTok(**titok.SIZES["titok-l-32"] | dict(legacy=False))
+    grid, one_d = vq.VQ(**vq.SIZES["ds16"]), titok.TiTok(**titok.SIZES["titok-l-32"])
     same = dict(n_layer=wide["n_layer"], n_head=wide["n_head"], n_embd=wide["n_embd"])
     return {"AR": run(ar_transformer.ARTransformer(head(V), 256, 1000, vocab_size=V, **same), grid),
             "MaskGIT": run(maskgit.MaskGIT(head(V), 256, 1000, vocab_size=V, **wide), grid),

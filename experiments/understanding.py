@@ -134,7 +134,7 @@ def pretrain(reader, x, target, steps):
 # The program: results are kept by name as they come, for a killed program to go on
 
 def keep(path, make):
-    """torch.load(path), made first by make() where it is missing."""
+    """torch.load(path, weights_only=True), made first by make() where it is missing."""
     if not path.exists():
         start = time.process_time()
         value = make()

@@ -121,8 +121,9 @@ def train_all(own, given, dist, tok_folder, map_folder, folder):
         return
     images = load_sets(args, "class")
     maps = load_sets(args, own.task)
-    for path, train_set in ((tok_folder, images[0]), (map_folder, maps[0]), (folder, maps[0])):
-        runs.refuse_other_data(args, path, train_set)
+    runs.refuse_other_data(image_args, tok_folder, images[0])
+    for path in (map_folder, folder):
+        runs.refuse_other_data(args, path, maps[0])
     if not image_args.stage1_done:
         train.train_tokenizer(image_args, dist, tok_folder, *images)
     if not args.stage1_done:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import data
-from common import files
+from common import files, folders, reading
 from tests.helpers import ROOT
 
 
@@ -57,7 +57,7 @@ def refused(path, words, **options):
 
 
 def read(content, image_size=40, name="a.png"):
-    return files.read_image(name, lambda: content, image_size)
+    return reading.read_image(name, lambda: content, image_size)
 
 
 # ---- One picture ---------------------------------------------------------------------------------
@@ -142,10 +142,10 @@ def test_other_modes_become_rgb_as_pillow_converts_them(mode):
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
     image = photo(0, 1600, 1200)
     content = encoded(image, "JPEG", quality=95)
-    small = files.open_picture(content, "a.jpg", 64)
-    assert small.size == (200, 150) and files.open_picture(content, "a.jpg").size == (1600, 1200)
-    whole = files.centre_crop(files.open_picture(content, "a.jpg"), 32).astype(int)
-    assert np.abs(files.centre_crop(small, 32).astype(int) - whole).max() <= 3
+    small = reading.open_picture(content, "a.jpg", 64)
+    assert small.size == (200, 150) and reading.open_picture(content, "a.jpg").size == (1600, 1200)
+    whole = reading.centre_crop(reading.open_picture(content, "a.jpg"), 32).astype(int)
+    assert np.abs(reading.centre_crop(small, 32).astype(int) - whole).max() <= 3
 
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), np.uint8))
@@ -177,7 +177,7 @@ def test_a_picture_of_more_pixels_than_pillow_allows_is_a_sentence(tmp_path, mon
 
 
 def test_a_line_of_pixels_does_not_grow_into_a_large_picture():
-    assert files.centre_crop(Image.new("RGB", (60_000, 1)), 16).shape == (16, 16, 3)
+    assert reading.centre_crop(Image.new("RGB", (60_000, 1)), 16).shape == (16, 16, 3)
 
 
 # ---- What is a class -----------------------------------------------------------------------------
@@ -321,8 +321,8 @@ def test_the_summary_tells_images_classes_and_what_is_held_out(tmp_path):
     (lambda r: r.mkdir(), "no images in it"),
     (lambda r: (tree(r), (r / "emu").mkdir()), "the class folder emu holds no image: fill it or remove it"),
     (lambda r: (tree(r), photo().save(r / "loose.png")), "loose.png lies in no class folder: put"),
-    (lambda r: tree(r, ("cat",), 1), "too few to hold out one"),
-    (lambda r: tree(r, ("cat", "dog", "emu"), 1), "too few to hold out one"),
+    (lambda r: tree(r, ("cat",), 1), "it takes more than one image in at least one class"),
+    (lambda r: tree(r, ("cat", "dog", "emu"), 1), "it takes more than one image in at least one class"),
     (lambda r: photo().save(r, "PNG"), "neither a folder"),
     (os.mkfifo, "neither a folder nor a regular file"),
     (lambda r: None, "no such file or folder"),
@@ -347,7 +347,7 @@ def test_names_are_printable_whatever_the_disk_holds(tmp_path):
 
 def test_endings_are_known_before_the_first_picture_is_read():
     """In a fresh process: Pillow learns its formats one by one, when they are asked for."""
-    asked = "from common import files; print({'.jpg', '.webp', '.jfif', '.tif'} <= files.picture_endings())"
+    asked = "from common import reading; print({'.jpg', '.webp', '.jfif', '.tif'} <= reading.picture_endings())"
     done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
 
@@ -444,7 +444,7 @@ def test_a_damaged_archive_is_a_sentence(tmp_path):
 
 def test_members_of_a_packed_tar_that_are_no_pictures_are_not_kept(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "a.tgz", [*MEMBERS, ("cat/table.bin", bytes(30 << 20))], mode="w:gz")
-    monkeypatch.setattr(files, "free_bytes", lambda device: 20 << 20)
+    monkeypatch.setattr(folders, "free_bytes", lambda device: 20 << 20)
     assert sizes(path) == (["cat", "dog"], 22, 2)
     assert "1 .bin (no picture)" in data.describe(*both(path))
     path = write_tar(tmp_path / "b.tgz", [*MEMBERS, ("cat/large.png", bytes(30 << 20))], mode="w:gz")
@@ -452,8 +452,8 @@ def test_members_of_a_packed_tar_that_are_no_pictures_are_not_kept(tmp_path, mon
 
 
 def test_a_member_that_unpacks_to_gigabytes_is_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MOST_FILE", 1 << 20)
-    monkeypatch.setattr(files.limited, "__defaults__", (1 << 20,))
+    monkeypatch.setattr(folders, "MOST_FILE", 1 << 20)
+    monkeypatch.setattr(folders.limited, "__defaults__", (1 << 20,))
     path = write_zip(tmp_path / "a.zip", [*MEMBERS, ("cat/bomb.png", bytes(2 << 20))])
     refused(path, "cat/bomb.png: not a readable image .0.0 GB are too large")
 
@@ -529,7 +529,7 @@ def test_arrays_without_labels_are_one_class_and_own_validation_arrays_count(tmp
     (dict(images=RANDOM, labels=np.where(np.arange(40) == 3, np.nan, 1.0)), "`labels`.3. is not a number"),
     (dict(images=np.array([1, "a"], dtype=object), labels=np.zeros(2)), "no arrays of numbers or words"),
     (dict(pictures=RANDOM), "needs the array `images`.*it holds pictures"),
-    (dict(images=RANDOM[:1], labels=np.zeros(1, int)), "too few to hold out one"),
+    (dict(images=RANDOM[:1], labels=np.zeros(1, int)), "it takes more than one image in at least one class"),
 ])
 def test_an_array_that_does_not_fit_is_a_sentence(tmp_path, arrays, words):
     refused(npz(tmp_path, **arrays), words)
@@ -553,7 +553,7 @@ def test_a_header_that_lies_is_a_sentence(tmp_path):
 def test_a_set_that_was_read_once_is_kept_until_a_file_changes(tmp_path, monkeypatch):
     root = tree(tmp_path / "t", ending="jpg")
     decoded = []
-    square = files.square
+    square = reading.square
     monkeypatch.setattr(files, "square", lambda name, *rest: decoded.append(name) or square(name, *rest))
     monkeypatch.setattr(files, "WORTH_KEEPING", 0.0)
     load = lambda size=8, split="train": data.load(str(root), size, split, cache=tmp_path / "cache").images

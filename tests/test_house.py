@@ -1,6 +1,10 @@
-"""Tests of house."""
+"""
+The house rules: arrows between files run down, model files stand alone, copies are equal, flags are read,
+docs are true.
+"""
 import ast
 import re
+import subprocess
 import sys
 
 import pytest
@@ -17,11 +21,133 @@ import titok
 import vae
 import vq
 from tests.helpers import MODELS, PROGRAMS, ROOT
-SHAPES = dict(channels=3, B=3, T=16, D=4, V=64, C=32, K=5, H=16, W=16, S=6, N=7, bits=6, n_head=4, d=8, head_dim=8, P=1)
+
+# Rooms from the lowest up: a file imports only what stands in a line above its own.
+FLOORS = [
+    ["common.pictures", "common.muon", "common.reading", "common.folders", "common.files"],
+    ["data"],
+    MODELS,
+    ["official.files"],
+    ["official.mar", "official.llamagen", "official.titok", "official.lpips", "official.open_magvit2"],
+    ["common.runs"],
+    ["common.captions", "common.tokens"],
+    ["common.drawing"],
+    ["common.classifier"],
+    ["common.metrics"],
+    ["common.clips"],
+    PROGRAMS,
+    ["recipes.*"],
+    ["experiments.*"],
+]
+WITHIN = {                                                  # the only arrows between files of one line
+    ("common.folders", "common.reading"), ("common.files", "common.reading"), ("common.files", "common.folders"),
+    ("official.open_magvit2", "official.llamagen"),
+}
+DOCS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+SHAPES = dict(channels=3, B=3, T=16, D=4, V=64, C=32, K=5, H=16, W=16, S=6, N=7, bits=6, n_head=4, d=8,
+              head_dim=8, P=1)
+
+
+def files():
+    """{dotted name: path} of the project's files, without tests and homework."""
+    found = {}
+    for path in [
+            *ROOT.glob("*.py"), *(p for room in ("common", "official", "recipes", "experiments")
+                                  for p in ROOT.glob(f"{room}/*.py"))
+    ]:
+        if path.stem not in ("__init__", "test_all"):
+            found[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
+    return found
+
+
+def tree_of(name):
+    return ast.parse(files()[name].read_text())
+
+
+def imports(name):
+    """The files of the project that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found & set(files()) - {name}
+
+
+def floor_of(name):
+    for floor, names in enumerate(FLOORS):
+        if name in names or name.split(".")[0] + ".*" in names:
+            return floor
+    if name.startswith("official."):
+        return floor_of("official.mar")
+    raise AssertionError(f"{name}: in no room of FLOORS")
+
+
+@pytest.mark.parametrize("name", sorted(files()))
+def test_arrows_between_files_run_down(name):
+    """Lower floors know nothing of higher ones, so there is no circle. A model's demo may import data."""
+    for other in imports(name):
+        if name in MODELS:
+            assert other == "data", f"{name} imports {other}: model files stand alone"
+            continue
+        down = floor_of(other) < floor_of(name) or (name, other) in WITHIN
+        beside = name.startswith("experiments.") and other.startswith("experiments.")
+        assert down or beside, f"{name} imports {other}, which does not stand below it"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_files_stand_alone(name):
+    top = set()
+    for node in tree_of(name).body:
+        if isinstance(node, ast.Import):
+            top |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            top.add(node.module.split(".")[0])
+    assert top <= {"torch", "numpy"} | sys.stdlib_module_names, top
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_files_open_with_what_shapes_and_the_command(name):
+    doc = ast.get_docstring(tree_of(name))
+    assert f"python {name}.py" in doc
+    assert "Shapes:" in doc
+    assert "Try it yourself" in doc
+    assert doc.count("\n") < 36
+
+
+def test_same_name_means_same_code():
+    seen = {}
+    for name in MODELS:
+        for node in tree_of(name).body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name not in ("main", "show", "fit"):
+                other, code = seen.setdefault(node.name, (name, ast.dump(node)))
+                assert code == ast.dump(node), f"{node.name} differs between {other}.py and {name}.py"
+
+
+@pytest.mark.parametrize("name",
+                         [*PROGRAMS, "data", *(n for n in sorted(files()) if n.startswith("recipes."))])
+def test_every_flag_is_explained_and_read(name):
+    source = files()[name].read_text()
+    rooms = [
+        path.read_text() for n, path in files().items()
+        if n.startswith(("common.", "recipes.")) or n in PROGRAMS
+    ]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+            flag = node.args[0].value.lstrip("-")
+            options = {k.arg: k.value for k in node.keywords}
+            assert "help" in options, f"{name} --{flag} has no help"
+            dest = options["dest"].value if "dest" in options else flag
+            read = rf"\b\w+\.{dest}\b|[\"']{dest}[\"'][,)\]]|\bdict\([^)]*\b{dest}="
+            assert any(re.search(read, text)
+                       for text in rooms + [source]), f"{name} parses --{flag} and never reads it"
 
 
 def told(doc):
-    """The shapes that a docstring tells, (inputs, outputs): what stands in brackets before and after its first arrow."""
+    """The shapes that a docstring tells, (inputs, outputs): what stands in brackets before and after its
+    first arrow.
+    """
     doc = re.sub(r"\[, D\]", "", doc.replace("...", "5, 7")).split("\n\n")[0]
     before, after = re.split("->", doc, maxsplit=1)
     def shapes(text):
@@ -36,88 +162,123 @@ def told(doc):
     return shapes(before), shapes(after)
 
 
-def tree_of(name):
-    return ast.parse((ROOT / f"{name}.py").read_text())
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_model_files_stand_alone(name):
-    tree, doc = tree_of(name), ast.get_docstring(tree_of(name))
-    top = {(a.name if isinstance(n, ast.Import) else n.module).split(".")[0]
-           for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
-    assert top <= {"torch", "numpy"} | sys.stdlib_module_names, top
-    assert f"python {name}.py" in doc and "Shapes:" in doc and "Try it yourself" in doc and doc.count("\n") < 26
-
-
-def test_same_name_means_same_code():
-    seen = {}
-    for name in MODELS:
-        for node in tree_of(name).body:
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name != "main":
-                other, code = seen.setdefault(node.name, (name, ast.dump(node)))
-                assert code == ast.dump(node), f"{node.name} differs between {other}.py and {name}.py"
-
-
-@pytest.mark.parametrize("name", PROGRAMS + ["data"])
-def test_every_flag_is_explained_and_read(name):
-    source = (ROOT / f"{name}.py").read_text()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
-            flag = node.args[0].value.lstrip("-")
-            options = {k.arg: k.value for k in node.keywords}
-            assert "help" in options, f"{name}.py --{flag} has no help"
-            dest = options["dest"].value if "dest" in options else flag
-            read = rf"(args|given|args_io|flags)\.{dest}\b|[\"']{dest}[\"'][,)\]]"
-            assert len(re.findall(read, source)) >= 1, f"{name}.py parses --{flag} and never reads it"
-
-
 def test_shapes_are_as_the_docstrings_tell():
     """Inputs are made in the shapes told before the arrow; what comes back must have those told after it."""
     images = torch.rand(3, 3, 16, 16) * 2 - 1
     ids, real, labels = torch.randint(64, (3, 16)), torch.randn(3, 16, 4), torch.arange(3)
     mask = torch.rand(3, 16) < 0.5
     vae_ = vae.VAE(image_size=16, token_dim=4, ch=8, ch_mult=(1, 1, 1), n_res=1, groups=4).eval()
-    tokenizers = [vq.VQ(image_size=16, vocab_size=64, code_dim=4, ch=8, ch_mult=(1, 1, 1), n_res=1, z_channels=8, groups=4).eval(),
-                  lfq.LFQ(image_size=16, bits=6, ch=8, ch_mult=(1, 1, 1), n_res=1, groups=4).eval(),
-                  titok.TiTok(image_size=16, n_tokens=16, vocab_size=64, code_dim=4, enc=(32, 1, 4), dec=(32, 1, 4)).eval()]
+    tokenizers = [
+        vq.VQ(image_size=16, vocab_size=64, code_dim=4, ch=8, ch_mult=(1, 1, 1), n_res=1, z_channels=8,
+              groups=4).eval(),
+        lfq.LFQ(image_size=16, bits=6, ch=8, ch_mult=(1, 1, 1), n_res=1, groups=4).eval(),
+        titok.TiTok(image_size=16, n_tokens=16, vocab_size=64, code_dim=4, enc=(32, 1, 4),
+                    dec=(32, 1, 4)).eval()
+    ]
     size = dict(n_layer=2, n_head=4, n_embd=32)
     of = lambda cls, head: cls(head(32, 64), 16, 3, vocab_size=64, grid=(4, 4), **size).eval()
-    ar, mg, mr = (of(m, m_.CategoricalHead) for m, m_ in ((ar_transformer.ARTransformer, ar_transformer), (maskgit.MaskGIT, maskgit),
-                                                          (mar.MAR, mar)))
+    ar, mg, mr = (of(m, m_.CategoricalHead) for m, m_ in ((ar_transformer.ARTransformer, ar_transformer),
+                                                          (maskgit.MaskGIT, maskgit), (mar.MAR, mar)))
     gmm, diffusion = gmm_head.GMMHead(32, 4, 5), diffusion_head.DiffusionHead(32, 4, 16, 1)
     flow = flow_adapter.FlowAdapter(4, (4, 4))
     h, x, some = torch.randn(5, 7, 32), torch.randn(5, 7, 4), torch.randint(64, (5, 7))
     q = torch.randn(3, 4, 6, 8)
-    calls = [(vae_.posterior, images), (vae_.encode, images), (vae_.decode, real), (vae_.decode_raw, real), (vae_.kl, real, real.exp()),
-             (vae_.reparameterise, real, real.exp()), *[(t.encode, images) for t in tokenizers], *[(t.decode, ids) for t in tokenizers],
-             *[(t.latents, images) for t in tokenizers[:2]], (tokenizers[0].quantizer.codes, ids), (tokenizers[0].quantizer.nearest, real),
-             (lfq.quantize, torch.randn(5, 7, 6)), (lfq.codes, some, 6), (lfq.entropy_of_mean, torch.randn(7, 6), 0.1),
-             (flow.forward, real), (flow.inverse, real), (gmm.mixture, h), (gmm.log_prob, h, x), (gmm.loss, h, x), (gmm.sample, h),
+    calls = [(vae_.posterior, images), (vae_.encode, images), (vae_.decode, real), (vae_.decode_raw, real),
+             (vae_.kl, real, real.exp()), (vae_.reparameterise, real, real.exp()),
+             *[(t.encode, images) for t in tokenizers], *[(t.decode, ids) for t in tokenizers],
+             *[(t.latents, images) for t in tokenizers[:2]], (tokenizers[0].quantizer.codes, ids),
+             (tokenizers[0].quantizer.nearest, real), (lfq.quantize, torch.randn(5, 7, 6)),
+             (lfq.codes, some, 6), (lfq.entropy_of_mean, torch.randn(7, 6), 0.1), (flow.forward, real),
+             (flow.inverse, real), (gmm.mixture, h), (gmm.log_prob, h, x), (gmm.loss, h, x), (gmm.sample, h),
              (diffusion.loss, h, x), (diffusion.sample, h), (ar.head.loss, h, some), (ar.head.sample, h),
-             (ar.hidden, ids, labels), (ar.logits, ids, labels), (ar.sample, labels), (ar.beam_search, labels, 2, 2),
-             (mg.hidden, ids, labels, mask), (mg.logits, ids, labels, mask), (mg.sample, labels), (mg.sample_titok, labels),
-             (mg.training_mask, 3, "cpu"), (mr.hidden, ids, labels, mask), (mr.sample, labels), (ar_transformer.attention, q, q, q)]
+             (ar.hidden_states, ids, labels), (ar.logits, ids, labels), (ar.sample, labels),
+             (ar.beam_search, labels, 2, 2), (mg.hidden_states, ids, labels, mask),
+             (mg.logits, ids, labels, mask), (mg.sample, labels), (mg.training_mask, 3, "cpu"),
+             (mr.hidden, ids, labels, mask), (mr.sample, labels), (ar_transformer.attention, q, q, q)]
     for f, *inputs in calls:
         before, after = told(f.__doc__)
         given = [tuple(v.shape) for v in inputs if isinstance(v, torch.Tensor)]
         name = getattr(f, "__qualname__", f)
-        assert not before or before[:len(given)] == given[:len(before)], f"{name} is given {given}, its docstring says {before}"
+        assert not before or before[:len(given)] == given[:len(
+            before)], f"{name} is given {given}, its docstring says {before}"
         out = f(*inputs)
-        out = [tuple(v.shape) for v in (out if isinstance(out, tuple) else (out,)) if isinstance(v, torch.Tensor)]
+        out = [
+            tuple(v.shape) for v in (out if isinstance(out, tuple) else (out, ))
+            if isinstance(v, torch.Tensor)
+        ]
         if "each" in f.__doc__.split("\n\n")[0]:
             after = after[:1] * len(out)
         assert after[:len(out)] == out, f"{name} gives {out}, its docstring says {after}"
 
 
-def test_readme_tells_the_length_of_every_file():
-    told_lines = dict(re.findall(r"\| `(\w+\.py)` \|[^|]*\| (\d+) \|", (ROOT / "README.md").read_text()))
-    assert len(told_lines) == len(MODELS) + 1
-    for name, n in told_lines.items():
-        true = (ROOT / name).read_text().count("\n")
-        assert abs(true - int(n)) <= 0.05 * true, f"{name} has {true} lines, README says {n}"
+def commands():
+    """(file, command line) of every python command in README and docs that names a file of the project."""
+    found = []
+    for doc in DOCS:
+        for line in re.findall(r"python (?:-m )?[\w./]+[^`\n|]*", (ROOT / doc).read_text()):
+            words = line.split("#")[0].split()[1:]
+            if words[0] == "-m" and words[1] == "pytest":
+                continue
+            if words[0] == "-m":
+                words = words[1:]
+                words[0] = words[0].replace(".", "/") + ".py"
+            if words and words[0].endswith(".py") and words[0] != "test_all.py":
+                found.append((doc, " ".join(words)))
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("doc, line", commands())
+def test_commands_of_the_docs_name_files_and_flags_that_there_are(doc, line):
+    words = line.replace("...", " ").split()
+    path = ROOT / words[0]
+    assert path.exists(), f"{doc}: {line}"
+    sources = path.read_text()
+    if words[0].startswith("recipes/"):
+        sources += (ROOT / "train.py").read_text()          # recipes take train.py's flags as well
+    for word in words[1:]:
+        if word.startswith("--") and word not in ("--", "--help"):
+            flag = word.split("=")[0].rstrip(";,.:)")
+            assert f'"{flag}"' in sources, f"{doc}: {line}: there is no {flag}"
+
+
+@pytest.mark.parametrize("doc", DOCS)
+def test_links_of_the_docs_lead_somewhere(doc):
+    folder = (ROOT / doc).parent
+    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / doc).read_text()):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = folder / path if path else ROOT / doc
+        assert file.exists(), f"{doc} links to {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+            anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in anchors, f"{doc} links to {target}"
+
+
+def test_readme_is_one_screen():
+    lines = (ROOT / "README.md").read_text().split("\n")
+    assert len(lines) <= 140
+    for line in lines:
+        assert len(line) <= 110 or line.startswith(("|", "    python3 -m venv")), line
+
+
+def test_lines_of_python_are_at_most_110_wide():
+    for name, path in files().items():
+        if name.startswith("experiments."):
+            continue
+        wide = [i for i, line in enumerate(path.read_text().split("\n"), 1) if len(line) > 110]
+        assert not wide, f"{path.name}, lines {wide}"
 
 
 def test_weights_are_loaded_without_running_code():
-    for path in ROOT.glob("*.py"):
-        for call_ in re.findall(r"torch\.load\((?:[^()]|\([^()]*\))*\)", path.read_text()):
-            assert "weights_only=True" in call_ or path.name == "test_all.py", (path.name, call_)
+    for path in files().values():
+        for call in re.findall(r"torch\.load\((?:[^()]|\([^()]*\))*\)", path.read_text()):
+            assert "weights_only=True" in call, (path.name, call)
+
+
+def test_nothing_that_a_run_makes_is_in_git():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    assert not [name for name in tracked if name.startswith("runs/") or name.endswith((".pt", ".pyc"))]

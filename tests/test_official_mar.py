@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import mar
-import vae
 from official import mar as official
 from tests.helpers import close, golden, official_mar, official_vae
 

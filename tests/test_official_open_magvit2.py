@@ -2,14 +2,17 @@
 code gave.
 """
 import math
+import zlib
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import ar_transformer
+import lfq
 from official import open_magvit2 as official
-from tests.helpers import close, open_magvit2
+from tests.helpers import close, golden, magvit_shapes, open_magvit2, tokens_of
 from tests.test_ar_transformer import WAYS
 from tests.test_factorized_head import opinions
 
@@ -115,3 +118,57 @@ def test_a_generator_of_sub_tokens_starts_at_ln_v_and_trains_every_weight():
         optimizer.step()
     dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not dead, dead
+
+
+def magvit_weights(ch_mult, video):
+    """The weights behind golden/tokenizers/*_tokenizer_tiny.npz, by the recipe in the README there."""
+    sd = {}
+    for part, name, shape in magvit_shapes(32, ch_mult, 1, 6, video):
+        w = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(
+            np.float32) * np.float32(0.05)
+        sd[f"{part}.{name}"] = torch.from_numpy(w + (w.ndim == 1 and name.endswith("weight")))
+    return sd
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_open_magvit2s_tokenizer_loads_and_gets_the_authors_numbers(kind):
+    video, g = kind == "video", golden(f"tokenizers/{kind}_tokenizer_tiny")
+    sd = magvit_weights((1, 2, 2) if video else (1, 1, 2), video)
+    ema = {"model_ema." + k.replace(".", ""): v for k, v in sd.items()} | {"model_ema.decay": torch.ones(())}
+    ema |= {"loss.discriminator.main.0.weight": torch.ones(1), "quantize.mask": torch.ones(6)}
+    stale = {k: v + 1 for k, v in sd.items()}
+    model = official.load_tokenizer({"state_dict": stale | ema}, image_size=16, frames=9 if video else None)
+    assert model.grid == ((5, 4, 4) if video else (4, 4)) and model.vocab_size == 64 and not model.training
+    z, q = tokens_of(g["z"].flatten(2)[..., None]), tokens_of(g["q"].flatten(2)[..., None])
+    with torch.no_grad():
+        close(model.latents(g[kind]), z), close(model.decode_raw(q), g["recon"])
+    ids = model.encode(g[kind])
+    assert torch.equal(lfq.codes(ids, 6), q)
+    close(model.decode(ids), g["recon"].clamp(-1, 1))
+    plain = official.load_tokenizer(sd, image_size=16)
+    assert torch.equal(plain.encode(g[kind]), ids), "without averaged weights: the plain ones"
+    if video:
+        frame = g["video"][:, :, 0]
+        with torch.no_grad():
+            close(model.latents(frame), tokens_of(g["z_image"].flatten(2)[..., None]))
+        close(model.decode(model.encode(frame)), g["recon_image"][:, :, 0].clamp(-1, 1))
+        for module in model.modules():
+            if isinstance(module, lfq.FrameNorm):
+                module.per_frame = True
+        with torch.no_grad():
+            close(model.latents(g["video"]), tokens_of(g["z_perframe_gn"].flatten(2)[..., None]))
+
+
+def test_open_magvit2s_tokenizer_names_the_key_that_does_not_fit(tmp_path):
+    sd = magvit_weights((1, 1, 2), video=False)
+    torch.save({"state_dict": sd}, tmp_path / "imagenet.ckpt")
+    assert official.load_tokenizer(tmp_path / "imagenet.ckpt").seq_len == 64 * 64
+    with pytest.raises(ValueError, match="decoder.extra.weight"):
+        official.load_tokenizer(sd | {"decoder.extra.weight": torch.zeros(1)})
+    for key in ("decoder.adaptive.1.gamma.bias", "encoder.conv_in.weight",
+                "decoder.up.2.upsample.conv1.weight"):
+        with pytest.raises(ValueError, match=key):
+            official.load_tokenizer({k: v for k, v in sd.items() if k != key})
+    ema = {"model_ema." + k.replace(".", ""): v for k, v in sd.items() if k != "encoder.conv_out.bias"}
+    with pytest.raises(ValueError, match="model_ema.encoderconv_outbias"):
+        official.load_tokenizer(sd | ema)

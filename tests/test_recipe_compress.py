@@ -13,6 +13,7 @@ import torch.nn as nn
 
 import ar_transformer
 import data
+from common import pictures
 import lfq
 import titok
 import train
@@ -100,7 +101,7 @@ def test_an_arithmetic_coded_file_is_as_long_as_its_model_says():
     ids[places[places >= 0]] = drawn[places >= 0]
     padded = torch.where(places >= 0, ids[places], 0)
     with torch.no_grad():                              # in one pass: the same probabilities, but for rounding
-        nats = model.head.loss(model.hidden(padded, torch.full((len(places), ), 3)),
+        nats = model.head.loss(model.hidden_states(padded, torch.full((len(places), ), 3)),
                                padded)[places >= 0].sum().item()
     size = len(compress.encode_ids(ids.view(lay.f, lay.h, lay.w), lay.lengths, model))
     bits = nats / math.log(2)

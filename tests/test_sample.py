@@ -2,7 +2,6 @@
 import argparse
 import contextlib
 import functools
-import math
 import re
 
 import numpy as np
