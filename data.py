@@ -248,7 +248,7 @@ class ImageSet:
         self.left_out = ""
         self.unreadable = 0
         self.oblong = 0
-        self.without_text = []
+        self.without_text = []                              # the names of images that lack a caption
         # Looked at once, and by kind: a device named without its number equals no tensor's device.
         self.beside_labels = isinstance(images, torch.Tensor) and images.is_cpu == self.labels.is_cpu
 
