@@ -11,7 +11,7 @@ import data
 from common import pictures
 import evaluate
 import train
-from common import captions, classifier, runs
+from common import captions, classifier, pictures, runs
 from tests.helpers import IDS, RARELY, TINY
 
 

@@ -18,7 +18,7 @@ import lfq
 import titok
 import train
 import vq
-from common import runs
+from common import pictures, runs
 from recipes import compress
 from tests.helpers import ENV, RARELY, ROOT, TINY
 

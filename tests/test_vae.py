@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import distributions as D
 
 import data
+from common import pictures
 import vae
 from common import pictures
 
