@@ -358,7 +358,7 @@ def refuse_too_large(args):
         f"{args.image_size}": 32 * pixels * args.tok_batch_size,
         f"--batch_size {args.batch_size}": 4 * 64 * args.batch_size,
         f"--vocab_size {args.vocab_size}": 4 * 64 * (args.vocab_size or 0),
-        f"--tokens {args.tokens}": 4 * 64 * (args.tokens or 0) ** 2,
+        f"--tokens {args.tokens}": 4 * 64 * (args.tokens or 0)**2,
     }
     for what, size in needs.items():
         if size > free:

@@ -104,7 +104,7 @@ def parse_args(argv=None):
     return own, given
 
 
-REFUSALS = [                                                # what is asked, the sentence
+REFUSALS = [  # what is asked, the sentence
     (lambda own, given: given.tokenizer != "vae", "--tokenizer: the bound is that of a VAE; leave it out"),
     (lambda own, given: given.frames not in (None, 1), "--frames: the bound is of images; leave it out"),
     (lambda own, given: given.condition == "text",

@@ -64,9 +64,9 @@ def parse_args(argv=None):
     return own, given
 
 
-REFUSALS = [                                                # what is asked, the sentence
-    (lambda own, given: given.tokenizer not in ("titok", "titok-vae"),
-     "--tokenizer: the two stages are those of titok, or of titok-vae"),
+REFUSALS = [  # what is asked, the sentence
+    (lambda own, given: given.tokenizer not in
+     ("titok", "titok-vae"), "--tokenizer: the two stages are those of titok, or of titok-vae"),
     (lambda own, given: own.proxy and own.proxy_steps,
      "--proxy_steps: the run of --proxy is trained already; leave one of them out"),
     (lambda own, given: own.proxy_steps is not None and own.proxy_steps < 1,
