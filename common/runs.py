@@ -41,14 +41,14 @@ TOKENIZERS = {
     "titok": (titok.TiTok, titok.SIZES),
     "titok-vae": (titok.TiTokVAE, titok.SIZES),
 }
-CONTINUOUS = ("vae", "titok-vae")  # their tokens are real vectors, those of the others ids
+CONTINUOUS = ("vae", "titok-vae")                           # their tokens are real vectors
 GENERATORS = {
     "ar": (ar_transformer.ARTransformer, ar_transformer.SIZES),
     "maskgit": (maskgit.MaskGIT, maskgit.SIZES),
     "mar": (mar.MAR, mar.SIZES),
 }
 HEADS = ("gmm", "diffusion", "categorical")
-CODEBOOKS = {  # codes of unit length or any, by gradient or as averages
+CODEBOOKS = {                                               # of unit length or any, by gradient or averages
     "l2": dict(l2_norm=True),                               # LlamaGen's
     "l2-ema": dict(l2_norm=True, ema=0.99),                 # the same, with restarts of unused codes
     "plain": dict(l2_norm=False),                           # VQGAN's
@@ -354,8 +354,8 @@ def refuse_too_large(args):
     needs = {
         f"--n_shapes {args.n_shapes} at --image_size {args.image_size}":
             pixels * args.n_shapes if args.data == "shapes" else 0,
-        f"--tok_batch_size {args.tok_batch_size} at --image_size "
-        f"{args.image_size}": 32 * pixels * args.tok_batch_size,
+        f"--tok_batch_size {args.tok_batch_size} at --image_size {args.image_size}":
+            32 * pixels * args.tok_batch_size,
         f"--batch_size {args.batch_size}": 4 * 64 * args.batch_size,
         f"--vocab_size {args.vocab_size}": 4 * 64 * (args.vocab_size or 0),
         f"--tokens {args.tokens}": 4 * 64 * (args.tokens or 0)**2,
