@@ -225,6 +225,7 @@ class ImageSet:
         self.device = self.labels.device                    # "cuda" has become "cuda:0" here
         self.flip = flip
         self.texts = texts
+        self.without_text = []                              # names of own images without a caption
         self.one_hot = one_hot
         # Looked at once, and by kind: a device named without its number equals no tensor's device.
         self.beside_labels = isinstance(images, torch.Tensor) and images.is_cpu == self.labels.is_cpu
