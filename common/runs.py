@@ -560,16 +560,16 @@ def first_line(error):
 
 
 def refuse_folder(path):
-    """A run folder must be a folder that can be written, known before an hour is lost."""
+    """A run folder must be a folder that can be written, known before an hour is lost. Leaves nothing behind."""
+    there = path
+    while not there.exists():
+        there = there.parent                                # ends at "." or "/"
+    if not there.is_dir():
+        raise BadInput(f"{there} is a file, not a folder: give another --runs or --name")
+    probe = there / f"probe.{os.getpid()}.tmp"
     try:
-        if path.exists() and not path.is_dir():
-            raise BadInput(f"{path} is a file, not a folder: give another --runs or --name")
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f"probe.{os.getpid()}.tmp"
         probe.touch()
         probe.unlink()
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()                                    # made again when there is something to keep
     except OSError as e:
         raise BadInput(f"{path} cannot be written ({e.strerror}): give another --runs or --name") from None
 
