@@ -10,7 +10,6 @@ from torch import distributions as D
 import data
 from common import pictures
 import vae
-from common import pictures
 
 
 def test_vae_of_the_papers_has_its_parameter_count():
