@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 import data
-from common import pictures
 import evaluate
 import train
 from common import captions, classifier, pictures, runs

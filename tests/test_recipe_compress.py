@@ -13,7 +13,6 @@ import torch.nn as nn
 
 import ar_transformer
 import data
-from common import pictures
 import lfq
 import titok
 import train
