@@ -318,8 +318,10 @@ def test_a_file_in_the_place_of_a_run_folder_is_refused(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(SystemExit, match="file/.* cannot be written .*give another --runs or --name"):
+    with pytest.raises(SystemExit, match="file is a file, not a folder: give another --runs or --name"):
         train.main([*TINY, "--runs", str(tmp_path / "file" / "runs")])
+    with pytest.raises(SystemExit, match="cannot be written .*give another --runs or --name"):
+        train.main([*TINY, "--runs", str(tmp_path), "--tok_name", "x" * 300])
 
     def refused(path):
         raise PermissionError(13, "Permission denied")
@@ -332,6 +334,11 @@ def test_a_refused_command_leaves_no_folder(tmp_path):
     with pytest.raises(SystemExit, match="must be at least 1"):
         train.main([*TINY, "--runs", str(tmp_path / "runs"), "--steps", "0"])
     assert not list(tmp_path.rglob("shapes*"))
+
+
+def test_to_ask_whether_a_folder_can_be_written_leaves_nothing_behind(tmp_path):
+    runs.refuse_folder(tmp_path / "runs" / "shapes-vae")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_device_has_its_index():
