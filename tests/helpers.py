@@ -139,8 +139,9 @@ RARELY = ["--log_every", "12", "--eval_every", "24"]     # where nothing is stop
 
 
 def command(*words, torchrun=0):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}", "--"] if torchrun \
-        else [sys.executable]
+    launcher = [sys.executable]
+    if torchrun:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}", "--"]
     return launcher + [str(ROOT / words[0]), *map(str, words[1:])]
 
 

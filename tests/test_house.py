@@ -3,7 +3,10 @@ The house rules: arrows between files run down, model files stand alone, copies 
 docs are true.
 """
 import ast
+import graphlib
+import importlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -18,8 +21,11 @@ import lfq
 import mar
 import maskgit
 import titok
+import train
 import vae
 import vq
+from common import runs
+from official.titok import TiTokGenerator
 from tests.helpers import MODELS, PROGRAMS, ROOT
 
 # Rooms from the lowest up: a file imports only what stands in a line above its own.
@@ -40,7 +46,9 @@ FLOORS = [
     ["experiments.*"],
 ]
 WITHIN = {                                                  # the only arrows between files of one line
-    ("common.folders", "common.reading"), ("common.files", "common.reading"), ("common.files", "common.folders"),
+    ("common.folders", "common.reading"),
+    ("common.files", "common.reading"),
+    ("common.files", "common.folders"),
     ("official.open_magvit2", "official.llamagen"),
 }
 DOCS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -96,6 +104,29 @@ def test_arrows_between_files_run_down(name):
         assert down or beside, f"{name} imports {other}, which does not stand below it"
 
 
+def test_the_arrows_make_no_circle():
+    graph = {name: imports(name) for name in files()}
+    assert "common.runs" in graph["train"] and "vae" in graph["common.runs"], "there are arrows"
+    graphlib.TopologicalSorter(graph).prepare()             # raises CycleError, which names the files
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(files()) if name.startswith("official.")])
+def test_the_authors_weights_need_the_models_only(name):
+    """Not data, not a program: somebody takes such a file and its model elsewhere."""
+    allowed = {*MODELS, "official.files"} | {other for file, other in WITHIN if file == name}
+    assert imports(name) <= allowed, imports(name) - allowed
+
+
+def test_imports_are_found_wherever_they_stand(monkeypatch, tmp_path):
+    path = tmp_path / "x.py"
+    lines = ["from common import runs", "import common.files", "def f():", "    from vae import VAE",
+             "    import train as t"]
+    path.write_text("\n".join(lines))
+    known = files() | {"x": path}
+    monkeypatch.setitem(globals(), "files", lambda: known)
+    assert imports("x") == {"common.runs", "common.files", "vae", "train"}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_model_files_stand_alone(name):
     top = set()
@@ -113,35 +144,72 @@ def test_model_files_open_with_what_shapes_and_the_command(name):
     assert f"python {name}.py" in doc
     assert "Shapes:" in doc
     assert "Try it yourself" in doc
-    assert doc.count("\n") < 36
+    assert doc.count("\n") < 26
 
 
 def test_same_name_means_same_code():
+    """Only demos may have a show() or a fit() of their own."""
     seen = {}
     for name in MODELS:
-        for node in tree_of(name).body:
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name not in ("main", "show", "fit"):
-                other, code = seen.setdefault(node.name, (name, ast.dump(node)))
-                assert code == ast.dump(node), f"{node.name} differs between {other}.py and {name}.py"
+        source = files()[name].read_text()
+        demo = source[:source.index("# ---- Demo")].count("\n")
+        for node in ast.parse(source).body:
+            if not isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                continue
+            if node.name == "main" or node.name in ("show", "fit") and node.lineno > demo:
+                continue
+            other, code = seen.setdefault(node.name, (name, ast.dump(node)))
+            assert code == ast.dump(node), f"{node.name} differs between {other}.py and {name}.py"
+
+
+def flags_of(tree):
+    """The add_argument calls of a file -> {name in args: their keywords}."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+            options = {word.arg: word.value for word in node.keywords}
+            name = options["dest"].value if "dest" in options else node.args[0].value.lstrip("-")
+            found[name] = options
+    return found
+
+
+def read_in(tree):
+    """The names that a file reads off a Namespace of flags: args.name, own.name, run.args.name, getattr."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            holder = getattr(node.value, "id", getattr(node.value, "attr", None))
+            if holder in ("args", "given", "own", "a"):
+                found.add(node.attr)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr":
+            found.add(getattr(node.args[1], "value", None))
+    return found
+
+
+def named_in(tree):
+    """The names that a file lists in a tuple, a list or a dict, whose flags a loop then reads."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Tuple, ast.List)):
+            found |= {item.value for item in node.elts if isinstance(item, ast.Constant)}
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "dict":
+            found |= {word.arg for word in node.keywords}
+    return found
 
 
 @pytest.mark.parametrize("name",
                          [*PROGRAMS, "data", *(n for n in sorted(files()) if n.startswith("recipes."))])
 def test_every_flag_is_explained_and_read(name):
-    source = files()[name].read_text()
-    rooms = [
-        path.read_text() for n, path in files().items()
-        if n.startswith(("common.", "recipes.")) or n in PROGRAMS
-    ]
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
-            flag = node.args[0].value.lstrip("-")
-            options = {k.arg: k.value for k in node.keywords}
-            assert "help" in options, f"{name} --{flag} has no help"
-            dest = options["dest"].value if "dest" in options else flag
-            read = rf"\b\w+\.{dest}\b|[\"']{dest}[\"'][,)\]]|\bdict\([^)]*\b{dest}="
-            assert any(re.search(read, text)
-                       for text in rooms + [source]), f"{name} parses --{flag} and never reads it"
+    """By its own program, or for those of train.py in the rooms that its args travel through."""
+    tree = tree_of(name)
+    read = read_in(tree)
+    if name == "train":
+        read = read.union(*(read_in(tree_of(room)) for room in files() if room.startswith("common.")))
+    else:
+        read |= named_in(tree)
+    for flag, options in flags_of(tree).items():
+        assert "help" in options, f"{name} --{flag} has no help"
+        assert flag in read, f"{name} parses --{flag} and never reads it"
 
 
 def told(doc):
@@ -179,6 +247,7 @@ def test_shapes_are_as_the_docstrings_tell():
     of = lambda cls, head: cls(head(32, 64), 16, 3, vocab_size=64, grid=(4, 4), **size).eval()
     ar, mg, mr = (of(m, m_.CategoricalHead) for m, m_ in ((ar_transformer.ARTransformer, ar_transformer),
                                                           (maskgit.MaskGIT, maskgit), (mar.MAR, mar)))
+    tg = TiTokGenerator(16, 3, 64, "bert", n_mlp=64, **size).eval()
     gmm, diffusion = gmm_head.GMMHead(32, 4, 5), diffusion_head.DiffusionHead(32, 4, 16, 1)
     flow = flow_adapter.FlowAdapter(4, (4, 4))
     h, x, some = torch.randn(5, 7, 32), torch.randn(5, 7, 4), torch.randint(64, (5, 7))
@@ -194,6 +263,7 @@ def test_shapes_are_as_the_docstrings_tell():
              (ar.hidden_states, ids, labels), (ar.logits, ids, labels), (ar.sample, labels),
              (ar.beam_search, labels, 2, 2), (mg.hidden_states, ids, labels, mask),
              (mg.logits, ids, labels, mask), (mg.sample, labels), (mg.training_mask, 3, "cpu"),
+             (tg.hidden_states, ids, labels, mask), (tg.sample, labels), (tg.training_mask, 3, "cpu"),
              (mr.hidden, ids, labels, mask), (mr.sample, labels), (ar_transformer.attention, q, q, q)]
     for f, *inputs in calls:
         before, after = told(f.__doc__)
@@ -212,33 +282,77 @@ def test_shapes_are_as_the_docstrings_tell():
 
 
 def commands():
-    """(file, command line) of every python command in README and docs that names a file of the project."""
+    """(file, words) of every command in README, docs and the docstrings of the project."""
+    texts = {doc: (ROOT / doc).read_text() for doc in DOCS}
+    lines = [(doc, line) for doc, text in texts.items()
+             for line in re.findall(r"(?:python|torchrun) [^`\n|]*", text)]
+    for name in files():
+        doc = ast.get_docstring(tree_of(name)) or ""
+        doc = re.sub(r"\\\n *", "", doc)
+        lines += [(name, line) for line in re.findall(r"^ +((?:python|torchrun) .*)$", doc, re.M)]
     found = []
-    for doc in DOCS:
-        for line in re.findall(r"python (?:-m )?[\w./]+[^`\n|]*", (ROOT / doc).read_text()):
-            words = line.split("#")[0].split()[1:]
-            if words[0] == "-m" and words[1] == "pytest":
-                continue
-            if words[0] == "-m":
-                words = words[1:]
-                words[0] = words[0].replace(".", "/") + ".py"
-            if words and words[0].endswith(".py") and words[0] != "test_all.py":
-                found.append((doc, " ".join(words)))
+    for doc, line in lines:
+        words = shlex.split(line, comments=True)
+        if words[0] == "torchrun":                          # its own flags, and perhaps -- behind them
+            words = words[[word.endswith(".py") for word in words].index(True) - 1:]
+        words = words[1:]
+        if words and words[0] == "-m":
+            words = [words[1].replace(".", "/") + ".py", *words[2:]]
+        if words and words[0].endswith(".py"):
+            found.append((doc, tuple(words)))
     return sorted(set(found))
 
 
-@pytest.mark.parametrize("doc, line", commands())
-def test_commands_of_the_docs_name_files_and_flags_that_there_are(doc, line):
-    words = line.replace("...", " ").split()
-    path = ROOT / words[0]
-    assert path.exists(), f"{doc}: {line}"
-    sources = path.read_text()
-    if words[0].startswith("recipes/"):
-        sources += (ROOT / "train.py").read_text()          # recipes take train.py's flags as well
-    for word in words[1:]:
-        if word.startswith("--") and word not in ("--", "--help"):
-            flag = word.split("=")[0].rstrip(";,.:)")
-            assert f'"{flag}"' in sources, f"{doc}: {line}: there is no {flag}"
+def parsers():
+    """{file: its parse_args}: programs and recipes."""
+    names = [*PROGRAMS, *(name for name in files() if name.startswith("recipes."))]
+    return {name.replace(".", "/") + ".py": importlib.import_module(name).parse_args for name in names}
+
+
+def test_commands_are_found():
+    found = commands()
+    for command in [("README.md", ("train.py", "--tokenizer", "vae", "--head", "gmm")),
+                    ("README.md", ("sample.py", "RUN", "--prompt", "a large green star")),
+                    ("README.md", ("recipes/maps.py", "--task", "segment")),
+                    ("README.md", ("train.py", "...")),
+                    ("train", ("train.py", "--tokenizer", "vq", "--generator", "maskgit"))]:
+        assert command in found, command
+    assert len(found) > 80
+
+
+@pytest.mark.parametrize("doc, words", commands())
+def test_commands_of_the_docs_are_understood(doc, words, tmp_path):
+    """A program or recipe parses them. Elsewhere the file and the flags must be there."""
+    file, *rest = words
+    path = ROOT / file
+    if file == "pytest.py":
+        return
+    assert path.exists(), f"{doc}: {words}"
+    parse = parsers().get(file)
+    if parse and "..." not in rest and "--help" not in rest:
+        given = parse(rest)
+        if file == "train.py":                              # and what is asked for goes together
+            given.runs, given.device = str(tmp_path), "cpu"
+            runs.refuse(runs.resolve(given, *runs.folders(given)))
+        return
+    flags = set(re.findall(r"[\"'](-[\w-]+)[\"']", path.read_text())) | {"--help"}
+    if file == "test_all.py":
+        flags |= set(re.findall(r"[\"'](-[\w-]+)[\"']", (ROOT / "homework" / "grading.py").read_text()))
+    missing = [word for word in rest if word.startswith("-") and word.split("=")[0] not in flags]
+    assert not missing, f"{doc}: {words}: there is no {missing}"
+    if file.startswith("experiments/"):                     # run by its path, it must find the project's root
+        assert "sys.path" in path.read_text()
+
+
+def test_flags_in_the_tables_of_readme_go_together(tmp_path):
+    rows = re.findall(r"^\|.*?\| `(\w+\.py)` \| `(--[^`]*)` \|", (ROOT / "README.md").read_text(), re.M)
+    assert {file.removesuffix(".py") for file, _ in rows} == set(MODELS)
+    for _, line in rows:
+        words = shlex.split(line)
+        if "--tokenizer" not in words:
+            words = ["--tokenizer", "vae", *words]
+        given = train.parse_args([*words, "--device", "cpu", "--runs", str(tmp_path)])
+        runs.refuse(runs.resolve(given, *runs.folders(given)))
 
 
 @pytest.mark.parametrize("doc", DOCS)
@@ -263,12 +377,25 @@ def test_readme_is_one_screen():
         assert len(line) <= 110 or line.startswith(("|", "    python3 -m venv")), line
 
 
+# Files with wider lines, and how many: numbers that may only shrink.
+WIDE = {
+    "experiments/claims.py": 165, "experiments/compression.py": 2, "experiments/decoding.py": 2,
+    "experiments/head_modes.py": 5, "experiments/joint.py": 5, "experiments/mar_ablation.py": 2,
+    "experiments/mar_curves.py": 4, "experiments/overview.py": 1, "experiments/same_config.py": 3,
+    "experiments/sampling.py": 1, "experiments/survey.py": 6, "experiments/video_designs.py": 3,
+    "experiments/vocabulary.py": 3, "homework/ar_transformer.py": 4, "homework/gmm_head.py": 2,
+    "homework/grading.py": 1, "homework/kit.py": 1, "homework/lfq.py": 1, "homework/mar.py": 2,
+    "homework/maskgit.py": 4, "homework/vae.py": 1, "homework/vq.py": 2, "tests/test_clips.py": 1,
+    "tests/test_data.py": 1, "tests/test_drawing.py": 1, "tests/test_experiments.py": 1,
+}
+
+
 def test_lines_of_python_are_at_most_110_wide():
-    for name, path in files().items():
-        if name.startswith("experiments."):
-            continue
-        wide = [i for i, line in enumerate(path.read_text().split("\n"), 1) if len(line) > 110]
-        assert not wide, f"{path.name}, lines {wide}"
+    for room in ("", "common/", "official/", "recipes/", "experiments/", "homework/", "tests/"):
+        for path in sorted(ROOT.glob(f"{room}*.py")):
+            lines = path.read_text().split("\n")
+            wide = [i for i, line in enumerate(lines, 1) if len(line) > 110]
+            assert len(wide) <= WIDE.get(room + path.name, 0), f"{room}{path.name}, lines {wide}"
 
 
 def test_weights_are_loaded_without_running_code():
