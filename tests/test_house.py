@@ -288,10 +288,11 @@ def commands():
              for line in re.findall(r"(?:python|torchrun) [^`\n|]*", text)]
     for name in files():
         doc = ast.get_docstring(tree_of(name)) or ""
-        doc = re.sub(r"\\\n *", "", doc)
         lines += [(name, line) for line in re.findall(r"^ +((?:python|torchrun) .*)$", doc, re.M)]
     found = []
     for doc, line in lines:
+        if ".py" not in line and "-m " not in line:         # words, not a command
+            continue
         words = shlex.split(line, comments=True)
         if words[0] == "torchrun":                          # its own flags, and perhaps -- behind them
             words = words[[word.endswith(".py") for word in words].index(True) - 1:]
