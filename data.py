@@ -225,7 +225,6 @@ class ImageSet:
         self.device = self.labels.device                    # "cuda" has become "cuda:0" here
         self.flip = flip
         self.texts = texts
-        self.without_text = []                              # names of own images without a caption
         self.one_hot = one_hot
         self.summary = f"{len(labels)} images in {len(self.classes)} classes"
         self.without_text = []                              # the names of images that lack a caption
