@@ -160,7 +160,7 @@ def main(argv=None):
         stages = runs.stages_to_train(args, tok_folder, folder)                       # [1, 2], [1], [2] or []
         if stages:
             train_set, val_set = runs.open_data(args)       # refuses a missing caption, for example
-            say(dist, train_set.summary)
+            say(dist, data.describe(train_set, val_set))
             for begun in (tok_folder, folder):
                 runs.refuse_other_data(args, begun, train_set)
         if 1 in stages:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import distributions as D
 
 import data
-import vae
 from common import pictures
+import vae
 
 
 def test_vae_of_the_papers_has_its_parameter_count():
