@@ -560,7 +560,7 @@ def first_line(error):
 
 
 def refuse_folder(path):
-    """A run folder must be a folder that can be written, known before an hour is lost. Leaves nothing there."""
+    """A run folder must be a folder that can be written, known before an hour is lost. Leaves nothing."""
     there = path
     while not there.exists():
         there = there.parent                                # ends at "." or "/"
