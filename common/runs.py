@@ -69,6 +69,7 @@ DEFAULTS = {
     "cuda": dict(tok_size="medium", tok_steps=4000, tok_batch_size=128, tok_lr=1e-3, beta=0.02,
                  size="medium", steps=8000, batch_size=256, lr=1e-3),
     "any-vq": dict(beta=0.25, codebook="l2-ema"),           # beta: of the commitment. l2 leaves half of the codes unused
+    "cpu-vae": dict(tok_steps=2600),                        # of the patch network: as long as 1,000 of one on pixels
     "any-lfq": dict(beta=0.05),
     "any-titok": dict(beta=0.25, codebook="l2-ema"),
     "any-titok-vae": dict(beta=0.01),
@@ -389,6 +390,20 @@ def open_data(args):
         raise BadInput(f"--condition text: {len(missing) or 'all'} images of --data {args.data} have no caption{first}; "
                        "write NAME.txt beside NAME.jpg")
     return train_set, val_set
+
+
+def suit(args, train_set):
+    """Numbers per token of a VAE, by what the images are, where no flag says it: photographs need more of them."""
+    if args.tokenizer != "vae" or args.token_dim is not None or args.tok_size not in ("small", "medium"):
+        return
+    kind = "drawn shapes"
+    if args.data != "shapes":
+        index = torch.linspace(0, len(train_set) - 1, min(len(train_set), 200), device="cpu").long()
+        images = train_set.images[index].float()                                      # (n, 3, H, W)
+        colour = (images.amax(1) - images.amin(1)).mean() > 2                         # of 255: grey JPEGs are not quite grey
+        kind = "colour photographs" if colour else "grey pictures"
+    args.token_dim = 32 if kind == "colour photographs" else 16
+    print(f"{kind}: tokens of {args.token_dim} numbers; --token_dim changes it")
 
 
 def fingerprint(image_set):
