@@ -15,8 +15,8 @@ Shapes:  B batch, N images in a set, F frames, H W pixels
     index (B,) --hash--> label, colour, place, size, angle (B,) --distance--> images (B, 3, H, W) in [-1, 1]
     clips: index (B,) --> videos (B, 3, F, H, W) in [-1, 1]
 
-    python data.py             # draws data.png: the ten classes, captions, masks, clips; about 10 s on 2 CPU cores
-    python data.py --data PATH # the same for your images: one folder per class, or .tar[.gz], .zip, .npz
+    python data.py              # draws data.png: the ten classes, captions, masks, clips; 10 s on 2 CPU cores
+    python data.py --data PATH  # the same for your images: a folder, .zip, .tar[.gz] or .npz
 
 With --frames 17 the files are clips: GIFs, animated WebPs, folders of pictures, or films (see read_clip).
 
@@ -32,7 +32,7 @@ import time
 import torch
 
 from common import files, pictures
-from common.files import BadInput, clips_of, free_bytes, read_clip, read_image         # the names that programs use
+from common.reading import BadInput, clips_of, free_bytes, read_clip, read_image     # names that programs use
 
 SHAPES = ("disc", "triangle", "square", "pentagon", "star", "trefoil", "ring", "cross", "bar", "crescent")
 ACTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "shrinks",
@@ -64,7 +64,7 @@ def uniforms(index, n, seed=0):
         return v ^ (v >> 16)
     key = mix(mix(torch.full_like(index, seed) + 0x9E3779B9) ^ index)                  # (B,)
     column = torch.arange(n, device=index.device) * 0x85EBCA77                          # (n,)
-    return (mix((key[:, None] + column) & 0xFFFFFFFF) >> 8).float() / (1 << 24)         # 24 bits: exact in float32
+    return (mix((key[:, None] + column) & 0xFFFFFFFF) >> 8).float() / (1 << 24)  # 24 bits: exact in float32
 
 
 def distance(shape, x, y):
@@ -75,7 +75,7 @@ def distance(shape, x, y):
     name = SHAPES[shape]
     r = torch.hypot(x, y)
 
-    def polygon(n, inner):                                  # n half planes at distance `inner`, by folding the angle
+    def polygon(n, inner):  # n half planes at distance `inner`, by folding the angle
         sector = 2 * math.pi / n
         angle = torch.atan2(x, -y)                          # one corner points up
         return r * torch.cos(angle - sector * torch.floor(angle / sector) - sector / 2) - inner
@@ -103,7 +103,7 @@ def distance(shape, x, y):
         turn = [2 * math.pi * k / 3 - math.pi / 2 for k in range(3)]
         lobes = [torch.hypot(x - 0.5 * math.cos(a), y - 0.5 * math.sin(a)) for a in turn]
         return torch.stack(lobes).amin(0) - 0.46
-    assert name == "star"                                   # five tips: fold into one edge, distance to its line
+    assert name == "star"  # five tips: fold into one edge, distance to its line
     sector = 2 * math.pi / 5
     angle = torch.atan2(x, -y)
     angle = (angle - sector * torch.round(angle / sector)).abs()
@@ -113,7 +113,7 @@ def distance(shape, x, y):
 
 
 def scene(index, seed=0, video=False):
-    """What picture `index` (B,) shows: a dict of (B,) tensors (colours are (B, 3) in [0, 1]), places in [-1, 1]."""
+    """What picture `index` (B,) shows: a dict of (B,) tensors; colours are (B, 3), places in [-1, 1]."""
     u = uniforms(index, 12, seed)
     label = (u[:, 0] * len(SHAPES)).long()
     colour, ground = (u[:, 1] * len(COLOURS)).long(), (u[:, 2] * len(BACKGROUNDS)).long()
@@ -127,34 +127,37 @@ def scene(index, seed=0, video=False):
                ground_rgb=(table(BACKGROUNDS)[ground] + jitter).clamp(0, 1))
     if video:
         out["action"] = (u[:, 10] * len(ACTIONS)).long()
-        turns = (out["action"] == ACTIONS.index("turns left")) | (out["action"] == ACTIONS.index("turns right"))
+        left = out["action"] == ACTIONS.index("turns left")
+        turns = left | (out["action"] == ACTIONS.index("turns right"))
         turnable = torch.tensor(TURNABLE, device=index.device)
         out["label"] = torch.where(turns, turnable[(u[:, 11] * len(TURNABLE)).long()], label)
     return out
 
 
 def draw_scene(s, image_size):
-    """Draw scenes: dict of (B,) -> images (B, 3, H, W) in [-1, 1], distances (B, H, W) in half image widths."""
+    """Scenes, a dict of (B,) -> images (B, 3, H, W) in [-1, 1], distances (B, H, W) in half image widths."""
     axis = (torch.arange(image_size, device=s["label"].device) + 0.5) * (2 / image_size) - 1
     dx = axis[None, None, :] - s["cx"][:, None, None]                                   # (B, 1, W)
     dy = axis[None, :, None] - s["cy"][:, None, None]                                   # (B, H, 1)
     cos, sin, radius = (v[:, None, None] for v in (s["angle"].cos(), s["angle"].sin(), s["radius"]))
-    x, y = (cos * dx + sin * dy) / radius, (cos * dy - sin * dx) / radius               # (B, H, W), the shape's own axes
+    x, y = (cos * dx + sin * dy) / radius, (cos * dy - sin * dx) / radius  # (B, H, W), the shape's own axes
     d = torch.empty_like(x)
     for shape in range(len(SHAPES)):
         rows = (s["label"] == shape).nonzero()[:, 0]
         if len(rows):
             d[rows] = distance(shape, x[rows], y[rows]) * radius[rows]
-    a = (0.5 - d * (image_size / 2)).clamp(0, 1)[:, None]                               # (B, 1, H, W) coverage
-    a = a * s.get("visible", torch.ones_like(s["cx"]))[:, None, None, None]             # a blinking shape is away at times
+    a = (0.5 - d * (image_size / 2)).clamp(0, 1)[:, None]  # (B, 1, H, W) coverage
+    # A blinking shape is away at times.
+    a = a * s.get("visible", torch.ones_like(s["cx"]))[:, None, None, None]
     images = a * s["rgb"][:, :, None, None] + (1 - a) * s["ground_rgb"][:, :, None, None]
     return images * 2 - 1, d
 
 
 def draw(index, image_size=32, seed=0):
-    """Pictures: index (B,) int64 -> images (B, 3, H, W) in [-1, 1], labels (B,), masks (B, H, W), distances (B, H, W).
+    """index (B,) int64 -> images (B, 3, H, W) in [-1, 1], labels (B,), masks (B, H, W), distances (B, H, W).
 
-    masks hold 0 for background and 1 + label on the shape; distances are in half image widths, negative inside.
+    masks hold 0 for background and 1 + label on the shape; distances are in half image widths, negative
+    inside.
     """
     s = scene(index, seed)
     images, d = draw_scene(s, image_size)
@@ -168,19 +171,19 @@ def draw_clips(index, image_size=32, frames=17, seed=0):
     """
     s = scene(index, seed, video=True)
     B, action = len(index), s["action"]
-    time_ = torch.linspace(-0.5, 0.5, frames, device=index.device) * (frames > 1)            # one frame: the middle
+    time_ = torch.linspace(-0.5, 0.5, frames, device=index.device) * (frames > 1)  # one frame: the middle
     is_ = lambda name: (action == ACTIONS.index(name)).float()[:, None]                 # (B, 1)
-    resizes = is_("grows") + is_("shrinks")                                             # 1.4 times as large at one end
+    resizes = is_("grows") + is_("shrinks")  # 1.4 times as large at one end
     s["radius"] = torch.minimum(s["radius"] - 0.1, 0.65 - 0.05 * resizes[:, 0])
     room = torch.where(resizes[:, 0] > 0, 0.94 - 1.4 * s["radius"], 0.94 - s["radius"])
     s["cx"], s["cy"] = (torch.maximum(torch.minimum(s[k], room), -room) for k in ("cx", "cy"))
-    reach = 0.9 - s["radius"]                                                           # travel from -reach to +reach
+    reach = 0.9 - s["radius"]  # travel from -reach to +reach
     across, down = is_("moves right") - is_("moves left"), is_("moves down") - is_("moves up")
     cx = torch.where(across != 0, across * 2 * reach[:, None] * time_, s["cx"][:, None].expand(B, frames))
     cy = torch.where(down != 0, down * 2 * reach[:, None] * time_, s["cy"][:, None].expand(B, frames))
     radius = s["radius"][:, None] * (1 + 0.8 * (is_("grows") - is_("shrinks")) * time_)
     angle = s["angle"][:, None] + 0.75 * math.pi * (is_("turns right") - is_("turns left")) * time_
-    blink = ((torch.arange(frames, device=index.device) // 2) % 2).float()              # two frames there, two away
+    blink = ((torch.arange(frames, device=index.device) // 2) % 2).float()  # two frames there, two away
     visible = 1 - is_("blinks") * blink
     flat = {k: v.repeat_interleave(frames, 0) for k, v in s.items()}
     moving = dict(cx=cx, cy=cy, radius=radius, angle=angle, visible=visible)                # (B, F) each
@@ -199,7 +202,8 @@ def captions(index, seed=0, video=False):
         colour, shape = list(COLOURS)[s["colour"][i]], SHAPES[s["label"][i]]
         article = "an" if not video and size[0] in "aeiou" else "a"
         where = ACTIONS[s["action"][i]] if video else PLACES[third[1] * 3 + third[0]]
-        out.append(f"{article} {size} {colour} {shape} {where} on a {list(BACKGROUNDS)[s['background'][i]]} background")
+        ground = list(BACKGROUNDS)[s["background"][i]]
+        out.append(f"{article} {size} {colour} {shape} {where} on a {ground} background")
     return out
 
 
@@ -209,9 +213,9 @@ def captions(index, seed=0, video=False):
 class ImageSet:
     """N images or clips with class labels, ready to be drawn in batches.
 
-    images: (N, 3, H, W) uint8 tensor, on the device where it fits, or a StreamedFiles; labels: (N,) int64 on `device`.
-    Clips: (N, 3, F, H, W), and so are the batches.
-    With one_hot = n, images are maps (N, 1, H, W) of values 0 .. n - 1, and batch() gives n channels of -1 and 1.
+    images: (N, 3, H, W) uint8 tensor, on the device where it fits, or a StreamedFiles; labels: (N,) int64.
+    Clips: (N, 3, F, H, W), and so are the batches. With one_hot = n, images are maps (N, 1, H, W) of values
+    0 .. n - 1, and batch() gives n channels of -1 and 1.
     """
 
     def __init__(self, images, labels, classes, device, flip=False, texts=None, one_hot=0):
@@ -222,12 +226,6 @@ class ImageSet:
         self.flip = flip
         self.texts = texts
         self.one_hot = one_hot
-        self.summary = f"{len(labels)} images in {len(self.classes)} classes"          # what describe() tells
-        self.how = ""
-        self.left_out = ""
-        self.unreadable = 0
-        self.oblong = 0
-        self.without_text = []
         # Looked at once, and by kind: a device named without its number equals no tensor's device.
         self.beside_labels = isinstance(images, torch.Tensor) and images.is_cpu == self.labels.is_cpu
 
@@ -240,11 +238,11 @@ class ImageSet:
         return self.images.shape[2] if getattr(self.images, "ndim", 4) == 5 else 1
 
     def batch(self, index):
-        """index (B,) int64 on the CPU -> images (B, 3, H, W) float32 in [-1, 1], labels (B,), both on the device."""
+        """index (B,) on the CPU -> on the device: images (B, 3, H, W) float32 in [-1, 1], labels (B,)."""
         if self.beside_labels:
             index = index.to(self.device, non_blocking=True)
             images = self.images[index]
-        else:                                               # copied while the device still computes the last step
+        else:  # copied while the device still computes the last step
             images = self.images[index]
             if self.labels.is_cuda:
                 images = images.pin_memory()
@@ -263,10 +261,12 @@ class ImageSet:
 
 
 def order(n, batch_size, step, seed=0, _cache={}):
-    """The images of one training step: -> (batch_size,) int64. A pure function of (seed, step), so a resumed run
-    sees what the uninterrupted one would have seen. Each epoch is a fresh permutation."""
+    """The images of one training step: -> (batch_size,) int64. A pure function of (seed, step), so a resumed
+    run sees what the uninterrupted one would have seen. Each epoch is a fresh permutation.
+    """
     if n < batch_size:
-        return torch.randint(n, (batch_size,), generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
+        g = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        return torch.randint(n, (batch_size,), generator=g)
     epoch, place = divmod(step, n // batch_size)
     if _cache.get("key") != (n, seed, epoch):
         g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -276,67 +276,43 @@ def order(n, batch_size, step, seed=0, _cache={}):
 
 def load(data="shapes", image_size=32, split="train", device="cpu", seed=0, flip=False, skip_bad=False,
          n_shapes=None, max_bytes=None, task="class", frames=1, frame_step=None, cache=None):
-    """The training or validation set named by --data, as an ImageSet. Its .summary says in words what was found.
+    """The training or validation set named by --data, as an ImageSet. Its .summary tells what was found.
 
-    data: "shapes", or the path of your own images; what may lie there: see common/files.py.
+    data: "shapes", or the path of your own images; what may lie there: see common/folders.py.
     max_bytes: a larger set is decoded while training (default: half of the free memory).
-    task: "class" gives images; of the drawn world also their maps, in the same order: "segment", one channel for the
-    ground and one for each class, or "depth", the signed distance to the outline in half image widths, cut off at -1
-    and 1. frames: more than one gives clips of so many; the classes of drawn clips are the ACTIONS. frame_step: see
-    read_clip. cache: a folder in which decoded images of yours are kept for the next time.
-    Raises BadInput, in one sentence, for a path that is absent, empty, has an empty class or an unreadable image.
+    task: "class" gives images; of the drawn world also their maps, in the same order: "segment", one channel
+    for the ground and one for each class, or "depth", the signed distance to the outline in half image
+    widths, cut off at -1 and 1.
+    frames: more than one gives clips of so many; the classes of drawn clips are the ACTIONS.
+    frame_step: see read_clip. cache: a folder in which decoded images are kept for the next time.
+    Raises BadInput, in one sentence, for a path that is absent or empty, for an empty class, for an image
+    that cannot be read.
     """
     if image_size < 1:
         raise BadInput(f"--image_size {image_size}: at least 1")
     if not str(data):
         raise BadInput("--data: names nothing; give `shapes`, or the path of your images")
-    free = files.free_bytes(device) // 2
+    free = free_bytes(device) // 2
     if 30 * 3 * frames * image_size ** 2 > free:            # to draw or to decode one takes as much
-        raise BadInput(f"--image_size {image_size}: to read one picture takes {90 * frames * image_size ** 2 / 2**30:,.0f} GB, "
-                       "more than half of the free memory")
+        raise BadInput(f"--image_size {image_size}: to read one picture takes "
+                       f"{90 * frames * image_size ** 2 / 2**30:,.0f} GB, more than half of the free memory")
     if data == "shapes":
         drawn = draw_set if frames == 1 else draw_clip_set
         return drawn(image_size, split, device, seed, n_shapes, flip=flip, task=task, frames=frames)
     if task != "class":
-        raise BadInput(f"--task {task}: only the drawn world (--data shapes) comes with such maps, not {data}")
+        raise BadInput(f"--task {task}: only the drawn world (--data shapes) comes with such maps, not "
+                       f"{data}")
     found = files.read_files(data, image_size, split, frames, frame_step, skip_bad,
                              free if max_bytes is None else max_bytes, cache)
     images = found.images.to(device) if isinstance(found.images, torch.Tensor) else found.images
     out = ImageSet(images, torch.tensor(found.labels, device="cpu"), found.classes, device, flip, found.texts)
     out.summary = found.summary
-    out.how = found.how
-    out.left_out = found.left_out
-    out.unreadable = found.unreadable
     out.without_text = found.without_text
-    out.oblong = found.oblong
     return out
 
 
-def describe(train_set, val_set):
-    """Two ImageSets of one --data -> what they hold, in words, for train.py to print before it trains.
-
-    How many images, the classes with their names, how many are held out, and what was left out and why.
-    """
-    how = f" ({train_set.how})" if train_set.how else ""
-    lines = [train_set.summary, f"{len(train_set)} to learn from, {len(val_set)} held out{how}"]
-    if train_set.left_out:
-        lines.append(f"left out: {train_set.left_out}")
-    unreadable = train_set.unreadable + val_set.unreadable
-    if unreadable:
-        lines.append(f"left out by --skip_bad: {unreadable}")
-    oblong = train_set.oblong + val_set.oblong
-    if oblong:
-        lines.append(f"not square: {oblong}, of which the middle square is taken")
-    missing = train_set.without_text + val_set.without_text
-    if train_set.texts is not None and val_set.texts is not None:
-        lines.append("each has a caption")
-    elif len(missing) < len(train_set) + len(val_set) and missing:
-        lines.append(f"without a caption: {len(missing)}, the first is {missing[0]}")
-    return "\n    ".join(lines)
-
-
 def draw_set(image_size, split, device, seed=0, n=None, flip=False, task="class", frames=1):
-    """The drawn world, 20,000 pictures to learn from and 2,000 to validate, or maps of them, see load() -> ImageSet."""
+    """20,000 drawn pictures to learn from, or 2,000 to validate, or maps of them as in load() -> ImageSet."""
     n = n or (20_000 if split == "train" else 2_000)
     refuse_too_many(n, 1, image_size, device)
     start = 0 if split == "train" else VAL_INDEX
@@ -359,27 +335,31 @@ def draw_set(image_size, split, device, seed=0, n=None, flip=False, task="class"
 
 
 def draw_clip_set(image_size, split, device, seed=0, n=None, flip=False, task="class", frames=17):
-    """The drawn world in motion, 4000 clips to learn from and 1000 to validate -> an ImageSet; its classes are ACTIONS."""
+    """4000 drawn clips to learn from, or 1000 to validate -> an ImageSet whose classes are ACTIONS."""
     n = n or (4000 if split == "train" else 1000)
     refuse_too_many(n, frames, image_size, device)
     clips = torch.empty(n, 3, frames, image_size, image_size, dtype=torch.uint8, device=device)
     actions = torch.empty(n, dtype=torch.long, device=device)
-    for i in torch.arange(n, device=device).split(max(1, 2000 // frames)):              # drawn in float32: a few at a time
+    # Drawn in float32: a few at a time.
+    for i in torch.arange(n, device=device).split(max(1, 2000 // frames)):
         index = i + (0 if split == "train" else VAL_INDEX)
         x, actions[i], _ = draw_clips(index, image_size, frames, seed)
         clips[i] = pictures.to_uint8(x)
     out = ImageSet(clips, actions, ACTIONS, device)
-    out.summary = f"shapes: {n} drawn clips of {frames} frames with {len(ACTIONS)} actions: {', '.join(ACTIONS)}"
+    what = f"{len(ACTIONS)} actions: {', '.join(ACTIONS)}"
+    out.summary = f"shapes: {n} drawn clips of {frames} frames with {what}"
     return out
 
 
 def refuse_too_many(n, frames, image_size, device):
     size = n * 3 * frames * image_size ** 2
-    free = files.free_bytes(device)
+    free = free_bytes(device)
     if size > free // 2:
         what = f"clips of {frames} frames" if frames > 1 else "images"
-        raise BadInput(f"--n_shapes: {n} {what} at {image_size} pixels take {size / 2**30:,.1f} GB, and {free / 2**30:,.1f} GB "
-                       "are free: they do not fit into memory; give less of --n_shapes, --frames or --image_size")
+        raise BadInput(f"--n_shapes: {n} {what} at {image_size} pixels take {size / 2**30:,.1f} GB, and "
+                       f"{free / 2**30:,.1f} GB "
+                       "are free: they do not fit into memory; give less of --n_shapes, --frames or "
+                       "--image_size")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -392,10 +372,12 @@ def demo_shapes(image_size):
     for what, function, n in (("pictures", draw, 1000), ("17-frame clips", draw_clips, 50)):
         start = time.perf_counter()
         function(torch.arange(n), image_size)
-        print(f"{n / (time.perf_counter() - start):7.0f} {what} of {image_size} x {image_size} drawn per second")
+        print(f"{n / (time.perf_counter() - start):7.0f} {what} of {image_size} x {image_size} drawn per "
+              "second")
     images, labels, masks, d = draw(torch.arange(400), image_size)
     fig = plt.figure(figsize=(15, 7.6))
-    left, right = fig.add_gridspec(1, 2, width_ratios=[1, 1.0], wspace=0.12, left=0.065, right=0.985, top=0.92, bottom=0.01)
+    left, right = fig.add_gridspec(1, 2, width_ratios=[1, 1.0], wspace=0.12, left=0.065, right=0.985,
+                                   top=0.92, bottom=0.01)
     rows = left.subgridspec(len(SHAPES), 1, hspace=0.05)
     for k, name in enumerate(SHAPES):
         ax = fig.add_subplot(rows[k])
@@ -412,7 +394,8 @@ def demo_shapes(image_size):
         depth = (-d[i] / d[i].abs().max()).expand(3, -1, -1)
         ax.imshow(pictures.tile(torch.stack([images[i], mask, depth]), 3, gap=2, scale=2))
         ax.set_axis_off()
-        ax.text(1.02, 0.5, text.replace(" on a ", "\non a "), transform=ax.transAxes, ha="left", va="center", fontsize=10)
+        ax.text(1.02, 0.5, text.replace(" on a ", "\non a "), transform=ax.transAxes, ha="left", va="center",
+                fontsize=10)
         ax.set_anchor("W")
         if i == 0:
             ax.set_title("picture, mask, distance, caption", fontsize=11, loc="left")
@@ -423,29 +406,30 @@ def demo_shapes(image_size):
         ax.imshow(pictures.tile(videos[actions == k][0].transpose(0, 1), 9, gap=2, scale=2))
         ax.set_axis_off()
         ax.text(-0.02, 0.5, name, transform=ax.transAxes, ha="right", va="center", fontsize=9)
-    fig.suptitle(f"data.py: the drawn world at {image_size} x {image_size} pixels, its captions, masks, distances and clips")
+    fig.suptitle(f"data.py: the drawn world at {image_size} x {image_size} pixels, its captions, masks, "
+                 "distances and clips")
     fig.savefig("data.png", dpi=90)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Draw the shapes world, or look at your own images.")
-    parser.add_argument("--data", default="shapes", help="`shapes`, or a folder / archive / npz of class folders")
+    parser.add_argument("--data", default="shapes", help="`shapes`, or a folder, archive or .npz of images")
     parser.add_argument("--image_size", type=int, default=32, help="side of the square pictures, in pixels")
-    parser.add_argument("--frames", type=int, default=1, help="with --data PATH: more than 1 reads clips of so many frames")
+    parser.add_argument("--frames", type=int, default=1,
+                        help="with --data PATH: more than 1 reads clips of so many frames")
     args = parser.parse_args()
     if args.data == "shapes":
         demo_shapes(args.image_size)
     else:
         start = time.perf_counter()
-        train, val = (load(args.data, args.image_size, split, frames=args.frames) for split in ("train", "val"))
-        what = "images" if args.frames == 1 else f"clips of {args.frames} frames"
-        print(f"{len(train)} training and {len(val)} validation {what}, {len(train.classes)} classes: "
-              f"{', '.join(train.classes)}; read in {time.perf_counter() - start:.1f} s")
+        train = load(args.data, args.image_size, "train", frames=args.frames)
+        print(f"{train.summary}\nread in {time.perf_counter() - start:.1f} s")
         n = min(len(train), 4000 // args.frames)
         images, labels = train.batch(order(len(train), n, 0))
         rows = [(c, images[labels == k][:12]) for k, c in enumerate(train.classes[:20])]
         rows = rows if args.frames == 1 else [(c, pictures.film(x[0])) for c, x in rows if len(x)]
-        pictures.save_rows("data.png", [r for r in rows if len(r[1])], f"{args.data} at {args.image_size} x {args.image_size}")
+        title = f"{args.data} at {args.image_size} x {args.image_size}"
+        pictures.save_rows("data.png", [r for r in rows if len(r[1])], title)
     print("wrote data.png")
 
 

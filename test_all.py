@@ -8,10 +8,12 @@ torch.distributions, a slow loop, an inverse, the uncached path), and the progra
 Some of them are homework. They blank a function, and grade what students write in its place:
 
     python test_all.py list                          # points, function, test
-    python test_all.py handout gmm_head -o hw1       # hw1/: the project with gmm_head.py's exercise bodies blanked
-    python test_all.py grade gmm_head alice bob ...  # folders holding gmm_head.py -> a table each, grades.csv; see --help
+    python test_all.py handout gmm_head -o hw1  # hw1/: the project with gmm_head.py's exercise bodies blanked
+    python test_all.py grade gmm_head alice bob ...  # folders holding gmm_head.py -> a table each,
+    grades.csv; see --help
 
-This file only collects. The tests of a file are in tests/test_<file>.py and its exercises in homework/<file>.py.
+This file only collects. The tests of a file are in tests/test_<file>.py and its exercises in
+homework/<file>.py.
 """
 import importlib
 from pathlib import Path
@@ -20,13 +22,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent
 NOT_TESTS = ("__init__", "grading", "mistakes")
-ROOMS = [f"{room}.{path.stem}" for room in ("tests", "homework") for path in sorted((ROOT / room).glob("*.py"))
-         if path.stem not in NOT_TESTS]
+ROOMS = [
+    f"{room}.{path.stem}" for room in ("tests", "homework") for path in sorted((ROOT / room).glob("*.py"))
+    if path.stem not in NOT_TESTS
+]
 
 
 def collect():
     """The tests and fixtures of all rooms become names of this file, which is where pytest looks."""
-    pytest.register_assert_rewrite(*ROOMS)                  # before the first import: failures show their values
+    pytest.register_assert_rewrite(*ROOMS)               # before the first import: failures show their values
     for room in ROOMS:
         found = vars(importlib.import_module(room))
         tests = {name: found[name] for name in found if name.startswith("test_")}
@@ -34,7 +38,9 @@ def collect():
         assert not repeated, f"{room} repeats the name of another room's test: {repeated}"
         globals().update(tests)
         if room == "tests.conftest":
-            globals().update({name: found[name] for name in found if name in ("seeded", "tiny_run", "clip_run")})
+            globals().update(
+                {name: found[name]
+                 for name in found if name in ("seeded", "tiny_run", "clip_run")})
 
 
 if __name__ == "__main__":

@@ -7,14 +7,14 @@ Train a tokenizer, then a generator on its tokens.
     python train.py --tokenizer vae --generator mar --head diffusion # MAR: random order, a diffusion loss
     torchrun --standalone --nproc_per_node=2 train.py ...            # two GPUs, still the same batch
 
-Stage 1 trains the tokenizer (images -> tokens -> images), unless its run folder is there already. Then all images
-are encoded once, and stage 2 trains the generator on the tokens. Both stages share one loop, fit(), because
-tokenizers and generators are trained alike: loss, logs = model(x, cond).
+Stage 1 trains the tokenizer (images -> tokens -> images), unless its run folder is there already. Then all
+images are encoded once, and stage 2 trains the generator on the tokens. Both stages share one loop, fit(),
+because tokenizers and generators are trained alike: loss, logs = model(x, cond).
 
 Each stage leaves ckpt.pt, log.csv, curve.png and a picture in its folder, such as runs/shapes-vae and
-runs/shapes-vae-ar-gmm. If a run was stopped, the same command with --resume goes on from the last checkpoint. On a
-CPU the result is bit for bit that of a run without the stop. The default of a flag depends on the machine and the
-data: see common/runs.py, which also refuses combinations that cannot work.
+runs/shapes-vae-ar-gmm. If a run was stopped, the same command with --resume goes on from the last checkpoint.
+On a CPU the result is bit for bit that of a run without the stop. The default of a flag depends on the
+machine and the data: see common/runs.py, which also refuses combinations that cannot work.
 
 Read main() first, then fit().
 """
@@ -36,8 +36,8 @@ from common import captions, classifier, clips, drawing, muon, pictures, runs, t
 from data import BadInput
 
 VALIDATED = 2000                                            # images, or frames of clips, per validation loss
-STARTED_FROM = 2000                                         # images that a tokenizer's linear path is computed from
-SAVE_SECONDS = 60                                           # between checkpoints, besides those at validations
+STARTED_FROM = 2000                                         # images that a linear path is computed from
+SAVE_SECONDS = 60                                          # between checkpoints, besides those at validations
 
 
 # ---- Flags: None where not given; runs.resolve fills them in ---------------------------------------
@@ -46,9 +46,10 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Train a tokenizer, then a generator on its tokens.")
     p.add_argument("--tokenizer", choices=list(runs.TOKENIZERS), required=True,
                    help="stage 1: images to tokens. vae, titok-vae: real vectors; vq, lfq, titok: ids")
-    p.add_argument("--generator", choices=[*runs.GENERATORS, "none"], default="ar",
-                   help="stage 2: one token after another (ar), masked tokens in parallel (maskgit), sets of tokens "
-                        "in random order (mar), or stop after stage 1 (none)")
+    p.add_argument(
+        "--generator", choices=[*runs.GENERATORS, "none"], default="ar",
+        help="stage 2: one token after another (ar), masked tokens in parallel (maskgit), sets of tokens "
+        "in random order (mar), or stop after stage 1 (none)")
     p.add_argument("--head", choices=runs.HEADS,
                    help="the distribution of one token (default: gmm for vectors, categorical for ids)")
     add_data_flags(p)
@@ -66,8 +67,9 @@ def add_data_flags(p):
     g.add_argument("--data", help="shapes (drawn), or yours: a folder, a .tar[.gz], .zip or .npz")
     g.add_argument("--image_size", type=int, help="side of the square images, in pixels")
     g.add_argument("--frames", type=int, help="clips of this many frames, 1 + a multiple of 4 (lfq only)")
-    g.add_argument("--frame_step", type=int,
-                   help="your clips: take every so manyth frame (default: frames spread evenly over each file)")
+    g.add_argument(
+        "--frame_step", type=int,
+        help="your clips: take every so manyth frame (default: frames spread evenly over each file)")
     g.add_argument("--n_shapes", type=int, help="number of drawn training images or clips")
     g.add_argument("--flip", action="store_const", const=True, help="mirror images left-right at random")
     g.add_argument("--skip_bad", action="store_true", help="leave out unreadable files instead of stopping")
@@ -102,8 +104,9 @@ def add_generator_flags(p):
     g.add_argument("--n_mix", type=int, help="gmm head: components of the mixture")
     g.add_argument("--objective", choices=["diffusion", "flow"],
                    help="diffusion head: remove noise step by step, or follow a rectified flow")
-    g.add_argument("--groups", type=int,
-                   help="categorical head: sub-tokens that an id is cut into, drawn side by side (MAGVIT-v2: 2)")
+    g.add_argument(
+        "--groups", type=int,
+        help="categorical head: sub-tokens that an id is cut into, drawn side by side (MAGVIT-v2: 2)")
     g.add_argument("--order", choices=["random", "raster"], help="mar: order of the tokens")
     g.add_argument("--attention", choices=["bidirectional", "causal"],
                    help="mar: an encoder and a decoder, or one causal transformer")
@@ -159,7 +162,7 @@ def main(argv=None):
         stages = runs.stages_to_train(args, tok_folder, folder)                       # [1, 2], [1], [2] or []
         if stages:
             train_set, val_set = runs.open_data(args)       # refuses a missing caption, for example
-            say(dist, data.describe(train_set, val_set))
+            say(dist, train_set.summary)
             runs.suit(args, train_set)                      # numbers per token, by what the images are
             for begun in (tok_folder, folder):
                 runs.refuse_other_data(args, begun, train_set)
@@ -176,16 +179,18 @@ def main(argv=None):
 
 
 def train_tokenizer(args, dist, folder, train_set, val_set, weights=None):
-    """Stage 1: images -> tokens -> images. weights: those by name that are not to start at random (recipes)."""
+    """Stage 1: images -> tokens -> images. weights: those by name that are not to start at random
+    (recipes).
+    """
     torch.manual_seed(args.seed)
     tokenizer = runs.build_tokenizer(args)
-    if hasattr(tokenizer, "start") and not args.resume1:    # the linear path, from the first look at the images
+    if hasattr(tokenizer, "start") and not args.resume1:    # the linear path, from the first look at images
         index = torch.linspace(0, len(train_set) - 1, min(len(train_set), STARTED_FROM), device="cpu").long()
         tokenizer.to(args.device).start(train_set.batch(index)[0])
     if weights:
         tokenizer.load_state_dict(weights, strict=False)
     model = add_losses(args, tokenizer, folder, train_set, val_set)                   # --perceptual and --gan
-    source = clips.Stills(train_set) if args.frames > 1 else train_set               # of clips, single frames as well
+    source = clips.Stills(train_set) if args.frames > 1 else train_set       # of clips, single frames as well
 
     def finish(model):
         tokenizer = getattr(model, "tokenizer", model)      # without the losses around it
@@ -208,7 +213,7 @@ def add_losses(args, tokenizer, folder, train_set, val_set):
         return tokenizer
     perceptual = None
     discriminator = None
-    if args.perceptual:                                     # seed 0 is that of the classifier that judges samples
+    if args.perceptual:                                 # seed 0 is that of the classifier that judges samples
         net, _ = classifier.classifier_for(args, folder, args.device, train_set, val_set, seed=1)
         perceptual = perceptual_gan.ClassifierFeatures(net.stages)
     if args.gan:
@@ -252,8 +257,8 @@ def train_generator(args, dist, folder, tok_folder, train_set, val_set):
 def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
     """Train `model` on batches of `source` and leave ckpt.pt, log.csv and curve.png in `folder`.
 
-    source.batch(index) -> x, cond and model(x, cond) -> loss, logs. finish(averaged model) is called after the last
-    step, before the run counts as done. extra: more entries for the checkpoint.
+    source.batch(index) -> x, cond and model(x, cond) -> loss, logs. finish(averaged model) is called after
+    the last step, before the run counts as done. extra: more entries for the checkpoint.
     """
     steps, batch_size, lr, resume = args.steps, args.batch_size, args.lr, args.resume2
     if stage == 1:
@@ -302,8 +307,8 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
     since, timer, saved_at = first, time.perf_counter(), time.perf_counter()
 
     for step in range(first, steps):
-        # One seed per step, so that no state of random numbers needs saving. Every process draws the whole batch
-        # and takes its share, so that n processes see what one would have seen.
+        # One seed per step, so that no state of random numbers needs saving. Every process draws the whole
+        # batch and takes its share, so that n processes see what one would have seen.
         seed = args.seed * 1_000_003 + 2 * step + stage
         torch.manual_seed(seed)
         x, cond = source.batch(data.order(len(source), batch_size, step, args.seed))
@@ -367,7 +372,7 @@ def make_optimizers(model, args, lr):
     groups = [dict(params=[p for p in others if p.ndim > 1], weight_decay=args.weight_decay),
               dict(params=[p for p in others if p.ndim <= 1], weight_decay=0.0)]
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
-    if matrices:                                            # its updates are as large as AdamW's: one --lr for both
+    if matrices:                                      # its updates are as large as AdamW's: one --lr for both
         optimizers.append(muon.Muon(matrices, lr=lr, weight_decay=args.weight_decay))
     return optimizers
 
@@ -385,7 +390,7 @@ def validate(stage, model, source, args):
     if stage == 1:
         n = min(len(source), VALIDATED // args.frames)
         at_once = 100 if args.frames == 1 else max(1, 200 // args.frames)
-    index = torch.linspace(0, len(source) - 1, n, device="cpu").long()                # evenly: folders come by class
+    index = torch.linspace(0, len(source) - 1, n, device="cpu").long()         # evenly: folders come by class
     was_training = model.training
     model.eval()
     total = 0.0
@@ -401,9 +406,11 @@ def validate(stage, model, source, args):
 # ---- The log, and several processes --------------------------------------------------------------
 
 def print_row(row, seconds_left):
-    numbers = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name not in ("step", "ms_per_step"))
+    numbers = "  ".join(f"{name} {value:.4g}" for name, value in row.items()
+                        if name not in ("step", "ms_per_step"))
     minutes, seconds = divmod(int(seconds_left), 60)
-    print(f"step {row['step']:6d}  {numbers}  {row['ms_per_step']:.0f} ms  {minutes}:{seconds:02d} left", flush=True)
+    print(f"step {row['step']:6d}  {numbers}  {row['ms_per_step']:.0f} ms  {minutes}:{seconds:02d} left",
+          flush=True)
 
 
 def write_log(folder, rows):
@@ -451,8 +458,9 @@ def stop_if_not_finite(dist, bad_step, steps, stage, folder):
         torch.distributed.all_reduce(bad_step, op=torch.distributed.ReduceOp.MIN)
     if bad_step < steps:
         flag = "--tok_lr" if stage == 1 else "--lr"
-        raise BadInput(f"step {int(bad_step)}: the loss is not finite; stopped. The last good checkpoint is kept in "
-                       f"{folder}: try --resume with a lower {flag}, or with --dtype fp32")
+        raise BadInput(
+            f"step {int(bad_step)}: the loss is not finite; stopped. The last good checkpoint is kept in "
+            f"{folder}: try --resume with a lower {flag}, or with --dtype fp32")
 
 
 if __name__ == "__main__":

@@ -77,8 +77,9 @@ def draw_tokens(run, cond, cfg=None, temperature=None, on_step=None, beam=1, fan
     default_cfg = default.pop("cfg")
     default_temperature = default.pop("temperature")
     if cfg not in (None, 1) and unguided(run):
-        raise BadInput(f"--cfg {cfg}: {run.folder} was trained on one class and without label dropping, so there is "
-                       "nothing to guide away from; leave it out, or train with --label_drop 0.1")
+        raise BadInput(
+            f"--cfg {cfg}: {run.folder} was trained on one class and without label dropping, so there is "
+            "nothing to guide away from; leave it out, or train with --label_drop 0.1")
     temperature = default_temperature if temperature is None else temperature
     tricks = default | tricks
     cond = cond.to(run.device)

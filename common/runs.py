@@ -1,12 +1,12 @@
 """
 A run folder: defaults, flags -> models, refusals, checkpoints, load_run.
 
-`args` is one Namespace with every flag of train.py, resolved once from what was given, what the checkpoints in the
-run folders say, and DEFAULTS. It travels from the program to the builders below. In a checkpoint it is the dict
-"flags", so load_run can build the same models again.
+`args` is one Namespace with every flag of train.py, resolved once from what was given, what the checkpoints
+in the run folders say, and DEFAULTS. It travels from the program to the builders below. In a checkpoint it is
+the dict "flags", so load_run can build the same models again.
 
-Recipes train models that train.py has no flag for. They set args.tok_options and args.options, which go to the
-tokenizer and to the generator as they are, and args.unit, what a loss of their own is measured in.
+Recipes train models that train.py has no flag for. They set args.tok_options and args.options, which go to
+the tokenizer and to the generator as they are, and args.unit, what a loss of their own is measured in.
 
 Read DEFAULTS and REFUSALS first: what a flag is when it is not given, and what does not go together.
 """
@@ -41,14 +41,14 @@ TOKENIZERS = {
     "titok": (titok.TiTok, titok.SIZES),
     "titok-vae": (titok.TiTokVAE, titok.SIZES),
 }
-CONTINUOUS = ("vae", "titok-vae")                           # their tokens are real vectors, those of the others ids
+CONTINUOUS = ("vae", "titok-vae")                     # their tokens are real vectors, those of the others ids
 GENERATORS = {
     "ar": (ar_transformer.ARTransformer, ar_transformer.SIZES),
     "maskgit": (maskgit.MaskGIT, maskgit.SIZES),
     "mar": (mar.MAR, mar.SIZES),
 }
 HEADS = ("gmm", "diffusion", "categorical")
-CODEBOOKS = {                                               # codes of unit length or any, by gradient or as averages
+CODEBOOKS = {                                        # codes of unit length or any, by gradient or as averages
     "l2": dict(l2_norm=True),                               # LlamaGen's
     "l2-ema": dict(l2_norm=True, ema=0.99),                 # the same, with restarts of unused codes
     "plain": dict(l2_norm=False),                           # VQGAN's
@@ -59,24 +59,25 @@ CODEBOOKS = {                                               # codes of unit leng
 
 DEFAULTS = {
     "any": dict(data="shapes", image_size=32, frames=1, frame_step=None, flip=False, n_shapes=20_000, seed=0,
-                skip_bad=False, condition="class", text_encoder="bytes", text_len=None, tok_options={}, options={},
-                token_dim=None, vocab_size=None, tokens=None, codebook=None, perceptual=0.0, gan=0.0,
-                adapter="none", n_mix=8, objective="diffusion", groups=1, order="random",
+                skip_bad=False, condition="class", text_encoder="bytes", text_len=None, tok_options={},
+                options={}, token_dim=None, vocab_size=None, tokens=None, codebook=None, perceptual=0.0,
+                gan=0.0, adapter="none", n_mix=8, objective="diffusion", groups=1, order="random",
                 attention="bidirectional", label_drop=None, dropout=None, weight_decay=0.02, warmup=50,
                 grad_clip=1.0, ema=None, optimizer="muon"),
-    "cpu": dict(tok_size="small", tok_steps=1000, tok_batch_size=32, tok_lr=4e-3, beta=0.02,
-                size="small", steps=1600, batch_size=64, lr=4e-3),
-    "cuda": dict(tok_size="medium", tok_steps=4000, tok_batch_size=128, tok_lr=1e-3, beta=0.02,
-                 size="medium", steps=8000, batch_size=256, lr=1e-3),
-    "any-vq": dict(beta=0.25, codebook="l2-ema"),           # beta: of the commitment. l2 leaves half of the codes unused
-    "cpu-vae": dict(tok_steps=2600),                        # of the patch network: as long as 1,000 of one on pixels
+    "cpu": dict(tok_size="small", tok_steps=1000, tok_batch_size=32, tok_lr=4e-3, beta=0.02, size="small",
+                steps=1600, batch_size=64, lr=4e-3),
+    "cuda": dict(tok_size="medium", tok_steps=4000, tok_batch_size=128, tok_lr=1e-3, beta=0.02, size="medium",
+                 steps=8000, batch_size=256, lr=1e-3),
+    # beta: of the commitment. l2 leaves half of the codes unused
+    "any-vq": dict(beta=0.25, codebook="l2-ema"),
+    "cpu-vae": dict(tok_steps=2600),                        # as long as 1,000 steps of a net on pixels
     "any-lfq": dict(beta=0.05),
     "any-titok": dict(beta=0.25, codebook="l2-ema"),
     "any-titok-vae": dict(beta=0.01),
     "cpu-lfq": dict(tok_size="coarse"),
     "cpu-titok": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),
     "cpu-titok-vae": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),
-    "cpu-maskgit": dict(steps=3000),                        # a pass teaches the masked tokens only: it needs more steps
+    "cpu-maskgit": dict(steps=3000),  # a pass teaches the masked tokens only: it needs more steps
     "cpu-maskgit-categorical": dict(size="tiny", steps=8000),
     "cpu-mar": dict(size="tiny", steps=7000, dropout=0.0),
     "cuda-maskgit": dict(steps=16_000),
@@ -90,18 +91,22 @@ LABEL_DROP = 0.1                                            # where there is mor
 STAGE1 = ("data", "image_size", "frames", "frame_step", "flip", "n_shapes", "seed", "tokenizer", "tok_size",
           "tok_steps", "tok_batch_size", "tok_lr", "token_dim", "beta", "vocab_size", "codebook", "tokens",
           "perceptual", "gan", "tok_options")
-STAGE2 = ("adapter", "generator", "head", "n_mix", "objective", "groups", "order", "attention", "size", "steps",
-          "batch_size", "lr", "label_drop", "dropout", "condition", "text_encoder", "text_len", "options")
+STAGE2 = ("adapter", "generator", "head", "n_mix", "objective", "groups", "order", "attention", "size",
+          "steps", "batch_size", "lr", "label_drop", "dropout", "condition", "text_encoder", "text_len",
+          "options")
 BOTH = ("optimizer", "weight_decay", "warmup", "grad_clip", "ema")
 MAY_CHANGE = ("steps", "tok_steps", "lr", "tok_lr")         # with --resume: train longer, or at a lower rate
 
 # Flags of the first edition that are gone, with the only values that today's code still means.
-GONE = dict(task="class", joint=False, channels=3, likelihood="mse", corrupt=0.0, stage="pixels", mix="vector",
-            head_width=None, head_depth=None, batch_mul=4, split=None, n_buffer=None, mask_min=0.0)
+GONE = dict(task="class", joint=False, channels=3, likelihood="mse", corrupt=0.0, stage="pixels",
+            mix="vector", head_width=None, head_depth=None, batch_mul=4, split=None, n_buffer=None,
+            mask_min=0.0)
 
 
 def defaults_of(args, device):
-    """The default of each flag, for what was asked for and the machine. args: tokenizer, generator, head, frames."""
+    """The default of each flag, for what was asked for and the machine. args: tokenizer, generator, head,
+    frames.
+    """
     machine = "cuda" if device.type == "cuda" else "cpu"
     kinds = [args.tokenizer, args.generator, f"{args.generator}-{args.head}"]
     if args.frames not in (None, 1):
@@ -128,15 +133,16 @@ def folders(given):
 def resolve(given, tok_folder, folder):
     """given: flags, None where not given -> args: each flag as given, else as saved, else its default.
 
-    A checkpoint in tok_folder or folder says how that stage was trained. Raises BadInput where a flag contradicts
-    it, where a run stopped and neither --resume nor --overwrite is given, and where --resume finds nothing.
-    tok_folder None: there is no stage 1 of its own, folder holds all (recipes/joint.py).
+    A checkpoint in tok_folder or folder says how that stage was trained. Raises BadInput where a flag
+    contradicts it, where a run stopped and neither --resume nor --overwrite is given, and where --resume
+    finds nothing. tok_folder None: there is no stage 1 of its own, folder holds all (recipes/joint.py).
     """
     device = pick_device(given.device)
     if given.resume and given.overwrite:
         raise BadInput("--resume goes on and --overwrite starts anew: give one of them")
     if given.generator != "none" and folder == tok_folder:
-        raise BadInput(f"--name and --tok_name are both {folder.name}: give the two stages folders of their own")
+        raise BadInput(
+            f"--name and --tok_name are both {folder.name}: give the two stages folders of their own")
     for path in filter(None, (tok_folder, folder)):
         refuse_folder(path)
         remove_leftovers(path)
@@ -155,11 +161,12 @@ def resolve(given, tok_folder, folder):
         if saved is None:
             continue
         if not saved["done"] and not given.resume and not given.overwrite:
-            raise BadInput(f"{path} holds a run that stopped at step {saved['step']}: go on with --resume, or "
-                           "start again with --overwrite")
+            raise BadInput(
+                f"{path} holds a run that stopped at step {saved['step']}: go on with --resume, or "
+                "start again with --overwrite")
         refuse_gone(path, saved["flags"])
         keep = dict(saved["flags"])
-        if path == tok_folder and saved["done"]:            # how a finished stage was optimised is its own business
+        if path == tok_folder and saved["done"]:      # how a finished stage was optimised is its own business
             names = [name for name in names if name not in BOTH or getattr(given, name, None) is not None]
         for name in names:
             if name in keep:
@@ -193,14 +200,18 @@ def read_for(given, folder):
 
 
 def saved_or_given(given, name, saved_value, folder, saved):
-    """The value of a flag in a run that was begun before. Raises BadInput where the two contradict each other."""
+    """The value of a flag in a run that was begun before. Raises BadInput where the two contradict each
+    other.
+    """
     value = getattr(given, name, None)
-    if value is None or value == saved_value or name == "data":      # data are compared by content: refuse_other_data
+    # data are compared by content: refuse_other_data
+    if value is None or value == saved_value or name == "data":
         return saved_value
     if given.resume and name in MAY_CHANGE:
         if not name.endswith("steps") or value > saved["step"]:
-            print(f"--{name} {value} instead of {saved_value}: the learning rate follows the new schedule from step "
-                  f"{saved['step']} on")
+            print(
+                f"--{name} {value} instead of {saved_value}: the learning rate follows its new schedule from "
+                f"step {saved['step']} on")
             return value
         raise BadInput(f"--{name} {value}: {folder} is at step {saved['step']} already; give more")
     raise BadInput(f"--{name} {value} does not fit {folder}, which was trained with --{name} {saved_value}: "
@@ -218,8 +229,9 @@ def refuse_gone(folder, flags):
     """A run of the first edition that used an option which train.py has no longer."""
     for name, neutral in GONE.items():
         if flags.get(name, neutral) not in (neutral, None):
-            raise BadInput(f"{folder}: trained with --{name} {flags[name]} by the first edition of this project; "
-                           "use it with that version (commit de4e350), or train anew")
+            raise BadInput(
+                f"{folder}: trained with --{name} {flags[name]} by the first edition of this project; "
+                "use it with that version (commit de4e350), or train anew")
 
 
 def flags_to_save(args, stage):
@@ -298,8 +310,9 @@ REFUSALS = [
      "--head diffusion gives no density, and --generator maskgit keeps the tokens of highest density: use "
      "--generator mar, or --head gmm"),
 ]
-AT_LEAST_ONE = ("frames", "frame_step", "image_size", "n_shapes", "tok_steps", "tok_batch_size", "steps", "batch_size",
-                "n_mix", "token_dim", "vocab_size", "tokens", "groups", "log_every", "eval_every")
+AT_LEAST_ONE = ("frames", "frame_step", "image_size", "n_shapes", "tok_steps", "tok_batch_size", "steps",
+                "batch_size", "n_mix", "token_dim", "vocab_size", "tokens", "groups", "log_every",
+                "eval_every")
 ABOVE_ZERO = ("tok_lr", "lr", "grad_clip")
 NOT_NEGATIVE = ("perceptual", "gan", "beta", "label_drop", "dropout", "weight_decay", "warmup", "ema")
 BELOW_ONE = ("label_drop", "dropout", "ema")
@@ -326,7 +339,8 @@ def refuse(args, dist=SimpleNamespace(rank=0, size=1)):
     for name in ("tok_batch_size", "batch_size"):
         value = getattr(args, name)
         if value % dist.size:
-            raise BadInput(f"--{name} {value} cannot be shared equally by {dist.size} processes: give a multiple")
+            raise BadInput(
+                f"--{name} {value} cannot be shared equally by {dist.size} processes: give a multiple")
     refuse_too_large(args)
     tokenizer = build_tokenizer(args)                       # refuses what its size cannot do
     if args.generator != "none":
@@ -336,8 +350,9 @@ def refuse(args, dist=SimpleNamespace(rank=0, size=1)):
 def refuse_groups(args, vocab_size):
     if args.groups > 1 and not whole_power(vocab_size, args.groups):
         base = round(vocab_size ** (1 / args.groups))
-        raise BadInput(f"--groups {args.groups}: --vocab_size {vocab_size} must be a whole number to the power of "
-                       f"{args.groups}, such as {base ** args.groups}")
+        raise BadInput(
+            f"--groups {args.groups}: --vocab_size {vocab_size} must be a whole number to the power of "
+            f"{args.groups}, such as {base ** args.groups}")
 
 
 def refuse_too_large(args):
@@ -345,17 +360,19 @@ def refuse_too_large(args):
     free = data.free_bytes(args.device)
     pixels = 3 * args.frames * args.image_size ** 2
     needs = {
-        f"--n_shapes {args.n_shapes} at --image_size {args.image_size}":
-            pixels * args.n_shapes if args.data == "shapes" else 0,
-        f"--tok_batch_size {args.tok_batch_size} at --image_size {args.image_size}": 32 * pixels * args.tok_batch_size,
+        f"--n_shapes {args.n_shapes} at --image_size {args.image_size}": pixels *
+        args.n_shapes if args.data == "shapes" else 0,
+        f"--tok_batch_size {args.tok_batch_size} at --image_size {args.image_size}": 32 * pixels *
+        args.tok_batch_size,
         f"--batch_size {args.batch_size}": 4 * 64 * args.batch_size,
         f"--vocab_size {args.vocab_size}": 4 * 64 * (args.vocab_size or 0),
-        f"--tokens {args.tokens}": 4 * 64 * (args.tokens or 0) ** 2,
+        f"--tokens {args.tokens}": 4 * 64 * (args.tokens or 0)**2,
     }
     for what, size in needs.items():
         if size > free:
-            raise BadInput(f"{what}: needs at least {size / 2**30:,.0f} GB, and {free / 2**30:,.1f} GB are free here; "
-                           "give less")
+            raise BadInput(
+                f"{what}: needs at least {size / 2**30:,.0f} GB, and {free / 2**30:,.1f} GB are free here; "
+                "give less")
 
 
 def refuse_other_tokenizer(args, folder, tokenizer):
@@ -365,14 +382,17 @@ def refuse_other_tokenizer(args, folder, tokenizer):
         return
     for name, value in tokenizer.state_dict().items():
         if not torch.equal(value.cpu(), checkpoint["tokenizer"][name]):
-            raise BadInput(f"{folder} was begun on the tokens of another tokenizer than the present one: start again "
-                           "with --overwrite")
+            raise BadInput(
+                f"{folder} was begun on the tokens of another tokenizer than the present one: start again "
+                "with --overwrite")
 
 
 # ---- Data ----------------------------------------------------------------------------------------
 
 def open_split(args, split, device=None):
-    """The training ("train") or validation ("val") images that the flags name -> data.ImageSet on the device."""
+    """The training ("train") or validation ("val") images that the flags name -> data.ImageSet on the
+    device.
+    """
     return data.load(args.data, args.image_size, split, device or args.device, args.seed,
                      flip=bool(args.flip) and split == "train", skip_bad=getattr(args, "skip_bad", False),
                      n_shapes=args.n_shapes if split == "train" else None, frames=args.frames,
@@ -387,27 +407,32 @@ def open_data(args):
     missing = train_set.without_text + val_set.without_text
     if args.condition == "text" and args.data != "shapes" and (missing or train_set.texts is None):
         first = f", the first is {missing[0]}" if missing else ""
-        raise BadInput(f"--condition text: {len(missing) or 'all'} images of --data {args.data} have no caption{first}; "
-                       "write NAME.txt beside NAME.jpg")
+        raise BadInput(
+            f"--condition text: {len(missing) or 'all'} images of --data {args.data} have no caption{first}; "
+            "write NAME.txt beside NAME.jpg")
     return train_set, val_set
 
 
 def suit(args, train_set):
-    """Numbers per token of a VAE, by what the images are, where no flag says it: photographs need more of them."""
+    """Numbers per token of a VAE, by what the images are, where no flag says it. Photographs need more."""
     if args.tokenizer != "vae" or args.token_dim is not None or args.tok_size not in ("small", "medium"):
         return
     kind = "drawn shapes"
-    if args.data != "shapes":
+    if args.data != "shapes" and isinstance(train_set.images, torch.Tensor):
         index = torch.linspace(0, len(train_set) - 1, min(len(train_set), 200), device="cpu").long()
-        images = train_set.images[index].float()                                      # (n, 3, H, W)
-        colour = (images.amax(1) - images.amin(1)).mean() > 2                         # of 255: grey JPEGs are not quite grey
+        images = train_set.images[index.to(train_set.images.device)].float()          # (n, 3, H, W)
+        colour = (images.amax(1) - images.amin(1)).mean() > 2                         # of 255: JPEG tints grey
         kind = "colour photographs" if colour else "grey pictures"
+    elif args.data != "shapes":
+        kind = "colour photographs"
     args.token_dim = 32 if kind == "colour photographs" else 16
     print(f"{kind}: tokens of {args.token_dim} numbers; --token_dim changes it")
 
 
 def fingerprint(image_set):
-    """A short text that stands for the content of a data.ImageSet: pixels, or names, sizes and times of streamed files."""
+    """A short text that stands for the content of a data.ImageSet: pixels, or names, sizes and times of
+    streamed files.
+    """
     digest = hashlib.sha1(repr(list(image_set.classes)).encode())
     digest.update(image_set.labels.cpu().numpy().tobytes())
     if isinstance(image_set.images, torch.Tensor):
@@ -419,13 +444,16 @@ def fingerprint(image_set):
 
 
 def refuse_other_data(args, folder, train_set):
-    """A run that was begun before, and is not overwritten, goes on with the same images only, wherever they lie now."""
+    """A run that was begun before, and is not overwritten, goes on with the same images only, wherever they
+    lie now.
+    """
     checkpoint = read_checkpoint(folder) if folder in args.begun else None
     if checkpoint is None or "fingerprint" not in checkpoint:
         return
     if checkpoint["fingerprint"] != fingerprint(train_set):
-        raise BadInput(f"--data {args.data}: these are not the images that {folder} was trained on (classes, or "
-                       "images, changed since); give those, or start again with --overwrite")
+        raise BadInput(
+            f"--data {args.data}: these are not the images that {folder} was trained on (classes, or "
+            "images, changed since); give those, or start again with --overwrite")
 
 
 # ---- Models --------------------------------------------------------------------------------------
@@ -468,7 +496,7 @@ def build_head(args, tokenizer, n_embd):
         return gmm_head.GMMHead(n_embd, tokenizer.token_dim, args.n_mix)
     if args.groups > 1:
         return lfq.FactorizedHead(n_embd, tokenizer.vocab_size, args.groups)
-    module = dict(ar=ar_transformer, maskgit=maskgit, mar=mar)[args.generator]        # one code in three files
+    module = dict(ar=ar_transformer, maskgit=maskgit, mar=mar)[args.generator]       # one code in three files
     return module.CategoricalHead(n_embd, tokenizer.vocab_size)
 
 
@@ -481,7 +509,7 @@ def build_generator(args, tokenizer, num_classes):
         options["text"] = (args.text_len, "bytes" if args.text_encoder == "bytes" else args.text_features)
     if args.generator == "mar":
         options["order"] = args.order
-        if args.attention == "causal":                      # one transformer: no buffer, and no masks in training
+        if args.attention == "causal":                  # one transformer: no buffer, and no masks in training
             model_class = mar.CausalMAR
             for name in ("n_buffer", "mask_min", "mask_std"):
                 options.pop(name, None)
@@ -508,14 +536,17 @@ def unit_of_loss(args, stage):
         extra = "beta KL" if args.tokenizer in CONTINUOUS else "losses of the codes"
         return f"squared error per pixel value + {extra}"
     if args.head == "diffusion":
-        return "squared error of the " + ("noise + vb (bits)" if args.objective == "diffusion" else "velocity")
+        return "squared error of the " + ("noise + vb (bits)"
+                                          if args.objective == "diffusion" else "velocity")
     return "nats per token"
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 def save_atomically(state, path):
-    """torch.save to a temporary file, then rename: whatever happens, `path` holds a whole old or a whole new one."""
+    """torch.save to a temporary file, then rename: whatever happens, `path` holds a whole old or a whole new
+    one.
+    """
     path = Path(path)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -527,11 +558,14 @@ def save_atomically(state, path):
     except (OSError, RuntimeError) as e:                    # torch turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise BadInput(f"could not write {path} ({first_line(e)}); the previous one, if any, is untouched") from None
+        raise BadInput(
+            f"could not write {path} ({first_line(e)}); the previous one, if any, is untouched") from None
 
 
 def load_file(path, map_location="cpu"):
-    """What save_atomically wrote. Raises ValueError for a damaged file: torch.load itself skips the checksums."""
+    """What save_atomically wrote. Raises ValueError for a damaged file: torch.load itself skips the
+    checksums.
+    """
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
@@ -547,11 +581,14 @@ def read_checkpoint(folder):
     try:
         checkpoint = load_file(path)
     except Exception as e:                                  # half a dozen kinds for a damaged file
-        raise BadInput(f"{path}: not a readable checkpoint ({first_line(e)}); --overwrite trains anew") from None
+        raise BadInput(
+            f"{path}: not a readable checkpoint ({first_line(e)}); --overwrite trains anew") from None
     needed = ("stage", "step", "done", "flags", "ema", "classes")
     missing = [name for name in needed if name not in checkpoint] if isinstance(checkpoint, dict) else needed
     if missing:
-        raise BadInput(f"{path}: not a checkpoint of this project, {', '.join(missing)} missing; --overwrite trains anew")
+        raise BadInput(
+            f"{path}: not a checkpoint of this project, {', '.join(missing)} missing; --overwrite trains anew"
+        )
     return checkpoint
 
 
@@ -584,11 +621,13 @@ def remove_leftovers(folder):
 
 
 def averaged(checkpoint):
-    """The averaged weights of the model of a checkpoint, without what was trained around it, as a plain state dict."""
+    """The averaged weights of the model of a checkpoint, without what was trained around it, as a plain state
+    dict.
+    """
     weights = inside("module.", checkpoint["ema"])
     if any(name.startswith("tokenizer.") for name in weights):        # a tokenizer, and the losses around it
         return inside("tokenizer.", weights)
-    if any(name.startswith("vae.") for name in weights):              # a generator, and the VAE of recipes/joint.py
+    if any(name.startswith("vae.") for name in weights):    # a generator, and the VAE of recipes/joint.py
         return inside("generator.", weights)
     return weights
 
@@ -601,7 +640,8 @@ def inside(prefix, weights):
 def load_run(folder, device="cpu"):
     """A run folder -> folder, args, tokenizer, generator (None of a stage 1 run), classes, device.
 
-    The models carry the averaged weights and are in eval mode. Raises BadInput for anything but a finished run.
+    The models carry the averaged weights and are in eval mode. Raises BadInput for anything but a finished
+    run.
     """
     folder = Path(folder)
     device = torch.device(device)
@@ -609,7 +649,8 @@ def load_run(folder, device="cpu"):
     if checkpoint is None:
         raise BadInput(f"{folder}: no ckpt.pt in it; name a run folder such as runs/shapes-vae-ar-gmm")
     if not checkpoint["done"]:
-        raise BadInput(f"{folder}: this run stopped at step {checkpoint['step']}; finish it with train.py --resume")
+        raise BadInput(
+            f"{folder}: this run stopped at step {checkpoint['step']}; finish it with train.py --resume")
     refuse_gone(folder, checkpoint["flags"])
     args = argparse.Namespace(**DEFAULTS["any"] | checkpoint["flags"])
     args.device = device
@@ -625,16 +666,19 @@ def load_run(folder, device="cpu"):
             generator.load_state_dict(averaged(checkpoint))
             generator = generator.to(device).eval()
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:
-        raise BadInput(f"{folder}: its checkpoint does not fit today's models ({first_line(e)}); use it with the "
-                       "version that made it, or train anew") from None
-    return SimpleNamespace(folder=folder, args=args, tokenizer=tokenizer.to(device).eval(), generator=generator,
-                           classes=checkpoint["classes"], device=device)
+        raise BadInput(
+            f"{folder}: its checkpoint does not fit today's models ({first_line(e)}); use it with the "
+            "version that made it, or train anew") from None
+    return SimpleNamespace(folder=folder, args=args, tokenizer=tokenizer.to(device).eval(),
+                           generator=generator, classes=checkpoint["classes"], device=device)
 
 
 # ---- The machine ---------------------------------------------------------------------------------
 
 def pick_device(name=None):
-    """--device -> torch.device with its index; a GPU if there is one. Under torchrun each process gets its own."""
+    """--device -> torch.device with its index; a GPU if there is one. Under torchrun each process gets its
+    own.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -643,7 +687,8 @@ def pick_device(name=None):
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise BadInput(f"--device {name}: PyTorch finds no such device on this machine; try --device cpu") from None
+        raise BadInput(
+            f"--device {name}: PyTorch finds no such device on this machine; try --device cpu") from None
     return device
 
 
@@ -652,11 +697,14 @@ def native_bf16(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return device.type == "cpu" and any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
+    return device.type == "cpu" and any(
+        getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
 
 
 def use_bf16(args, stage):
-    """Train under autocast? By default on CUDA, and for transformers on a CPU: small convolutions gain nothing."""
+    """Train under autocast? By default on CUDA, and for transformers on a CPU: small convolutions gain
+    nothing.
+    """
     if args.dtype is not None:
         return args.dtype == "bf16"
     transformer = stage == 2 or args.tokenizer.startswith("titok")

@@ -719,7 +719,7 @@ def excess_of_bars(side, seed, steps=400, noise=None):
     x = look(pictures if noise is None else pictures.repeat(40, 1))
     with torch.no_grad():
         parts = [(v, torch.zeros(len(v), dtype=torch.long)) for v in x.split(128)]
-        nats = torch.cat([model.eval().head.loss(model.hidden(v, cond), v) for v, cond in parts]).sum(1)
+        nats = torch.cat([model.eval().head.loss(model.hidden_states(v, cond), v) for v, cond in parts]).sum(1)
     optimum = truth = math.log(len(pictures))
     if noise is not None:                                   # a mixture of 30 Gaussians in 16 dimensions
         modes = torch.distributions.Normal(pictures * 2.0 - 1, noise)
@@ -825,7 +825,7 @@ def mnist_nats(args, device):
     with torch.no_grad():
         for i in index.split(50):
             ids, labels = (v.to(device) for v in sets["val"].batch(i))
-            nats.append(model.head.loss(model.hidden(ids, labels), ids).sum(1).cpu())
+            nats.append(model.head.loss(model.hidden_states(ids, labels), ids).sum(1).cpu())
     nats = torch.cat(nats).double()
     with open(folder / "log.csv", newline="") as f:
         log = list(csv.DictReader(f))

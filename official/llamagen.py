@@ -159,7 +159,7 @@ def heads_of(n_embd, n_head=None):
 
 # ---- Export: the same network as a LlamaForCausalLM, for other people's fast servers ---------------
 
-MODELING = '''"""LlamaGen for transformers: Llama with a table of rotary angles. Written by official/llamagen.py."""
+MODELING = '''"""LlamaGen for transformers: Llama with a table of angles. Written by official/llamagen.py."""
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM

@@ -1,24 +1,26 @@
 """
 One stage instead of two: a VAE and its generator trained together, by the exact bound on log p(image).
 
-GIVT (arxiv.org/abs/2312.02116) trains a VAE first, whose tokens are drawn towards N(0, 1), then a transformer that
-models them. Training both together it leaves to future work. Here is that work, and the yardstick for it: a bound in
-bits per dimension (pixel value), which holds however the two were trained,
+GIVT (arxiv.org/abs/2312.02116) trains a VAE first, whose tokens are drawn towards N(0, 1), then a transformer
+that models them. Training both together it leaves to future work. Here is that work, and the yardstick for
+it: a bound in bits per dimension (pixel value), which holds however the two were trained,
 
-    -log p(image | c)  <=  E[ -log p(image | z) ]  +  E[ -log p(z | c) ]  -  H( q(z | image) ),   z ~ q(z | image)
+    -log p(image | c)  <=  E[ -log p(image | z) ]  +  E[ -log p(z | c) ]  -  H( q(z | image) ),  z ~ q
 
                            the decoder's pixels       the generator          what the draw of z gives back
 
     python -m recipes.joint                            # trains both at once, draws, measures
-    python -m recipes.joint --two_stages               # the same networks one after the other, and the same measure
+    python -m recipes.joint --two_stages  # the same networks one after the other, and the same measure
     python -m recipes.joint --data mnist.tar.gz --image_size 28 --channels 1 --tok_size mnist28 --size tiny
 
---two_stages also takes --likelihood mse and --corrupt, a denoising VAE, which have no bound. Every flag of train.py for
-a VAE and an autoregressive generator goes with it: --size, --n_mix, --resume and so on. sample.py and evaluate.py read
-the run. On MNIST, 300 steps each: joint 1.501, two stages 1.535, the VAE alone 1.596 bits (experiments/joint.py).
+--two_stages also takes --likelihood mse and --corrupt, a denoising VAE, which have no bound. Every flag of
+train.py for a VAE and an autoregressive generator goes with it: --size, --n_mix, --resume and so on.
+sample.py and evaluate.py read the run. On MNIST, 300 steps each: joint 1.501, two stages 1.535, the VAE alone
+1.596 bits (experiments/joint.py).
 
 Try it yourself:
-  1. Print prior minus entropy during training. Which of the two ways spends more bits on tokens, which on pixels?
+  1. Print prior minus entropy during training. Which of the two ways spends more bits on tokens, which on
+     pixels?
   2. Leave the entropy out of the loss. What becomes of std, and why does the bound no longer hold?
   3. Replace the generator by N(0, 1), as Alone in experiments/joint.py. What does the transformer save?
 """
@@ -33,7 +35,8 @@ import train
 from common import drawing, metrics, runs
 from data import BadInput
 
-DEFAULT = dict(likelihood="logistic", channels=3, corrupt=0.0)        # of the VAE: its options beyond train.py's flags
+# of the VAE: its options beyond train.py's flags
+DEFAULT = dict(likelihood="logistic", channels=3, corrupt=0.0)
 
 
 # ---- The bound -----------------------------------------------------------------------------------
@@ -41,10 +44,10 @@ DEFAULT = dict(likelihood="logistic", channels=3, corrupt=0.0)        # of the V
 def bound(vae, generator, images, cond):
     """The bits per dimension that VAE and generator need at most -> loss (), logs of its three terms.
 
-    images (B, 3, H, W), cond (B,). The prior is the generator, whose forward gives -log p(tokens | c) in nats per
-    token, exactly: it must be autoregressive and its head a density. The vae has likelihood="logistic". With N(0, 1)
-    in the prior's place this is -log p(image | z) + KL, the VAE's own bound. A sharper q is paid for by H, so nothing
-    is gained by shrinking std. One draw of z per image. Images are never corrupted here.
+    images (B, 3, H, W), cond (B,). The prior is the generator, whose forward gives -log p(tokens | c) in nats
+    per token, exactly: it must be autoregressive and its head a density. The vae has likelihood="logistic".
+    With N(0, 1) in the prior's place this is -log p(image | z) + KL, the VAE's own bound. A sharper q is paid
+    for by H, so nothing is gained by shrinking std. One draw of z per image. Images are never corrupted here.
     Raises ValueError for a VAE without a likelihood of pixels, or without a posterior (beta 0).
     """
     if vae.likelihood != "logistic" or vae.beta == 0:
@@ -52,7 +55,7 @@ def bound(vae, generator, images, cond):
     mean, std = vae.posterior(images)
     z = vae.reparameterise(mean, std)                                                 # (B, T, D)
     T = vae.seq_len
-    dims = math.log(2) * vae.pixels(images)[0].numel()                                # nats -> bits per dimension
+    dims = math.log(2) * vae.pixels(images)[0].numel()      # nats -> bits per dimension
     pixels = -vae.log_likelihood(images, vae.decode_raw(z)).mean()                    # nats per image
     # The generator's density is one of normalised tokens: p(z) = p(tokens) * prod(latent_scale), T times.
     prior = T * (generator(vae.normalise(z), cond)[0] - vae.latent_scale.log().sum())
@@ -65,8 +68,8 @@ def bound(vae, generator, images, cond):
 class Joint(nn.Module):
     """VAE and generator as one model: z has no N(0, 1) to obey, only a generator to suit.
 
-    Call vae.measure() before training or never: afterwards the generator would meet tokens that it does not know.
-    beta and corrupt of the VAE play no part.
+    Call vae.measure() before training or never: afterwards the generator would meet tokens that it does not
+    know. beta and corrupt of the VAE play no part.
     """
 
     def __init__(self, vae, generator):
@@ -86,11 +89,14 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(allow_abbrev=False, description="Train a VAE and its generator by one bound. "
                                                                 "All flags of train.py go with it.")
     p.add_argument("--two_stages", action="store_true", help="one after the other, to compare with")
-    p.add_argument("--likelihood", choices=["logistic", "mse"],
-                   help="of a pixel: a discretised logistic of its 256 values, or with --two_stages a Gaussian")
-    p.add_argument("--channels", type=int, choices=[1, 3], help="1: grey images (colours are averaged), 3: RGB")
-    p.add_argument("--corrupt", type=float,
-                   help="--two_stages: standard deviation of noise on the VAE's input, which has to remove it")
+    p.add_argument(
+        "--likelihood", choices=["logistic", "mse"],
+        help="of a pixel: a discretised logistic of its 256 values, or with --two_stages a Gaussian")
+    p.add_argument("--channels", type=int, choices=[1, 3],
+                   help="1: grey images (colours are averaged), 3: RGB")
+    p.add_argument(
+        "--corrupt", type=float,
+        help="--two_stages: standard deviation of noise on the VAE's input, which has to remove it")
     p.add_argument("--at_once", type=int, default=250, help="images measured at a time")
     own, rest = p.parse_known_args(argv)
     given = train.parse_args(["--tokenizer", "vae", *rest])
@@ -100,10 +106,11 @@ def parse_args(argv=None):
     return own, given
 
 
-REFUSALS = [                                                # what is asked, the sentence
+REFUSALS = [  # what is asked, the sentence
     (lambda own, given: given.tokenizer != "vae", "--tokenizer: the bound is that of a VAE; leave it out"),
     (lambda own, given: given.frames not in (None, 1), "--frames: the bound is of images; leave it out"),
-    (lambda own, given: given.condition == "text", "--condition: the bound is of images of a class; leave it out"),
+    (lambda own, given: given.condition == "text",
+     "--condition: the bound is of images of a class; leave it out"),
     (lambda own, given: given.gan or given.perceptual,
      "--gan, --perceptual: their losses mean something else than a bound; leave them out"),
     (lambda own, given: own.at_once < 1, "--at_once: must be at least 1"),
@@ -145,7 +152,7 @@ def train_joint(own, given, dist):
     args = runs.resolve(with_options(own, given, folder), None, folder)
     args.unit = "bits per dimension"
     if args.dtype is None and args.device.type == "cpu":
-        args.dtype = "fp32"                                 # most of the time goes into convolutions: no gain by bf16
+        args.dtype = "fp32"                         # most of the time goes into convolutions: no gain by bf16
     runs.refuse(args, dist)
     if args.stage2_done:
         print(f"{folder} is trained already: start again with --overwrite")
@@ -155,7 +162,8 @@ def train_joint(own, given, dist):
     torch.manual_seed(args.seed)
     tokenizer = runs.build_tokenizer(args)
     generator = runs.build_generator(args, tokenizer, len(train_set.classes))
-    extra = dict(classes=train_set.classes, fingerprint=runs.fingerprint(train_set), grid=list(tokenizer.grid))
+    extra = dict(classes=train_set.classes, fingerprint=runs.fingerprint(train_set),
+                 grid=list(tokenizer.grid))
 
     def finish(model):
         # From here on the checkpoint is that of any stage 2 run: sample.py and evaluate.py load it.
@@ -195,7 +203,9 @@ def train_two_stages(own, given, dist):
 
 
 def with_options(own, given, folder):
-    """given, and in tok_options what the VAE has beyond train.py's flags: as given, else as saved, else DEFAULT."""
+    """given, and in tok_options what the VAE has beyond train.py's flags: as given, else as saved, else
+    DEFAULT.
+    """
     saved = None if given.overwrite else runs.read_checkpoint(folder)
     options = dict(DEFAULT)
     if saved is not None:
@@ -205,8 +215,9 @@ def with_options(own, given, folder):
         if value is None:
             continue
         if saved is not None and value != options[name]:
-            raise BadInput(f"--{name} {value} does not fit {folder}, which was trained with --{name} {options[name]}: "
-                           "give that value, another folder (--name, --tok_name), or --overwrite")
+            raise BadInput(
+                f"--{name} {value} does not fit {folder}, which was trained with --{name} {options[name]}: "
+                "give that value, another folder (--name, --tok_name), or --overwrite")
         options[name] = value
     beta = given.beta
     if saved is None and beta is None and options["likelihood"] == "logistic":
@@ -223,7 +234,7 @@ def measure_bound(vae, generator, val_set, batch_size=250, seed=0):
     index = torch.randperm(len(val_set), generator=order, device="cpu")               # folders come by class
     torch.manual_seed(seed)
     bits = []
-    for part in index.split(max(1, min(batch_size, len(index) // 20))):               # 20 parts, for the error
+    for part in index.split(max(1, min(batch_size, len(index) // 20))):              # 20 parts, for the error
         loss, logs = bound(vae, generator, *val_set.batch(part))
         bits.append(torch.stack([loss, *logs.values()]))
     bits = torch.stack(bits).double()                                                 # (batches, 4)
@@ -242,7 +253,8 @@ def report(run, batch_size):
     if run.tokenizer.likelihood != "logistic" or run.args.generator != "ar" or run.args.head != "gmm":
         print(f"{run.folder}: no bound without --likelihood logistic, --generator ar and --head gmm")
         return
-    rows = measure_bound(run.tokenizer, run.generator, runs.open_split(run.args, "val", run.device), batch_size)
+    rows = measure_bound(run.tokenizer, run.generator, runs.open_split(run.args, "val", run.device),
+                         batch_size)
     metrics.print_rows(rows)
     metrics.save_rows(run.folder, rows)
 

@@ -33,7 +33,7 @@ MOST = 5000                                               # images of each set: 
 def layer_features(generator, tokens, cond, mask=None):
     """Mean-pooled hidden states: tokens (B, T[, D]), cond (B,) -> list of n_layer + 1 float32 tensors (B, C).
 
-    [0] is what enters the first block, [i] what leaves block i. Hooks read them while generator.hidden runs
+    [0] is what enters the first block, [i] what leaves block i. Hooks read them while hidden_states runs
     as it is (GIVT's own probe, predict_fn_rep, stops at an undefined name). mask (B, T): given on to a
     model that wants one, True where a token is masked. An autoregressive model never looks at the last
     token.
@@ -48,12 +48,14 @@ def layer_features(generator, tokens, cond, mask=None):
             pooled.append(inputs[0].float().mean(1))
         pooled.append(output.float().mean(1))
 
+    # MAR's name for it
+    forward = generator.hidden if hasattr(generator, "hidden") else generator.hidden_states
     hooks = [block.register_forward_hook(read) for block in generator.blocks]
     try:
         if mask is None:
-            generator.hidden(tokens, cond)
+            forward(tokens, cond)
         else:
-            generator.hidden(tokens, cond, mask)
+            forward(tokens, cond, mask)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,27 +1,32 @@
 """
 TiTok's two stages of training, as published: first name the ids of another tokenizer, then learn pixels.
 
-train.py --tokenizer titok learns pixels from the start. The authors (arxiv.org/abs/2406.07550, section 3.3 and
-appendix) found a warm-up better: a trained tokenizer with one id per patch, the proxy, says what the decoder has to
-predict, so that no loss on pixels is needed while the T tokens are still being found.
+train.py --tokenizer titok learns pixels from the start. The authors (arxiv.org/abs/2406.07550, section 3.3
+and appendix) found a warm-up better: a trained tokenizer with one id per patch, the proxy, says what the
+decoder has to predict, so that no loss on pixels is needed while the T tokens are still being found.
 
-    proxy       images --TiTok's encoder--> T ids --TiTok's decoder--> logits of the proxy's ids, one per patch
-    finetune    encoder and T ids are frozen; softmax of the logits mixes the proxy's codes, the proxy's decoder makes
-                pixels of them, and both decoders learn from the squared error (here --gan and --perceptual may help)
+    proxy       images --encoder--> T ids --decoder--> logits of the proxy's ids, one per patch
+    finetune    encoder and T ids are frozen; the softmax of the logits mixes the proxy's codes, of which its
+                decoder makes pixels; both decoders learn from the squared error (--gan, --perceptual)
 
-The authors' proxy is MaskGIT's VQGAN. Ours is a small vq.VQ, trained here unless --proxy names the run of one.
+The authors' proxy is MaskGIT's VQGAN. Ours is a small vq.VQ, trained here unless --proxy names the run of
+one.
 
     python -m recipes.titok_two_stage                                  # proxy, both stages and a MaskGIT
     python -m recipes.titok_two_stage --proxy runs/patches --tokens 8
     python -m recipes.titok_two_stage --generator none --gan 0.5       # the tokenizer alone
 
-All flags of train.py go with it: --tok_steps is for each of the two stages, --proxy_steps for the proxy. The last run
-folder, such as runs/shapes-titok-finetune-maskgit-categorical, is one like any other for sample.py and evaluate.py.
+All flags of train.py go with it: --tok_steps is for each of the two stages, --proxy_steps for the proxy. The
+last run folder, such as runs/shapes-titok-finetune-maskgit-categorical, is one like any other for sample.py
+and evaluate.py.
 
 Try it yourself:
-  1. Compare reconstructions.png with that of train.py --tokenizer titok after as many steps. Which is sharper?
-  2. Stop stage proxy after 100 steps. How many of its ids are named right (proxy_right), and what does finetune save?
-  3. Give the proxy fewer codes, --proxy with a run of --vocab_size 64. What can the finetune stage not repair?
+  1. Compare reconstructions.png with that of train.py --tokenizer titok after as many steps. Which is
+     sharper?
+  2. Stop stage proxy after 100 steps. How many of its ids are named right (proxy_right), and what does
+     finetune save?
+  3. Give the proxy fewer codes, --proxy with a run of --vocab_size 64. What can the finetune stage not
+     repair?
 """
 import argparse
 from pathlib import Path
@@ -32,9 +37,10 @@ import train
 from common import runs
 from data import BadInput
 
-# The proxy is no TiTok: the flags of TiTok do not go to it. "fine" has one id for every patch of 4 x 4 pixels.
-OF_PROXY = dict(tokenizer="vq", tok_size="fine", tok_batch_size=None, tok_lr=None, token_dim=None, vocab_size=None,
-                tokens=None, codebook=None, beta=None, perceptual=None, gan=None)
+# The proxy is no TiTok: the flags of TiTok do not go to it. "fine" has one id for every patch of 4 x 4
+# pixels.
+OF_PROXY = dict(tokenizer="vq", tok_size="fine", tok_batch_size=None, tok_lr=None, token_dim=None,
+                vocab_size=None, tokens=None, codebook=None, beta=None, perceptual=None, gan=None)
 
 
 def parse_args(argv=None):
@@ -58,12 +64,13 @@ def parse_args(argv=None):
     return own, given
 
 
-REFUSALS = [                                                # what is asked, the sentence
-    (lambda own, given: given.tokenizer not in ("titok", "titok-vae"),
-     "--tokenizer: the two stages are those of titok, or of titok-vae"),
+REFUSALS = [  # what is asked, the sentence
+    (lambda own, given: given.tokenizer not in
+     ("titok", "titok-vae"), "--tokenizer: the two stages are those of titok, or of titok-vae"),
     (lambda own, given: own.proxy and own.proxy_steps,
      "--proxy_steps: the run of --proxy is trained already; leave one of them out"),
-    (lambda own, given: own.proxy_steps is not None and own.proxy_steps < 1, "--proxy_steps: must be at least 1"),
+    (lambda own, given: own.proxy_steps is not None and own.proxy_steps < 1,
+     "--proxy_steps: must be at least 1"),
 ]
 
 
@@ -90,7 +97,9 @@ def train_all(own, given, dist):
     last_folder = tok_folder.with_name(f"{tok_folder.name}-finetune")
     if not given.name:
         folder = folder.with_name(folder.name.replace("-titok", "-titok-finetune", 1))
-    begun = [path for path in (proxy_folder, first_folder, last_folder, folder) if (path / "ckpt.pt").exists()]
+    begun = [
+        path for path in (proxy_folder, first_folder, last_folder, folder) if (path / "ckpt.pt").exists()
+    ]
     if given.resume and not begun:
         raise BadInput(f"--resume: there is no run in {first_folder} or {last_folder}; leave it out")
 
@@ -101,7 +110,8 @@ def train_all(own, given, dist):
         proxy_args = resolve(given, proxy_folder, **OF_PROXY, tok_steps=own.proxy_steps)
         runs.refuse(proxy_args, dist)
     if proxy_args.tokenizer != "vq":
-        raise BadInput(f"--proxy {own.proxy}: a run of --tokenizer vq is wanted, this is one of {proxy_args.tokenizer}")
+        raise BadInput(
+            f"--proxy {own.proxy}: a run of --tokenizer vq is wanted, this is one of {proxy_args.tokenizer}")
     proxy_flags = {name: getattr(proxy_args, name) for name in runs.STAGE1}
     refuse_other_proxy(given, first_folder, proxy_flags)
     first_args = resolve(given, first_folder, last=own.stage == "proxy", gan=None, perceptual=None,
@@ -117,7 +127,9 @@ def train_all(own, given, dist):
     if not own.proxy:
         train_tokenizer(proxy_args, dist, proxy_folder, sets)
     proxy = runs.load_run(proxy_folder).tokenizer.state_dict()
-    train_tokenizer(first_args, dist, first_folder, sets, {f"proxy.{name}": value for name, value in proxy.items()})
+    train_tokenizer(first_args, dist, first_folder, sets,
+                    {f"proxy.{name}": value
+                     for name, value in proxy.items()})
     if own.stage == "proxy":
         return first_folder
     train_tokenizer(args, dist, last_folder, sets, runs.load_run(first_folder).tokenizer.state_dict())
@@ -134,7 +146,9 @@ def changed(given, **flags):
 
 
 def resolve(given, folder, last=False, **flags):
-    """runs.resolve for a tokenizer alone. --overwrite keeps it if it is done as asked for, and not the last one."""
+    """runs.resolve for a tokenizer alone. --overwrite keeps it if it is done as asked for, and not the last
+    one.
+    """
     given = changed(given, generator="none", **flags)
     saved = runs.read_checkpoint(folder)
     given.resume = given.resume and saved is not None
@@ -147,8 +161,9 @@ def refuse_other_proxy(given, folder, proxy_flags):
     """The first stage goes on only with the proxy that it was begun with."""
     saved = None if given.overwrite else runs.read_checkpoint(folder)
     if saved is not None and saved["flags"].get("tok_options", {}).get("proxy") != proxy_flags:
-        raise BadInput(f"--proxy: {folder} was trained with another proxy; give that one, another --tok_name, or "
-                       "--overwrite")
+        raise BadInput(
+            f"--proxy: {folder} was trained with another proxy; give that one, another --tok_name, or "
+            "--overwrite")
 
 
 def train_tokenizer(args, dist, folder, sets, weights=None):

@@ -15,8 +15,10 @@ from official.mar import load_mar
 
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = [p for p in ("vae vq lfq titok perceptual_gan flow_adapter gmm_head diffusion_head ar_transformer maskgit "
-                      "mar").split() if (ROOT / f"{p}.py").exists()]
+MODELS = [
+    p for p in ("vae vq lfq titok perceptual_gan flow_adapter gmm_head diffusion_head ar_transformer maskgit "
+                "mar").split() if (ROOT / f"{p}.py").exists()
+]
 PROGRAMS = ["train", "sample", "evaluate"]
 
 
@@ -40,9 +42,14 @@ def official_vae():
 
 
 def vq_golden(name):
-    """The arrays of golden/llamagen/<name>.npz and its weights under the authors' keys; an int8 weight is q * s."""
+    """The arrays of golden/llamagen/<name>.npz and its weights under the authors' keys; an int8 weight is q *
+    s.
+    """
     g = golden(f"llamagen/{name}")
-    sd = {k[2:]: v.float() * g["s/" + k[2:]] if k[0] == "q" else v for k, v in g.items() if k[:2] in ("q/", "w/")}
+    sd = {
+        k[2:]: v.float() * g["s/" + k[2:]] if k[0] == "q" else v
+        for k, v in g.items() if k[:2] in ("q/", "w/")
+    }
     return g, sd
 
 
@@ -50,7 +57,9 @@ tokens_of = lambda grid: grid.flatten(2).transpose(1, 2)    # (B, D, h, w) -> (B
 
 
 def magvit_shapes(ch, ch_mult, n_res, bits, video):
-    """Names and shapes of Open-MAGVIT2's tokenizer, spelt out: the part's name, the name inside the part, the shape."""
+    """Names and shapes of Open-MAGVIT2's tokenizer, spelt out: the part's name, the name inside the part, the
+    shape.
+    """
     taps = (3,) if video else ()
     names = []
 
@@ -92,7 +101,9 @@ def magvit_shapes(ch, ch_mult, n_res, bits, video):
 
 
 def titok_golden(name, **options):
-    """Arrays of golden/tokenizers/titok_<name>.npz, the authors' weights, the model made of them, images in [-1, 1]."""
+    """Arrays of golden/tokenizers/titok_<name>.npz, the authors' weights, the model made of them, images in
+    [-1, 1].
+    """
     g = golden(f"tokenizers/titok_{name}")
     sd = {k.removeprefix("sd."): v for k, v in g.items() if k.startswith("sd.")}
     return g, sd, official_titok.load_tokenizer(sd, n_head=4, **options), 2 * g["image"] - 1
@@ -119,9 +130,11 @@ def official_mar():
     return load_mar(sd, n_head=4), sd
 
 
-TINY = ["--tokenizer", "vae", "--head", "gmm", "--n_shapes", "200", "--tok_steps", "24", "--tok_batch_size", "8", "--image_size", "16",
-        "--steps", "24", "--batch_size", "8", "--size", "tiny", "--log_every", "4", "--eval_every", "12",
-        "--warmup", "4", "--device", "cpu", "--dtype", "fp32"]
+TINY = [
+    "--tokenizer", "vae", "--head", "gmm", "--n_shapes", "200", "--tok_steps", "24", "--tok_batch_size", "8",
+    "--image_size", "16", "--steps", "24", "--batch_size", "8", "--size", "tiny", "--log_every", "4",
+    "--eval_every", "12", "--warmup", "4", "--device", "cpu", "--dtype", "fp32"
+]
 RARELY = ["--log_every", "12", "--eval_every", "24"]     # where nothing is stopped or resumed
 
 
@@ -146,5 +159,8 @@ def log_of(runs, name, column="loss"):
 
 
 IDS = ["--tokenizer", "vq", "--head", "categorical"]
-CLIPS = [*TINY, "--tokenizer", "lfq", "--head", "categorical", "--generator", "maskgit", "--frames", "5", "--image_size", "8", "--vocab_size",
-         "16", "--n_shapes", "60", "--tok_steps", "12", "--tok_batch_size", "4", "--steps", "8", "--batch_size", "4"]
+CLIPS = [
+    *TINY, "--tokenizer", "lfq", "--head", "categorical", "--generator", "maskgit", "--frames", "5",
+    "--image_size", "8", "--vocab_size", "16", "--n_shapes", "60", "--tok_steps", "12", "--tok_batch_size",
+    "4", "--steps", "8", "--batch_size", "4"
+]

@@ -238,27 +238,6 @@ def test_numbers_of_clips_are_those_of_their_frames(monkeypatch):
     assert rows["prediction_psnr_db"] == pytest.approx(10 * math.log10(4e10), abs=1e-3)
 
 
-def test_a_video_tokenizer_begins_as_the_image_tokenizer(tmp_path, capsys):
-    words = [w for w in CLIPS if w not in ("--frames", "5")
-             ] + ["--generator", "none", "--runs",
-                  str(tmp_path), "--tok_size", "clips"]
-    train.main([*words, "--n_shapes", "40"])
-    train.main([
-        *words, "--n_shapes", "40", "--frames", "5", "--inflate",
-        str(tmp_path / "shapes-lfq"), "--tok_steps", "1", "--tok_lr", "1e-9"
-    ])
-    image, video = (runs.load_run(tmp_path / name).tokenizer for name in ("shapes-lfq", "shapes-lfq-5f"))
-    x = data.draw(torch.arange(8), 8)[0]
-    assert (image.encode(x) == video.encode(x)).float().mean() > 0.99 and (
-        video.decode(video.encode(x)) - image.decode(image.encode(x))).abs().max() < 0.1
-    assert runs.read_checkpoint(tmp_path / "shapes-lfq-5f")["flags"]["inflate"] == str(tmp_path /
-                                                                                       "shapes-lfq")
-    for more, sentence in [(["--vocab_size", "32"], "its sizes are others; .*--vocab_size .16."),
-                           (["--inflate", str(tmp_path / "x")], "no ckpt.pt")]:
-        with pytest.raises(SystemExit, match=sentence):
-            train.main([*words, "--frames", "9", "--inflate", str(tmp_path / "shapes-lfq"), *more])
-
-
 @pytest.mark.parametrize(
     "words, sentence", [(["--tokenizer", "vae"], "--frames 17: only --tokenizer lfq reads clips"),
                         (["--frames", "18"], "--frames 18 .*so 17 or 21"),

@@ -191,7 +191,7 @@ def test_each_of_two_processes_draws_every_other_batch(tmp_path, monkeypatch):
 def test_editing_keeps_what_lies_outside_the_mask(kind, tmp_path, monkeypatch):
     run = untrained_run(tmp_path, kind)
     original = data.draw(torch.arange(1), 16)[0]
-    Image.fromarray(data.to_uint8(original)[0].permute(1, 2, 0).numpy()).save(tmp_path / "p.png")
+    Image.fromarray(pictures.to_uint8(original)[0].permute(1, 2, 0).numpy()).save(tmp_path / "p.png")
     seen, draw = {}, drawing.draw_tokens
 
     def watched(*rest, **tricks):

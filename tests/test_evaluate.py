@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import data
+from common import pictures
 import evaluate
 import train
 from common import captions, classifier, runs
@@ -24,7 +25,7 @@ def one_class(tmp_path_factory):
     """120 images of one class, each with a caption -> their folder."""
     folder = tmp_path_factory.mktemp("photographs")
     (folder / "disc").mkdir()
-    images = data.to_uint8(data.draw(torch.arange(120), 16)[0]).permute(0, 2, 3, 1).numpy()
+    images = pictures.to_uint8(data.draw(torch.arange(120), 16)[0]).permute(0, 2, 3, 1).numpy()
     for i, (image, text) in enumerate(zip(images, data.captions(torch.arange(120)))):
         Image.fromarray(image).save(folder / "disc" / f"{i:03d}.png")
         (folder / "disc" / f"{i:03d}.txt").write_text(text)

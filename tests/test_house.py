@@ -1,5 +1,6 @@
 """
-The house rules: arrows between files run down, model files stand alone, copies are equal, flags are read, docs are true.
+The house rules: arrows between files run down, model files stand alone, copies are equal, flags are read,
+docs are true.
 """
 import ast
 import re
@@ -43,13 +44,17 @@ WITHIN = {                                                  # the only arrows be
     ("official.open_magvit2", "official.llamagen"),
 }
 DOCS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
-SHAPES = dict(channels=3, B=3, T=16, D=4, V=64, C=32, K=5, H=16, W=16, S=6, N=7, bits=6, n_head=4, d=8, head_dim=8, P=1)
+SHAPES = dict(channels=3, B=3, T=16, D=4, V=64, C=32, K=5, H=16, W=16, S=6, N=7, bits=6, n_head=4, d=8,
+              head_dim=8, P=1)
 
 
 def files():
     """{dotted name: path} of the project's files, without tests and homework."""
     found = {}
-    for path in [*ROOT.glob("*.py"), *(p for room in ("common", "official", "recipes", "experiments") for p in ROOT.glob(f"{room}/*.py"))]:
+    for path in [
+            *ROOT.glob("*.py"), *(p for room in ("common", "official", "recipes", "experiments")
+                                  for p in ROOT.glob(f"{room}/*.py"))
+    ]:
         if path.stem not in ("__init__", "test_all"):
             found[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
     return found
@@ -120,10 +125,14 @@ def test_same_name_means_same_code():
                 assert code == ast.dump(node), f"{node.name} differs between {other}.py and {name}.py"
 
 
-@pytest.mark.parametrize("name", [*PROGRAMS, "data", *(n for n in sorted(files()) if n.startswith("recipes."))])
+@pytest.mark.parametrize("name",
+                         [*PROGRAMS, "data", *(n for n in sorted(files()) if n.startswith("recipes."))])
 def test_every_flag_is_explained_and_read(name):
     source = files()[name].read_text()
-    rooms = [path.read_text() for n, path in files().items() if n.startswith(("common.", "recipes.")) or n in PROGRAMS]
+    rooms = [
+        path.read_text() for n, path in files().items()
+        if n.startswith(("common.", "recipes.")) or n in PROGRAMS
+    ]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
             flag = node.args[0].value.lstrip("-")
@@ -131,11 +140,14 @@ def test_every_flag_is_explained_and_read(name):
             assert "help" in options, f"{name} --{flag} has no help"
             dest = options["dest"].value if "dest" in options else flag
             read = rf"\b\w+\.{dest}\b|[\"']{dest}[\"'][,)\]]|\bdict\([^)]*\b{dest}="
-            assert any(re.search(read, text) for text in rooms + [source]), f"{name} parses --{flag} and never reads it"
+            assert any(re.search(read, text)
+                       for text in rooms + [source]), f"{name} parses --{flag} and never reads it"
 
 
 def told(doc):
-    """The shapes that a docstring tells, (inputs, outputs): what stands in brackets before and after its first arrow."""
+    """The shapes that a docstring tells, (inputs, outputs): what stands in brackets before and after its
+    first arrow.
+    """
     doc = re.sub(r"\[, D\]", "", doc.replace("...", "5, 7")).split("\n\n")[0]
     before, after = re.split("->", doc, maxsplit=1)
     def shapes(text):
@@ -156,33 +168,44 @@ def test_shapes_are_as_the_docstrings_tell():
     ids, real, labels = torch.randint(64, (3, 16)), torch.randn(3, 16, 4), torch.arange(3)
     mask = torch.rand(3, 16) < 0.5
     vae_ = vae.VAE(image_size=16, token_dim=4, ch=8, ch_mult=(1, 1, 1), n_res=1, groups=4).eval()
-    tokenizers = [vq.VQ(image_size=16, vocab_size=64, code_dim=4, ch=8, ch_mult=(1, 1, 1), n_res=1, z_channels=8, groups=4).eval(),
-                  lfq.LFQ(image_size=16, bits=6, ch=8, ch_mult=(1, 1, 1), n_res=1, groups=4).eval(),
-                  titok.TiTok(image_size=16, n_tokens=16, vocab_size=64, code_dim=4, enc=(32, 1, 4), dec=(32, 1, 4)).eval()]
+    tokenizers = [
+        vq.VQ(image_size=16, vocab_size=64, code_dim=4, ch=8, ch_mult=(1, 1, 1), n_res=1, z_channels=8,
+              groups=4).eval(),
+        lfq.LFQ(image_size=16, bits=6, ch=8, ch_mult=(1, 1, 1), n_res=1, groups=4).eval(),
+        titok.TiTok(image_size=16, n_tokens=16, vocab_size=64, code_dim=4, enc=(32, 1, 4),
+                    dec=(32, 1, 4)).eval()
+    ]
     size = dict(n_layer=2, n_head=4, n_embd=32)
     of = lambda cls, head: cls(head(32, 64), 16, 3, vocab_size=64, grid=(4, 4), **size).eval()
-    ar, mg, mr = (of(m, m_.CategoricalHead) for m, m_ in ((ar_transformer.ARTransformer, ar_transformer), (maskgit.MaskGIT, maskgit),
-                                                          (mar.MAR, mar)))
+    ar, mg, mr = (of(m, m_.CategoricalHead) for m, m_ in ((ar_transformer.ARTransformer, ar_transformer),
+                                                          (maskgit.MaskGIT, maskgit), (mar.MAR, mar)))
     gmm, diffusion = gmm_head.GMMHead(32, 4, 5), diffusion_head.DiffusionHead(32, 4, 16, 1)
     flow = flow_adapter.FlowAdapter(4, (4, 4))
     h, x, some = torch.randn(5, 7, 32), torch.randn(5, 7, 4), torch.randint(64, (5, 7))
     q = torch.randn(3, 4, 6, 8)
-    calls = [(vae_.posterior, images), (vae_.encode, images), (vae_.decode, real), (vae_.decode_raw, real), (vae_.kl, real, real.exp()),
-             (vae_.reparameterise, real, real.exp()), *[(t.encode, images) for t in tokenizers], *[(t.decode, ids) for t in tokenizers],
-             *[(t.latents, images) for t in tokenizers[:2]], (tokenizers[0].quantizer.codes, ids), (tokenizers[0].quantizer.nearest, real),
-             (lfq.quantize, torch.randn(5, 7, 6)), (lfq.codes, some, 6), (lfq.entropy_of_mean, torch.randn(7, 6), 0.1),
-             (flow.forward, real), (flow.inverse, real), (gmm.mixture, h), (gmm.log_prob, h, x), (gmm.loss, h, x), (gmm.sample, h),
+    calls = [(vae_.posterior, images), (vae_.encode, images), (vae_.decode, real), (vae_.decode_raw, real),
+             (vae_.kl, real, real.exp()), (vae_.reparameterise, real, real.exp()),
+             *[(t.encode, images) for t in tokenizers], *[(t.decode, ids) for t in tokenizers],
+             *[(t.latents, images) for t in tokenizers[:2]], (tokenizers[0].quantizer.codes, ids),
+             (tokenizers[0].quantizer.nearest, real), (lfq.quantize, torch.randn(5, 7, 6)),
+             (lfq.codes, some, 6), (lfq.entropy_of_mean, torch.randn(7, 6), 0.1), (flow.forward, real),
+             (flow.inverse, real), (gmm.mixture, h), (gmm.log_prob, h, x), (gmm.loss, h, x), (gmm.sample, h),
              (diffusion.loss, h, x), (diffusion.sample, h), (ar.head.loss, h, some), (ar.head.sample, h),
-             (ar.hidden_states, ids, labels), (ar.logits, ids, labels), (ar.sample, labels), (ar.beam_search, labels, 2, 2),
-             (mg.hidden_states, ids, labels, mask), (mg.logits, ids, labels, mask), (mg.sample, labels),
-             (mg.training_mask, 3, "cpu"), (mr.hidden, ids, labels, mask), (mr.sample, labels), (ar_transformer.attention, q, q, q)]
+             (ar.hidden_states, ids, labels), (ar.logits, ids, labels), (ar.sample, labels),
+             (ar.beam_search, labels, 2, 2), (mg.hidden_states, ids, labels, mask),
+             (mg.logits, ids, labels, mask), (mg.sample, labels), (mg.training_mask, 3, "cpu"),
+             (mr.hidden, ids, labels, mask), (mr.sample, labels), (ar_transformer.attention, q, q, q)]
     for f, *inputs in calls:
         before, after = told(f.__doc__)
         given = [tuple(v.shape) for v in inputs if isinstance(v, torch.Tensor)]
         name = getattr(f, "__qualname__", f)
-        assert not before or before[:len(given)] == given[:len(before)], f"{name} is given {given}, its docstring says {before}"
+        assert not before or before[:len(given)] == given[:len(
+            before)], f"{name} is given {given}, its docstring says {before}"
         out = f(*inputs)
-        out = [tuple(v.shape) for v in (out if isinstance(out, tuple) else (out,)) if isinstance(v, torch.Tensor)]
+        out = [
+            tuple(v.shape) for v in (out if isinstance(out, tuple) else (out, ))
+            if isinstance(v, torch.Tensor)
+        ]
         if "each" in f.__doc__.split("\n\n")[0]:
             after = after[:1] * len(out)
         assert after[:len(out)] == out, f"{name} gives {out}, its docstring says {after}"

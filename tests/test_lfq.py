@@ -1,4 +1,6 @@
-"""Tests of lfq.py: signs and entropies against the authors' arrays and the sum over all codes; causality; images and clips."""
+"""Tests of lfq.py: signs and entropies against the authors' arrays and the sum over all codes; causality;
+images and clips.
+"""
 import math
 
 import pytest
@@ -14,8 +16,9 @@ from tests.helpers import close, golden
 def k_way(z, tau):
     """Both entropies by the definition, over all codes: z (N, bits) float64."""
     bits = z.shape[1]
-    all_codes = torch.tensor([[1.0 if c >> i & 1 else -1.0 for i in range(bits)] for c in range(1 << bits)]).to(z)
-    p = (-(z[:, None] - all_codes).square().sum(-1) / tau).softmax(-1)                      # the distance, not z.c
+    all_codes = torch.tensor([[1.0 if c >> i & 1 else -1.0 for i in range(bits)]
+                              for c in range(1 << bits)]).to(z)
+    p = (-(z[:, None] - all_codes).square().sum(-1) / tau).softmax(-1)                 # the distance, not z.c
     return torch.special.entr(p).sum(-1).mean(), torch.special.entr(p.mean(0)).sum()
 
 
@@ -27,19 +30,21 @@ def test_lfq_signs_ids_and_losses_are_the_authors(bits):
         q, ids = lfq.quantize(z)
         assert torch.equal(q, g[f"{s}_om_quantized"]) and torch.equal(q, g[f"{s}_vqt_t100_quantized"])
         assert torch.equal(ids, g[f"{s}_om_indices"]) and ids[0, 0] == 0, "a z of 0 is -1 everywhere"
-        assert torch.equal(lfq.quantize(z.flip(-1))[1], g[f"{s}_vqt_t100_indices"]), "they read the bits the other way round"
+        assert torch.equal(lfq.quantize(z.flip(-1))[1],
+                           g[f"{s}_vqt_t100_indices"]), "they read the bits the other way round"
         assert torch.equal(lfq.codes(ids, bits), q)
-        assert torch.equal(torch.autograd.grad((q * g["proj"]).sum(), z)[0], g[f"{s}_om_grad_st"]), "straight through"
+        assert torch.equal(torch.autograd.grad((q * g["proj"]).sum(), z)[0],
+                           g[f"{s}_om_grad_st"]), "straight through"
         close((z - q.detach()).square().mean(), g[f"{s}_om_commitment"], 1e-6)
         for name, tau in (("om", 0.01), ("vqt_t100", 0.01), ("vqt_t10", 0.1)):
             per_sample, batch = lfq.entropy_penalty(z, tau)
             grads = [torch.autograd.grad(v, z)[0] for v in (per_sample, batch)]
-            rough = name == "om"                            # 1e-5 inside the logarithm; vqt's clamp is off per token only
+            rough = name == "om"                # 1e-5 inside the logarithm; vqt's clamp is off per token only
             close(per_sample, g[f"{s}_{name}_per_sample_entropy"], 2e-4)
             close(grads[0], g[f"{s}_{name}_grad_per_sample"], 3e-3)
             close(batch, g[f"{s}_{name}_batch_entropy"], 3e-3 if rough else 1e-6)
             close(grads[1], g[f"{s}_{name}_grad_batch"], 2e-2 if rough else 2e-4)
-        exact = g[f"{s}_exact_per_sample"].item(), g[f"{s}_exact_batch"].item()            # no epsilon, in float64
+        exact = g[f"{s}_exact_per_sample"].item(), g[f"{s}_exact_batch"].item()       # no epsilon, in float64
         assert [v.item() for v in lfq.entropy_penalty(z, 0.01)] == pytest.approx(exact, rel=1e-6)
         for size in (1, 2, 5) if bits == 10 else (1, 2, 4):
             grouped = lfq.entropy_penalty(z, 0.01, groups=bits // size)[1]
@@ -47,7 +52,8 @@ def test_lfq_signs_ids_and_losses_are_the_authors(bits):
             if f"{s}_exact_batch_grouped_g{size}" in g:
                 assert grouped.item() == pytest.approx(g[f"{s}_exact_batch_grouped_g{size}"].item(), rel=1e-6)
     if bits == 10:
-        assert torch.equal(lfq.codes(g["s2_om_pre_4_6"], 4), q[..., :4]), "the first channels are the low bits"
+        assert torch.equal(lfq.codes(g["s2_om_pre_4_6"], 4),
+                           q[..., :4]), "the first channels are the low bits"
         assert torch.equal(lfq.codes(g["s2_om_post_4_6"], 6), q[..., 4:])
 
 
@@ -62,18 +68,19 @@ def test_lfq_entropy_penalty_and_gradient_equal_the_sum_over_all_codes(scale, ta
     odd = 0.02 * torch.randn(5, 3, 7)
     close(torch.stack(lfq.entropy_penalty(odd)), torch.stack(k_way(odd.flatten(0, 1).double(), 0.01)), 1e-6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(lfq.entropy_penalty(z, tau)[1], lfq.entropy_penalty(z.detach(), tau)[1]), "float32 there too"
+        assert torch.equal(lfq.entropy_penalty(z, tau)[1],
+                           lfq.entropy_penalty(z.detach(), tau)[1]), "float32 there too"
     with pytest.raises(ValueError, match="10 bits cannot be cut into 3"):
         lfq.entropy_penalty(z, groups=3)
 
 
 def test_lfq_entropy_penalty_has_no_trouble_with_certainty_or_with_rare_codes():
-    z = lfq.codes(torch.tensor([0, 0, 5, 1023]), 10).requires_grad_()                       # p is 0 or 1 in float32
+    z = lfq.codes(torch.tensor([0, 0, 5, 1023]), 10).requires_grad_()                 # p is 0 or 1 in float32
     per_sample, batch = lfq.entropy_penalty(z)
     assert per_sample == 0 and abs(batch - 1.5 * math.log(2)) < 1e-6
     (per_sample - batch).backward()
     assert torch.isfinite(z.grad).all()
-    z = torch.zeros(64, 18, requires_grad=True)                                             # each code has 2^-18 < 1e-5
+    z = torch.zeros(64, 18, requires_grad=True)             # each code has 2^-18 < 1e-5
     assert [v.item() for v in lfq.entropy_penalty(z)] == pytest.approx([18 * math.log(2)] * 2, rel=1e-6)
 
 
@@ -113,21 +120,23 @@ def test_lfq_batch_entropy_is_over_all_processes(monkeypatch):
         part = part.clone().requires_grad_()
         batch = lfq.entropy_penalty(part)[1]
         close(batch, reference, 1e-6)
-        close(torch.autograd.grad(batch, part)[0] / 2, share, 1e-5)                         # DDP takes the mean over two
+        close(torch.autograd.grad(batch, part)[0] / 2, share, 1e-5)              # DDP takes the mean over two
     with torch.no_grad():
-        assert lfq.entropy_penalty(z[0])[1] < 0.99 * reference, "a process that validates alone does not wait for others"
+        assert lfq.entropy_penalty(
+            z[0])[1] < 0.99 * reference, "a process that validates alone does not wait for others"
 
 
 def test_lfq_causal_convolution_and_depth_to_space_are_the_authors():
     g = golden("tokenizers/causal_conv3d")
-    for tag, weight, bias in (("stride111", g["w"], g["b"]), ("stride122", g["w"], g["b"]), ("stride222", g["w"], g["b"]),
-                              ("k111", g["w1x1"], None), ("k533", g["w5"], None)):
+    for tag, weight, bias in (("stride111", g["w"], g["b"]), ("stride122", g["w"], g["b"]),
+                              ("stride222", g["w"], g["b"]), ("k111", g["w1x1"], None), ("k533", g["w5"],
+                                                                                         None)):
         stride = tuple(map(int, tag[-3:])) if tag.startswith("s") else (1, 1, 1)
         conv = lfq.CausalConv(2, 4, tuple(weight.shape[2:]), stride, bias=bias is not None)
         conv.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
         with torch.no_grad():
             close(conv(g["x"]), g[f"om_y_{tag}"], 1e-5)
-            close(conv(g["x"][:, :, :1]), g[f"om_y_{tag}"][:, :, :1], 1e-5)                 # one frame: by the 2-D shortcut
+            close(conv(g["x"][:, :, :1]), g[f"om_y_{tag}"][:, :, :1], 1e-5)   # one frame: by the 2-D shortcut
     up = lfq.CausalUpsample(2, (3, 3, 3), 2)
     up.load_state_dict({"weight": g["up_w"], "bias": g["up_b"]})
     with torch.no_grad():
@@ -139,8 +148,11 @@ def test_lfq_causal_convolution_and_depth_to_space_are_the_authors():
         close(norm(g["agn_x"], g["agn_z"]), g["agn_y"], 1e-5)
         norm.per_frame = True
         close(norm(g["agn_x"], g["agn_z"])[:, :, 0], g["agn2d_y"], 1e-5)
-        fast = g["agn_x"][:, :, [0, 1, 2, 0, 1, 2, 0, 1, 2]]                                # 9 frames to 3 of codes
-        slow = [norm(fast[:, :, t:t + 1], g["agn_z"][:, :, f:f + 1]) for t, f in enumerate((0, 1, 1, 1, 1, 2, 2, 2, 2))]
+        fast = g["agn_x"][:, :, [0, 1, 2, 0, 1, 2, 0, 1, 2]]                          # 9 frames to 3 of codes
+        slow = [
+            norm(fast[:, :, t:t + 1], g["agn_z"][:, :, f:f + 1])
+            for t, f in enumerate((0, 1, 1, 1, 1, 2, 2, 2, 2))
+        ]
         norm.time = 4
         close(norm(fast, g["agn_z"]), torch.cat(slow, dim=2), 1e-5)
 
@@ -191,7 +203,8 @@ def test_lfq_sees_grey_images_and_label_maps():
     model = lfq.LFQ(image_size=16, frames=5, channels=1, n_res=1)
     for images in (clip, clip[:, :, 0]):
         recon = model.decode(model.encode(images))
-        assert recon.shape == images.shape and torch.equal(recon[:, 0], recon[:, 2]) and model(images)[0].ndim == 0
+        assert recon.shape == images.shape and torch.equal(recon[:, 0],
+                                                           recon[:, 2]) and model(images)[0].ndim == 0
     maps = F.one_hot(data.draw(torch.arange(4), 16)[2].long(), 11).permute(0, 3, 1, 2).float() * 2 - 1
     model = lfq.LFQ(image_size=16, channels=11, n_res=1)
     assert model.decode(model.encode(maps)).shape == maps.shape and model(maps)[0].ndim == 0
@@ -208,9 +221,10 @@ def trained_at_random(model):
 
 
 def test_lfq_never_looks_ahead():
-    model, clip = trained_at_random(lfq.LFQ(image_size=16, frames=17, n_res=1)), torch.rand(1, 3, 17, 16, 16) * 2 - 1
+    model, clip = trained_at_random(lfq.LFQ(image_size=16, frames=17,
+                                            n_res=1)), torch.rand(1, 3, 17, 16, 16) * 2 - 1
     with torch.no_grad():
-        z = model.latents(clip).unflatten(1, model.grid)                                    # (1, 5, 4, 4, bits)
+        z = model.latents(clip).unflatten(1, model.grid)    # (1, 5, 4, 4, bits)
         assert model.grid == (5, 4, 4)
         for t in (1, 4, 5, 16):                             # tokens f hold frames 4f - 3 .. 4f
             changed = clip.clone()
@@ -218,7 +232,8 @@ def test_lfq_never_looks_ahead():
             moved = (model.latents(changed).unflatten(1, model.grid) - z).abs().amax((0, 2, 3, 4)) > 1e-6
             assert moved.tolist() == [f >= (t + 3) // 4 for f in range(5)], t
         alone = model.latents(clip[:, :, 0])
-        assert (alone - z[:, 0].flatten(1, 2)).abs().max() < 1e-6 * z.abs().max(), "an image is a clip of one frame"
+        assert (alone -
+                z[:, 0].flatten(1, 2)).abs().max() < 1e-6 * z.abs().max(), "an image is a clip of one frame"
         assert torch.equal(alone, model.latents(clip[:, :, :1]))
         shorter = model.latents(clip[:, :, :9]).unflatten(1, (3, 4, 4))
         assert torch.allclose(shorter, z[:, :3], atol=1e-5)
@@ -250,7 +265,7 @@ def test_lfq_counts_frames_and_refuses_what_does_not_fit():
             video.encode(torch.zeros(1, 3, f, 8, 8))
         with pytest.raises(ValueError, match=sentence):
             lfq.LFQ(frames=f)
-    clip = torch.rand(2, 3, 4, 8, 8)                        # an image tokenizer takes any clip, frame by frame
+    clip = torch.rand(2, 3, 4, 8, 8)                       # an image tokenizer takes any clip, frame by frame
     ids = image.encode(clip).view(2, 4, 4)
     assert all(torch.equal(ids[:, t], image.encode(clip[:, :, t])) for t in range(4))
     assert image.decode(ids.flatten(1)).shape == clip.shape
@@ -262,7 +277,8 @@ def test_lfq_inflated_is_the_image_tokenizer():
     with torch.no_grad():
         z = image.latents(pictures)
         close(video.latents(pictures), z, 1e-6)
-        close(video.latents(pictures.unsqueeze(2).expand(-1, -1, 9, -1, -1)), z.repeat(1, 3, 1), 1e-5)     # standing still
+        # standing still
+        close(video.latents(pictures.unsqueeze(2).expand(-1, -1, 9, -1, -1)), z.repeat(1, 3, 1), 1e-5)
         ids = image.encode(pictures)
         close(video.decode(ids), image.decode(ids), 1e-5)
         still = video.decode(ids.repeat(1, 3))

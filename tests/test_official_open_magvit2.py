@@ -124,7 +124,8 @@ def magvit_weights(ch_mult, video):
     """The weights behind golden/tokenizers/*_tokenizer_tiny.npz, by the recipe in the README there."""
     sd = {}
     for part, name, shape in magvit_shapes(32, ch_mult, 1, 6, video):
-        w = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32) * np.float32(0.05)
+        w = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(
+            np.float32) * np.float32(0.05)
         sd[f"{part}.{name}"] = torch.from_numpy(w + (w.ndim == 1 and name.endswith("weight")))
     return sd
 
@@ -164,7 +165,8 @@ def test_open_magvit2s_tokenizer_names_the_key_that_does_not_fit(tmp_path):
     assert official.load_tokenizer(tmp_path / "imagenet.ckpt").seq_len == 64 * 64
     with pytest.raises(ValueError, match="decoder.extra.weight"):
         official.load_tokenizer(sd | {"decoder.extra.weight": torch.zeros(1)})
-    for key in ("decoder.adaptive.1.gamma.bias", "encoder.conv_in.weight", "decoder.up.2.upsample.conv1.weight"):
+    for key in ("decoder.adaptive.1.gamma.bias", "encoder.conv_in.weight",
+                "decoder.up.2.upsample.conv1.weight"):
         with pytest.raises(ValueError, match=key):
             official.load_tokenizer({k: v for k, v in sd.items() if k != key})
     ema = {"model_ema." + k.replace(".", ""): v for k, v in sd.items() if k != "encoder.conv_out.bias"}

@@ -13,6 +13,7 @@ import torch.nn as nn
 
 import ar_transformer
 import data
+from common import pictures
 import lfq
 import titok
 import train
@@ -100,7 +101,7 @@ def test_an_arithmetic_coded_file_is_as_long_as_its_model_says():
     ids[places[places >= 0]] = drawn[places >= 0]
     padded = torch.where(places >= 0, ids[places], 0)
     with torch.no_grad():                              # in one pass: the same probabilities, but for rounding
-        nats = model.head.loss(model.hidden(padded, torch.full((len(places), ), 3)),
+        nats = model.head.loss(model.hidden_states(padded, torch.full((len(places), ), 3)),
                                padded)[places >= 0].sum().item()
     size = len(compress.encode_ids(ids.view(lay.f, lay.h, lay.w), lay.lengths, model))
     bits = nats / math.log(2)
@@ -128,7 +129,7 @@ def test_a_clip_of_any_size_goes_through_every_tokenizer():
     ids, lay = compress.to_ids(tokenizer, clip)
     assert torch.equal(ids.flatten(), tokenizer.encode(x)[0])
     assert torch.equal(compress.from_ids(tokenizer, ids, lay),
-                       data.to_uint8(tokenizer.decode(tokenizer.encode(x)))[0].transpose(0, 1))
+                       pictures.to_uint8(tokenizer.decode(tokenizer.encode(x)))[0].transpose(0, 1))
 
 
 def test_truncated_altered_and_foreign_files_are_refused():
@@ -161,7 +162,7 @@ def test_compress_and_decompress_from_the_command_line(tiny_run, tmp_path, capsy
     words = ["--tokenizer", "lfq", "--head", "categorical", "--vocab_size", "64"]
     train.main([*TINY, *RARELY, *words, "--runs", str(tiny_run)])
     tok, ar = str(tiny_run / "shapes-lfq"), str(tiny_run / "shapes-lfq-ar-categorical")
-    clip = data.to_uint8(data.draw_clips(torch.arange(1), 30, 3)[0][0].transpose(0, 1))
+    clip = pictures.to_uint8(data.draw_clips(torch.arange(1), 30, 3)[0][0].transpose(0, 1))
     a, b, c = (str(tmp_path / name) for name in ("a.webp", "b.lfq", "c.webp"))
     compress.write_clip(a, clip, 50)
     assert torch.equal(compress.read_clip(a)[0], clip)

@@ -60,32 +60,39 @@ def test_train_refuses_in_one_sentence(words, sentence, tmp_path, capsys):
 
 def test_refusals_end_with_an_exit_code_and_no_traceback(tiny_run, tmp_path, capsys):
     folder = str(tiny_run / "shapes-vae-ar-gmm")
-    for words, sentence in [(["train.py", *TINY, "--runs", tiny_run, "--beta", "0.5"], "--beta 0.5 does not fit .* --beta 0.02"),
+    for words, sentence in [(["train.py", *TINY, "--runs", tiny_run, "--beta",
+                              "0.5"], "--beta 0.5 does not fit .* --beta 0.02"),
                             (["sample.py", folder, "--class", "heart"], "the classes are disc"),
                             (["evaluate.py", folder, "--n", 3], "--n 3")]:
         out = call(*words, code=1)
         assert re.search(sentence, out) and "Traceback" not in out, out
-    for program, words, sentence in [(sample, [tmp_path], "no ckpt.pt"), (train, ["--tokenizer", "vae", "--no_flag"], "unrecognized arguments"),
+    for program, words, sentence in [(sample, [tmp_path], "no ckpt.pt"),
+                                     (train, ["--tokenizer", "vae", "--no_flag"], "unrecognized arguments"),
                                      (sample, [tiny_run / "shapes-vae"], "a tokenizer alone cannot draw")]:
         with pytest.raises(SystemExit) as caught:           # the interpreter prints its text and exits with 1
             program.main([str(w) for w in words])
-        assert caught.value.code not in (0, None) and re.search(sentence, f"{caught.value} {capsys.readouterr().err}")
+        assert caught.value.code not in (0, None) and re.search(sentence,
+                                                                f"{caught.value} {capsys.readouterr().err}")
 
 
-@pytest.mark.parametrize("words, sentence", [
-    (["--tokenizer", "vae", "--head", "categorical"], "gives real vectors: use --head gmm"),
-    (["--tokenizer", "vq", "--head", "gmm"], "gives ids: use --head categorical"),
-    (["--tokenizer", "vq", "--adapter", "flow"], "--adapter: needs --tokenizer vae"),
-    (["--tokenizer", "lfq", "--vocab_size", "1000"], "power of 2"), (["--tokenizer", "lfq", "--token_dim", "8"], "10 bits for 1024"),
-    (["--tokenizer", "vae", "--vocab_size", "64"], "--vocab_size: is for"), (["--tokenizer", "vq", "--tokens", "8"], "--tokens: is for"),
-    (["--tokenizer", "vq", "--tok_size", "kl16"], "--tok_size kl16: --tokenizer vq has"),
-    (["--tokenizer", "vq", "--condition", "text", "--generator", "mar"], "only --generator ar reads captions"),
-    (["--tokenizer", "vq", "--condition", "text", "--flip"], "may say left or right"),
-    (["--tokenizer", "vae", "--codebook", "l2"], "--codebook: is for"),
-    (["--tokenizer", "lfq", "--frames", "5", "--flip"], "moves right"),
-    (["--tokenizer", "lfq", "--vocab_size", "1"], "power of 2"),
-    (["--tokenizer", "vq", "--vocab_size", "1000", "--groups", "2"], "such as 1024"),
-    (["--tokenizer", "vae", "--gan", "-1"], "--gan -1.0: must not be negative")])
+@pytest.mark.parametrize(
+    "words, sentence",
+    [(["--tokenizer", "vae", "--head", "categorical"], "gives real vectors: use --head gmm"),
+     (["--tokenizer", "vq", "--head", "gmm"], "gives ids: use --head categorical"),
+     (["--tokenizer", "vq", "--adapter", "flow"], "--adapter: needs --tokenizer vae"),
+     (["--tokenizer", "lfq", "--vocab_size", "1000"], "power of 2"),
+     (["--tokenizer", "lfq", "--token_dim", "8"], "10 bits for 1024"),
+     (["--tokenizer", "vae", "--vocab_size", "64"], "--vocab_size: is for"),
+     (["--tokenizer", "vq", "--tokens", "8"], "--tokens: is for"),
+     (["--tokenizer", "vq", "--tok_size", "kl16"], "--tok_size kl16: --tokenizer vq has"),
+     (["--tokenizer", "vq", "--condition", "text", "--generator", "mar"
+       ], "only --generator ar reads captions"),
+     (["--tokenizer", "vq", "--condition", "text", "--flip"], "may say left or right"),
+     (["--tokenizer", "vae", "--codebook", "l2"], "--codebook: is for"),
+     (["--tokenizer", "lfq", "--frames", "5", "--flip"], "moves right"),
+     (["--tokenizer", "lfq", "--vocab_size", "1"], "power of 2"),
+     (["--tokenizer", "vq", "--vocab_size", "1000", "--groups", "2"], "such as 1024"),
+     (["--tokenizer", "vae", "--gan", "-1"], "--gan -1.0: must not be negative")])
 def test_what_cannot_work_together_is_refused(words, sentence, tmp_path):
     with pytest.raises(SystemExit, match=sentence):
         train.main([*words, "--runs", str(tmp_path)])
@@ -132,12 +139,31 @@ def test_a_run_goes_on_with_the_same_images_only(tiny_run, tmp_path, capsys):
     state = runs.read_checkpoint(tiny_run / "shapes-vae")
     torch.save(state | {"fingerprint": runs.fingerprint(one)}, folder / "ckpt.pt")
     args = train.parse_args(TINY)
+    args.begun = [folder]
     runs.refuse_other_data(args, folder, copy)
     with pytest.raises(SystemExit, match="these are not the images"):
         runs.refuse_other_data(args, folder, other)
+    args.begun = []                                         # trained anew: the old images do not matter
+    runs.refuse_other_data(args, folder, other)
 
 
-@pytest.mark.parametrize("flag, value", [("task", "segment"), ("joint", True), ("mix", "full"), ("stage", "proxy")])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_overwrite_trains_anew_whatever_was_there(damaged, tiny_run, tmp_path):
+    """A run on other images, or a checkpoint that cannot be read."""
+    for name in ("shapes-vae", "shapes-vae-ar-gmm"):
+        shutil.copytree(tiny_run / name, tmp_path / name)
+        if damaged:
+            (tmp_path / name / "ckpt.pt").write_bytes(b"half a file")
+    args = runs.resolve(train.parse_args([*TINY, "--runs", str(tmp_path), "--seed", "1", "--overwrite"]),
+                        tmp_path / "shapes-vae", tmp_path / "shapes-vae-ar-gmm")
+    assert runs.stages_to_train(args, tmp_path / "shapes-vae", tmp_path / "shapes-vae-ar-gmm") == [1, 2]
+    train_set, _ = runs.open_data(args)
+    for name in ("shapes-vae", "shapes-vae-ar-gmm"):
+        runs.refuse_other_data(args, tmp_path / name, train_set)
+
+
+@pytest.mark.parametrize("flag, value", [("task", "segment"), ("joint", True), ("mix", "full"),
+                                         ("stage", "proxy")])
 def test_runs_of_the_first_edition_with_options_that_are_gone_are_refused(flag, value, tiny_run, tmp_path):
     state = runs.read_checkpoint(tiny_run / "shapes-vae")
     state["flags"][flag] = value

@@ -25,7 +25,8 @@ def test_a_run_leaves_its_files_and_samples(tiny_run, tmp_path):
     for name in ("ckpt.pt", "log.csv", "curve.png", "samples.png"):
         assert (folder / name).stat().st_size > 0
     assert (tiny_run / "shapes-vae" / "reconstructions.png").exists() and not list(tiny_run.rglob("*.tmp"))
-    out = call("sample.py", folder, "--npz", tmp_path / "x.npz", "--gif", tmp_path / "x.gif", "--out", tmp_path / "x.png", "--n", 30)
+    out = call("sample.py", folder, "--npz", tmp_path / "x.npz", "--gif", tmp_path / "x.gif", "--out",
+               tmp_path / "x.png", "--n", 30)
     assert re.search(r"s per image at batch 30, fp32, cpu", out)
     with np.load(tmp_path / "x.npz") as f:
         assert f["arr_0"].shape == (30, 16, 16, 3) and f["arr_0"].dtype == np.uint8
@@ -34,44 +35,51 @@ def test_a_run_leaves_its_files_and_samples(tiny_run, tmp_path):
     assert "trained already" in call("train.py", *TINY, "--runs", tiny_run)
 
 
-@pytest.mark.parametrize("words, name", [
-    (["--generator", "maskgit"], "shapes-vae-maskgit-gmm"), (["--adapter", "flow"], "shapes-vae-flow-ar-gmm"),
-    (["--generator", "maskgit", "--adapter", "flow"], "shapes-vae-flow-maskgit-gmm"),
-    (["--generator", "mar", "--head", "diffusion"], "shapes-vae-mar-diffusion"),
-    (["--generator", "mar", "--head", "diffusion", "--objective", "flow", "--name", "mf"], "mf"),
-    (["--generator", "mar", "--order", "raster", "--attention", "causal", "--name", "mc"], "mc"),
-    (["--head", "diffusion"], "shapes-vae-ar-diffusion"),
-    ([*IDS], "shapes-vq-ar-categorical"), ([*IDS, "--generator", "maskgit"], "shapes-vq-maskgit-categorical"),
-    ([*IDS, "--generator", "mar"], "shapes-vq-mar-categorical"),
-    (["--perceptual", "1", "--gan", "0.5", "--tok_name", "vg", "--name", "vg-ar"], "vg-ar"),
-    ([*IDS, "--gan", "0.5", "--tok_name", "qg", "--name", "qg-ar"], "qg-ar"),
-    ([*IDS, "--tokenizer", "lfq", "--vocab_size", "64", "--generator", "maskgit"], "shapes-lfq-maskgit-categorical"),
-    ([*IDS, "--tokenizer", "titok", "--tokens", "6", "--generator", "maskgit"], "shapes-titok-maskgit-categorical"),
-    (["--tokenizer", "titok-vae", "--tokens", "5", "--generator", "mar", "--head", "diffusion"],
-     "shapes-titok-vae-mar-diffusion"),
-    ([*IDS, "--codebook", "ema", "--vocab_size", "32", "--tok_name", "ve", "--generator", "mar", "--attention", "causal",
-      "--flip", "--name", "vc"], "vc")])
+@pytest.mark.parametrize(
+    "words, name",
+    [(["--generator", "maskgit"], "shapes-vae-maskgit-gmm"),
+     (["--adapter", "flow"], "shapes-vae-flow-ar-gmm"),
+     (["--generator", "maskgit", "--adapter", "flow"], "shapes-vae-flow-maskgit-gmm"),
+     (["--generator", "mar", "--head", "diffusion"], "shapes-vae-mar-diffusion"),
+     (["--generator", "mar", "--head", "diffusion", "--objective", "flow", "--name", "mf"], "mf"),
+     (["--generator", "mar", "--order", "raster", "--attention", "causal", "--name", "mc"], "mc"),
+     (["--head", "diffusion"], "shapes-vae-ar-diffusion"), ([*IDS], "shapes-vq-ar-categorical"),
+     ([*IDS, "--generator", "maskgit"], "shapes-vq-maskgit-categorical"),
+     ([*IDS, "--generator", "mar"], "shapes-vq-mar-categorical"),
+     (["--perceptual", "1", "--gan", "0.5", "--tok_name", "vg", "--name", "vg-ar"], "vg-ar"),
+     ([*IDS, "--gan", "0.5", "--tok_name", "qg", "--name", "qg-ar"], "qg-ar"),
+     ([*IDS, "--tokenizer", "lfq", "--vocab_size", "64", "--generator", "maskgit"
+       ], "shapes-lfq-maskgit-categorical"),
+     ([*IDS, "--tokenizer", "titok", "--tokens", "6", "--generator", "maskgit"
+       ], "shapes-titok-maskgit-categorical"),
+     (["--tokenizer", "titok-vae", "--tokens", "5", "--generator", "mar", "--head", "diffusion"
+       ], "shapes-titok-vae-mar-diffusion"),
+     ([
+         *IDS, "--codebook", "ema", "--vocab_size", "32", "--tok_name", "ve", "--generator", "mar",
+         "--attention", "causal", "--flip", "--name", "vc"
+     ], "vc")])
 def test_every_combination_trains_loads_and_samples(words, name, tiny_run, capsys, monkeypatch):
     short = functools.partial(classifier.train_classifier, steps=12, batch_size=32)
-    monkeypatch.setattr(classifier, "train_classifier", short)                # of --perceptual: 12 steps are enough
+    monkeypatch.setattr(classifier, "train_classifier", short)          # of --perceptual: 12 steps are enough
     train.main([*TINY, *RARELY, "--runs", str(tiny_run), *words])
     assert (tiny_run / name / "samples.png").stat().st_size > 0 and (tiny_run / name / "curve.png").exists()
     run = runs.load_run(tiny_run / name)
     images = drawing.draw_samples(run, torch.arange(4))
     assert images.shape == (4, 3, 16, 16) and torch.isfinite(images).all()
     assert all(torch.isfinite(torch.tensor(v)) for v in log_of(tiny_run, name).values())
-    if name in ("shapes-vae-maskgit-gmm", "shapes-vae-mar-diffusion", "shapes-vq-ar-categorical", "shapes-vq-maskgit-categorical",
-                "mc"):
+    if name in ("shapes-vae-maskgit-gmm", "shapes-vae-mar-diffusion", "shapes-vq-ar-categorical",
+                "shapes-vq-maskgit-categorical", "mc"):
         bf16_draws_nearly_what_fp32_draws(run)
 
 
-SAVES_OFTEN = "import sys, train; train.SAVE_SECONDS = 0; train.main(sys.argv[1:])"             # after every step
+SAVES_OFTEN = "import sys, train; train.SAVE_SECONDS = 0; train.main(sys.argv[1:])"         # after every step
 
 
 def test_killed_twice_and_resumed_equals_uninterrupted_bit_for_bit(tiny_run, tmp_path):
     for stage, more in (("stage 1", []), ("stage 2", ["--resume"])):
         words = [sys.executable, "-c", SAVES_OFTEN, *TINY, "--runs", tmp_path, *more]
-        process = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, text=True, env=ENV, cwd=ROOT)
+        process = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, text=True, env=ENV,
+                                   cwd=ROOT)
         inside = False
         for line in process.stdout:
             inside = inside or line.startswith(stage)
@@ -84,7 +92,8 @@ def test_killed_twice_and_resumed_equals_uninterrupted_bit_for_bit(tiny_run, tmp
     for name in ("shapes-vae", "shapes-vae-ar-gmm"):
         ours, theirs = runs.read_checkpoint(tmp_path / name), runs.read_checkpoint(tiny_run / name)
         for part in ("model", "ema"):
-            assert all(torch.equal(v, theirs[part][k]) for k, v in ours[part].items()), f"{name}: {part} differs"
+            assert all(torch.equal(v, theirs[part][k])
+                       for k, v in ours[part].items()), f"{name}: {part} differs"
         assert log_of(tmp_path, name) == log_of(tiny_run, name)
     both = [runs.load_run(folder / "shapes-vae-ar-gmm") for folder in (tmp_path, tiny_run)]
     assert torch.equal(*(drawing.draw_samples(run, torch.arange(10)) for run in both))
@@ -102,7 +111,8 @@ def test_two_processes_follow_one(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
-    out = call("train.py", *TINY, "--runs", tmp_path, "--tok_lr", "1e30", "--warmup", "1", "--generator", "none", code=1)
+    out = call("train.py", *TINY, "--runs", tmp_path, "--tok_lr", "1e30", "--warmup", "1", "--generator",
+               "none", code=1)
     step = int(re.search(r"step (\d+): the loss is not finite", out).group(1))
     saved = runs.read_checkpoint(tmp_path / "shapes-vae")
     assert "Traceback" not in out and saved["step"] <= step
@@ -114,7 +124,8 @@ def test_the_adversarial_losses_go_around_every_tokenizer(name):
     given = argparse.Namespace(tokenizer=name, generator="none", head=None, frames=None)
     args = argparse.Namespace(**runs.defaults_of(given, torch.device("cpu")), tokenizer=name)
     tokenizer = runs.build_tokenizer(args)
-    model = perceptual_gan.AdversarialTokenizer(tokenizer, perceptual_gan.PatchDiscriminator.for_images(32), start=0, adaptive=True)
+    model = perceptual_gan.AdversarialTokenizer(tokenizer, perceptual_gan.PatchDiscriminator.for_images(32),
+                                                start=0, adaptive=True)
     images = data.draw(torch.arange(4))[0]
     loss, logs = model(images)
     loss.backward()
@@ -126,7 +137,8 @@ def test_the_adversarial_losses_go_around_every_tokenizer(name):
 
 def test_learning_rate_rises_then_falls_to_zero():
     rates = [train.learning_rate(s, 100, 10, 2.0) for s in range(100)]
-    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(max(rates), rel=0.05) and rates[-1] < 1e-2
+    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(max(rates),
+                                                                        rel=0.05) and rates[-1] < 1e-2
     assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
 
 

@@ -10,6 +10,7 @@ from torch import distributions as D
 
 import data
 import vae
+from common import pictures
 
 
 def test_vae_of_the_papers_has_its_parameter_count():
@@ -103,7 +104,7 @@ def test_vae_logistic_likelihood_equals_a_slow_loop_and_sums_to_one():
     raw = torch.full((256, 1, 1, 1), 30.0, requires_grad=True)
     model.log_likelihood(images, raw).sum().backward()
     assert torch.isfinite(raw.grad).all() and (raw.grad[:255] < 0).all()
-    three, x = logistic_vae(), data.to_uint8(data.draw(torch.arange(2))[0]).float() / 127.5 - 1
+    three, x = logistic_vae(), pictures.to_uint8(data.draw(torch.arange(2))[0]).float() / 127.5 - 1
     with torch.no_grad():
         three.log_scale.copy_(torch.tensor([-3.0, -1.0, 0.0]))
         parts = []

@@ -41,7 +41,8 @@ def test_vq_loads_official_weights_and_gets_the_authors_numbers():
     model = llamagen.load_vq({"model": sd | {"quantize.codebook_used": torch.zeros(65536)}}, image_size=16)
     assert model.seq_len == 64 and model.grid == (8, 8) and model.vocab_size == 64 and not model.training
     with torch.no_grad():
-        close(model.encoder(g["in/x"]), g["out/enc_h"]), close(model.latents(g["in/x"]), tokens_of(g["out/z_pre_quant"]))
+        close(model.encoder(g["in/x"]), g["out/enc_h"]), close(model.latents(g["in/x"]),
+                                                               tokens_of(g["out/z_pre_quant"]))
     ids = model.encode(g["in/x"])
     assert torch.equal(ids.flatten(), g["out/indices"])
     close(model.quantizer.codes(ids), tokens_of(g["out/quant"]))
@@ -54,9 +55,11 @@ def test_vq_loads_official_weights_and_gets_the_authors_numbers():
     close(logs["entropy"], g["out/entropy_loss"], 1e-5)
     close(loss - logs["mse"] - logs["commit"] - logs["entropy"], g["out/vq_loss"], 1e-4)
     loss.backward()
-    ours = {"quantize.embedding.weight": model.quantizer.codebook, "quant_conv.weight": model.quant_conv.weight,
-            "post_quant_conv.weight": model.post_quant_conv.weight, "encoder.conv_in.weight": model.encoder[0].weight,
-            "decoder.conv_out.weight": model.decoder[-1].weight}
+    ours = {
+        "quantize.embedding.weight": model.quantizer.codebook, "quant_conv.weight": model.quant_conv.weight,
+        "post_quant_conv.weight": model.post_quant_conv.weight,
+        "encoder.conv_in.weight": model.encoder[0].weight, "decoder.conv_out.weight": model.decoder[-1].weight
+    }
     for key, weight in ours.items():
         close(weight.grad, g["grad/" + key])
 
@@ -67,7 +70,8 @@ def test_load_vq_names_the_key_that_does_not_fit(tmp_path):
     assert llamagen.load_vq(tmp_path / "vq_ds2.pt").seq_len == 128 * 128
     with pytest.raises(ValueError, match="decoder.extra.weight"):
         llamagen.load_vq(sd | {"decoder.extra.weight": torch.zeros(1)})
-    for key in ("decoder.conv_blocks.0.attn.1.q.bias", "quant_conv.weight", "encoder.conv_blocks.1.res.0.conv1.weight"):
+    for key in ("decoder.conv_blocks.0.attn.1.q.bias", "quant_conv.weight",
+                "encoder.conv_blocks.1.res.0.conv1.weight"):
         with pytest.raises(ValueError, match=key):
             llamagen.load_vq({k: v for k, v in sd.items() if k != key})
 
@@ -78,13 +82,19 @@ def test_vq_of_the_papers_has_its_parameter_count():
                                              ("ds8", 70_109_835, 28_559_232, 41_415_171, 1024)):
         with torch.device("meta"):
             model = vq.VQ(**vq.SIZES[name])
-        assert (count(model), count(model.encoder), count(model.decoder), model.seq_len) == (total, encoder, decoder, T)
-        assert count(model.quantizer) == 131_072 and count(model.quant_conv) + count(model.post_quant_conv) == 4_360
+        assert (count(model), count(model.encoder), count(model.decoder), model.seq_len) == (total, encoder,
+                                                                                             decoder, T)
+        assert count(
+            model.quantizer) == 131_072 and count(model.quant_conv) + count(model.post_quant_conv) == 4_360
 
 
-@pytest.mark.parametrize("options", [dict(), dict(l2_norm=False), dict(l2_norm=False, ema=0.99), dict(ema=0.9)])
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(l2_norm=False), dict(l2_norm=False, ema=0.99),
+     dict(ema=0.9)])
 def test_vq_keeps_the_contract_of_a_tokenizer(options):
-    model, images = vq.VQ(image_size=16, vocab_size=32, code_dim=4, **options), data.draw(torch.arange(6), 16)[0]
+    model, images = vq.VQ(image_size=16, vocab_size=32, code_dim=4,
+                          **options), data.draw(torch.arange(6), 16)[0]
     assert model.token_dim is None and model.vocab_size == 32 and model.grid == (4, 4) and model.seq_len == 16
     loss, logs = model(images, torch.zeros(6, dtype=torch.long))
     loss.backward()
@@ -97,7 +107,8 @@ def test_vq_keeps_the_contract_of_a_tokenizer(options):
     assert recon.shape == images.shape and recon.abs().max() <= 1
     recon_, auxiliary, logs = model.eval().reconstruct(images)
     assert torch.allclose(model(images)[0], auxiliary + F.mse_loss(recon_, images))
-    assert torch.allclose(model.decode(model.encode(images)), recon_.clamp(-1, 1), atol=1e-5), "the decoder sees codes only"
+    assert torch.allclose(model.decode(model.encode(images)), recon_.clamp(-1, 1),
+                          atol=1e-5), "the decoder sees codes only"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         q, _, loss, _ = model.quantizer(torch.randn(2, 16, 4).bfloat16())
     assert q.dtype == loss.dtype == torch.float32
@@ -131,7 +142,8 @@ def test_vq_takes_the_nearest_code(l2_norm):
     assert torch.equal(ids, torch.tensor(slow))
     assert torch.allclose(quantizer.codes(ids), codes[ids].float(), atol=1e-6)
     own = torch.arange(200).view(4, 50)
-    assert torch.equal(quantizer.nearest(quantizer.codes(own)), own), "ids survive being looked up and found again"
+    assert torch.equal(quantizer.nearest(quantizer.codes(own)),
+                       own), "ids survive being looked up and found again"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(quantizer.nearest(z), ids), "float32 under autocast too"
 
@@ -141,7 +153,8 @@ def test_vq_gradient_goes_straight_through():
     z = torch.randn(2, 5, 3, requires_grad=True)
     q, ids, loss, _ = quantizer(z)
     assert torch.allclose(q, quantizer.codes(ids), atol=1e-6)
-    through, codes = torch.autograd.grad((q * g).sum(), (z, quantizer.codebook), retain_graph=True, allow_unused=True)
+    through, codes = torch.autograd.grad((q * g).sum(), (z, quantizer.codebook), retain_graph=True,
+                                         allow_unused=True)
     assert codes is None and torch.equal(through, g), "the decoder's gradient passes the codes by"
     pull, codes = torch.autograd.grad(loss, (z, quantizer.codebook))
     e = quantizer.codebook.detach()[ids]
@@ -156,8 +169,9 @@ def test_vq_usage_and_perplexity_count_codes():
         quantizer.codebook.copy_(10 * torch.arange(16.0).view(8, 2))
     ids = torch.tensor([[0, 0, 0, 0, 5, 5, 7, 7]])
     q, found, _, logs = quantizer(quantizer.codes(ids))
-    assert torch.equal(found, ids) and torch.equal(quantizer.count(ids), torch.tensor([4.0, 0, 0, 0, 0, 2, 0, 2]))
-    assert logs["usage"] == 3 / 8 and abs(logs["perplexity"] - 2 ** 1.5) < 1e-5       # frequencies 1/2, 1/4, 1/4
+    assert torch.equal(found, ids) and torch.equal(quantizer.count(ids),
+                                                   torch.tensor([4.0, 0, 0, 0, 0, 2, 0, 2]))
+    assert logs["usage"] == 3 / 8 and abs(logs["perplexity"] - 2 ** 1.5) < 1e-5    # frequencies 1/2, 1/4, 1/4
 
 
 @pytest.mark.parametrize("l2_norm", [True, False])
@@ -192,8 +206,9 @@ def test_vq_dead_codes_restart_on_tokens_of_the_batch():
     count = quantizer.count(quantizer(z)[1])
     dead = count < 0.1 * count.mean()
     from_z = (quantizer.codebook[:, None] - z.flatten(0, 1)).abs().amax(-1).amin(1)         # (20,)
-    assert 0 < dead.sum() < 20 and from_z[dead].max() < 1e-3 < from_z[~dead].min(), "the dead ones sit on tokens now"
-    with torch.no_grad():                                   # as after a long run: each code has its share of 256 / 20
+    assert 0 < dead.sum() < 20 and from_z[dead].max() < 1e-3 < from_z[~dead].min(
+    ), "the dead ones sit on tokens now"
+    with torch.no_grad():                           # as after a long run: each code has its share of 256 / 20
         quantizer.codebook[3] = 1e4                         # nobody's nearest
         quantizer.ema_count.fill_(12.8), quantizer.ema_sum.copy_(12.8 * quantizer.codebook)
     step = next(i for i in range(300) if quantizer(z) and quantizer.codebook[3].max() < 100)
