@@ -139,7 +139,7 @@ def build(device, side=16, classes=1000, V=16384, **size):
     """A model with random weights like trained ones in kind: nothing is zero."""
     head = ar_transformer.CategoricalHead(size["n_embd"], V)
     torch.nn.init.normal_(head.proj.weight, std=0.05)
-    model = ar_transformer.ARTransformer(head, side * side, classes, vocab_size=V, zero_prefix=True, **size)
+    model = ar_transformer.ARTransformer(head, side * side, classes, vocab_size=V, **size)
     model = model.to(device).eval()
     if device.type == "cuda":                               # the parameters alone: RoPE's angles would suffer
         for p in model.parameters():

@@ -156,9 +156,9 @@ def predictions(model, n):
     x = model.prefix(torch.full((n,), model.num_classes, device="cpu"))               # "no class"
     caches = model.caches(x)
     for t in range(model.seq_len):
-        h = model.run(x, P + t - 1 if t else 0, caches)[:, -1]
+        h = model.forward_blocks(x, P + t - 1 if t else 0, caches)[:, -1]
         ids = yield cumulative(model.head.logits(h))
-        x = model.embed(ids[:, None], model.row[P + t:P + t + 1])
+        x = model.embed(ids[:, None], model.positions[P + t:P + t + 1])
 
 
 @torch.no_grad()
