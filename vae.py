@@ -35,7 +35,8 @@ import torch.nn.functional as F
 SIZES = {
     # The defaults on a CPU and on a GPU: patches of 4 x 4 pixels as channels, and the linear path.
     "small": dict(image_size=32, token_dim=16, stem=4, ch=64, ch_mult=(1, 1), n_res=1, groups=8, linear=True),
-    "medium": dict(image_size=32, token_dim=16, stem=4, ch=256, ch_mult=(1, 1), n_res=2, groups=16, linear=True),
+    "medium": dict(image_size=32, token_dim=16, stem=4, ch=256, ch_mult=(1, 1), n_res=2, groups=16,
+                   linear=True),
     # Networks on pixels, without the path: for comparison, for MNIST's 28 x 28, and LDM's and MAR's (66.46M).
     "pixels": dict(image_size=32, token_dim=8, ch=16, ch_mult=(1, 2, 4, 4), n_res=1, groups=8),
     "mnist28": dict(image_size=28, token_dim=4, ch=16, ch_mult=(1, 2, 2), n_res=1, groups=8),
@@ -147,13 +148,14 @@ class Decoder(nn.Sequential):
 class LinearPath(nn.Module):
     """The best linear autoencoder beside the networks: principal components of patches, and back.
 
-    Of all linear maps to D numbers and back, PCA loses the least squared error (Baldi and Hornik 1989). start()
-    computes it from some images, once. Then it stays as it is, and the networks add what lines cannot.
+    Of all linear maps to D numbers and back, PCA loses the least squared error (Baldi and Hornik 1989).
+    start() computes it from some images, once. Then it stays as it is, and the networks add what lines
+    cannot.
 
-    Before an image is cut into patches, the difference of two pixels that meet at a border is stretched by the
-    factor `border`. When the patches are put together again it shrinks by as much. A JPEG shows its grid of
-    patches because each is rounded by itself; so would samples, whose tokens never agree to the last digit.
-    (A lapped transform: Malvar and Staelin 1989, Tran et al. 2003.) 1: plain patches.
+    Before an image is cut into patches, the difference of two pixels that meet at a border is stretched by
+    the factor `border`. When the patches are put together again it shrinks by as much. A JPEG shows its grid
+    of patches because each is rounded by itself; so would samples, whose tokens never agree to the last
+    digit. (A lapped transform: Malvar and Staelin 1989, Tran et al. 2003.) 1: plain patches.
     """
 
     def __init__(self, patch, n_in, n_out, border=2.0):
@@ -175,7 +177,9 @@ class LinearPath(nn.Module):
         self.std[:n] = values.flip(0)[:n].clamp(min=1e-6).sqrt().to(self.std)
 
     def forward(self, images):
-        """images (B, channels, H, W) -> (B, T, n_out), each number of mean 0 and variance 1 over the images."""
+        """images (B, channels, H, W) -> (B, T, n_out), each number of mean 0 and variance 1 over the
+        images.
+        """
         with torch.autocast(images.device.type, enabled=False):         # bfloat16 would cost decibels
             return (self.cut(images.float()) - self.mean) @ (self.basis / self.std)
 
@@ -272,8 +276,10 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def start(self, images):
-        """Before training: the linear path becomes the PCA of images (N, 3, H, W), so that tokens and pictures
-        are those of PCA. The best variance of a component of variance v is beta / (2 v): see kl()."""
+        """Before training: the linear path becomes the PCA of images (N, 3, H, W), so that tokens and
+        pictures are those of PCA. The best variance of a component of variance v is beta / (2 v): see
+        kl().
+        """
         if self.path is not None:
             self.path.start(self.pixels(images))
             if self.beta:
@@ -281,7 +287,7 @@ class VAE(nn.Module):
                 self.quant_conv.bias[self.token_dim:] = logvar
 
     def posterior(self, images):
-        """q(z | image), a Gaussian per token: images (B, 3, H, W) -> mean, std (B, T, D), raw units."""
+        """q(z | image), a Gaussian per token: images (B, 3, H, W) -> mean, std, each (B, T, D), raw."""
         x = self.pixels(images)
         moments = self.quant_conv(self.encoder(F.pixel_unshuffle(x, self.stem))).float()   # (B, 2D, h, w)
         mean, logvar = moments.flatten(2).transpose(1, 2).chunk(2, dim=-1)            # (B, T, D) each

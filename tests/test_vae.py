@@ -132,7 +132,9 @@ def test_vae_logistic_loss_is_the_bound_in_bits_per_dimension(channels):
 
 
 def pca_error(images, patch, n, border):
-    """Squared error of the best linear autoencoder of patches, by numpy: images (N, 3, H, W), n numbers per patch."""
+    """Squared error of the best linear autoencoder of patches, by numpy: images (N, 3, H, W), n numbers per
+    patch.
+    """
     path = vae.LinearPath(patch, 3 * patch**2, n, border)
     x = path.cut(images).flatten(0, 1).double().numpy()
     mean = x.mean(0)
