@@ -226,6 +226,8 @@ class ImageSet:
         self.flip = flip
         self.texts = texts
         self.one_hot = one_hot
+        self.summary = f"{len(labels)} images in {len(self.classes)} classes"
+        self.without_text = []                              # the names of images that lack a caption
         # Looked at once, and by kind: a device named without its number equals no tensor's device.
         self.beside_labels = isinstance(images, torch.Tensor) and images.is_cpu == self.labels.is_cpu
 
