@@ -62,9 +62,10 @@ def uniforms(index, n, seed=0):
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
             v = ((v ^ (v >> shift)) * factor) & 0xFFFFFFFF
         return v ^ (v >> 16)
-    key = mix(mix(torch.full_like(index, seed) + 0x9E3779B9) ^ index)                  # (B,)
-    column = torch.arange(n, device=index.device) * 0x85EBCA77                          # (n,)
-    return (mix((key[:, None] + column) & 0xFFFFFFFF) >> 8).float() / (1 << 24)  # 24 bits: exact in float32
+    key = mix(mix(torch.full_like(index, seed) + 0x9E3779B9) ^ index)                     # (B,)
+    column = torch.arange(n, device=index.device) * 0x85EBCA77                            # (n,)
+    bits = mix((key[:, None] + column) & 0xFFFFFFFF) >> 8                                 # (B, n)
+    return bits.float() / (1 << 24)                         # 24 bits are exact in float32
 
 
 def distance(shape, x, y):
@@ -75,7 +76,7 @@ def distance(shape, x, y):
     name = SHAPES[shape]
     r = torch.hypot(x, y)
 
-    def polygon(n, inner):  # n half planes at distance `inner`, by folding the angle
+    def polygon(n, inner):  # n half planes at a distance, by folding the angle
         sector = 2 * math.pi / n
         angle = torch.atan2(x, -y)                          # one corner points up
         return r * torch.cos(angle - sector * torch.floor(angle / sector) - sector / 2) - inner
@@ -103,52 +104,59 @@ def distance(shape, x, y):
         turn = [2 * math.pi * k / 3 - math.pi / 2 for k in range(3)]
         lobes = [torch.hypot(x - 0.5 * math.cos(a), y - 0.5 * math.sin(a)) for a in turn]
         return torch.stack(lobes).amin(0) - 0.46
-    assert name == "star"  # five tips: fold into one edge, distance to its line
+    assert name == "star"                                   # five tips, folded into one edge
     sector = 2 * math.pi / 5
     angle = torch.atan2(x, -y)
     angle = (angle - sector * torch.round(angle / sector)).abs()
-    tip, dent = (1.08, 0.0), (0.44 * math.cos(sector / 2), 0.44 * math.sin(sector / 2))
+    tip = (1.08, 0.0)
+    dent = (0.44 * math.cos(sector / 2), 0.44 * math.sin(sector / 2))
     edge = (dent[0] - tip[0], dent[1] - tip[1])
     return ((r * angle.cos() - tip[0]) * edge[1] - (r * angle.sin() - tip[1]) * edge[0]) / math.hypot(*edge)
 
 
 def scene(index, seed=0, video=False):
-    """What picture `index` (B,) shows: a dict of (B,) tensors; colours are (B, 3), places in [-1, 1]."""
+    """What picture `index` (B,) shows -> a dict of (B,) tensors. Colours are (B, 3) in [0, 1],
+    places are in [-1, 1].
+    """
     u = uniforms(index, 12, seed)
     label = (u[:, 0] * len(SHAPES)).long()
-    colour, ground = (u[:, 1] * len(COLOURS)).long(), (u[:, 2] * len(BACKGROUNDS)).long()
+    colour = (u[:, 1] * len(COLOURS)).long()
+    ground = (u[:, 2] * len(BACKGROUNDS)).long()
     radius = SMALL + (LARGE - SMALL) * u[:, 3]
     room = 0.94 - radius                                    # so that no shape leaves the picture
-    cx, cy = room * (2 * u[:, 4] - 1), room * (2 * u[:, 5] - 1)
-    jitter = 8 * (u[:, 7:10] - 0.5) / 255                  # no two reds are quite the same
-    table = lambda colours: torch.tensor(list(colours.values()), device=index.device) / 255
+    cx = room * (2 * u[:, 4] - 1)
+    cy = room * (2 * u[:, 5] - 1)
+    jitter = 8 * (u[:, 7:10] - 0.5) / 255                   # no two reds are quite the same
+    colours = torch.tensor(list(COLOURS.values()), device=index.device) / 255
+    grounds = torch.tensor(list(BACKGROUNDS.values()), device=index.device) / 255
     out = dict(label=label, colour=colour, background=ground, radius=radius, cx=cx, cy=cy,
-               angle=TILT * (2 * u[:, 6] - 1), rgb=(table(COLOURS)[colour] + jitter).clamp(0, 1),
-               ground_rgb=(table(BACKGROUNDS)[ground] + jitter).clamp(0, 1))
+               angle=TILT * (2 * u[:, 6] - 1), rgb=(colours[colour] + jitter).clamp(0, 1),
+               ground_rgb=(grounds[ground] + jitter).clamp(0, 1))
     if video:
         out["action"] = (u[:, 10] * len(ACTIONS)).long()
         left = out["action"] == ACTIONS.index("turns left")
-        turns = left | (out["action"] == ACTIONS.index("turns right"))
+        right = out["action"] == ACTIONS.index("turns right")
         turnable = torch.tensor(TURNABLE, device=index.device)
-        out["label"] = torch.where(turns, turnable[(u[:, 11] * len(TURNABLE)).long()], label)
+        out["label"] = torch.where(left | right, turnable[(u[:, 11] * len(TURNABLE)).long()], label)
     return out
 
 
 def draw_scene(s, image_size):
     """Scenes, a dict of (B,) -> images (B, 3, H, W) in [-1, 1], distances (B, H, W) in half image widths."""
     axis = (torch.arange(image_size, device=s["label"].device) + 0.5) * (2 / image_size) - 1
-    dx = axis[None, None, :] - s["cx"][:, None, None]                                   # (B, 1, W)
-    dy = axis[None, :, None] - s["cy"][:, None, None]                                   # (B, H, 1)
+    dx = axis[None, None, :] - s["cx"][:, None, None]                                     # (B, 1, W)
+    dy = axis[None, :, None] - s["cy"][:, None, None]                                     # (B, H, 1)
     cos, sin, radius = (v[:, None, None] for v in (s["angle"].cos(), s["angle"].sin(), s["radius"]))
-    x, y = (cos * dx + sin * dy) / radius, (cos * dy - sin * dx) / radius  # (B, H, W), the shape's own axes
+    x = (cos * dx + sin * dy) / radius                      # (B, H, W), along the shape's own axes
+    y = (cos * dy - sin * dx) / radius
     d = torch.empty_like(x)
     for shape in range(len(SHAPES)):
         rows = (s["label"] == shape).nonzero()[:, 0]
         if len(rows):
             d[rows] = distance(shape, x[rows], y[rows]) * radius[rows]
     a = (0.5 - d * (image_size / 2)).clamp(0, 1)[:, None]  # (B, 1, H, W) coverage
-    # A blinking shape is away at times.
-    a = a * s.get("visible", torch.ones_like(s["cx"]))[:, None, None, None]
+    visible = s.get("visible", torch.ones_like(s["cx"]))    # a blinking shape is away at times
+    a = a * visible[:, None, None, None]
     images = a * s["rgb"][:, :, None, None] + (1 - a) * s["ground_rgb"][:, :, None, None]
     return images * 2 - 1, d
 
@@ -156,7 +164,7 @@ def draw_scene(s, image_size):
 def draw(index, image_size=32, seed=0):
     """index (B,) int64 -> images (B, 3, H, W) in [-1, 1], labels (B,), masks (B, H, W), distances (B, H, W).
 
-    masks hold 0 for background and 1 + label on the shape; distances are in half image widths, negative
+    masks hold 0 for background and 1 + label on the shape. distances are in half image widths, negative
     inside.
     """
     s = scene(index, seed)
@@ -170,26 +178,34 @@ def draw_clips(index, image_size=32, frames=17, seed=0):
     The action is centred on the middle frame, so no single frame tells "moves left" from "moves right".
     """
     s = scene(index, seed, video=True)
-    B, action = len(index), s["action"]
-    time_ = torch.linspace(-0.5, 0.5, frames, device=index.device) * (frames > 1)  # one frame: the middle
-    is_ = lambda name: (action == ACTIONS.index(name)).float()[:, None]                 # (B, 1)
-    resizes = is_("grows") + is_("shrinks")  # 1.4 times as large at one end
+    B = len(index)
+    action = s["action"]
+    moment = torch.linspace(-0.5, 0.5, frames, device=index.device) * (frames > 1)  # one frame: the middle
+
+    def is_action(name):
+        return (action == ACTIONS.index(name)).float()[:, None]                           # (B, 1)
+
+    resizes = is_action("grows") + is_action("shrinks")     # 1.4 times as large at one end
     s["radius"] = torch.minimum(s["radius"] - 0.1, 0.65 - 0.05 * resizes[:, 0])
     room = torch.where(resizes[:, 0] > 0, 0.94 - 1.4 * s["radius"], 0.94 - s["radius"])
     s["cx"], s["cy"] = (torch.maximum(torch.minimum(s[k], room), -room) for k in ("cx", "cy"))
-    reach = 0.9 - s["radius"]  # travel from -reach to +reach
-    across, down = is_("moves right") - is_("moves left"), is_("moves down") - is_("moves up")
-    cx = torch.where(across != 0, across * 2 * reach[:, None] * time_, s["cx"][:, None].expand(B, frames))
-    cy = torch.where(down != 0, down * 2 * reach[:, None] * time_, s["cy"][:, None].expand(B, frames))
-    radius = s["radius"][:, None] * (1 + 0.8 * (is_("grows") - is_("shrinks")) * time_)
-    angle = s["angle"][:, None] + 0.75 * math.pi * (is_("turns right") - is_("turns left")) * time_
+    reach = 0.9 - s["radius"]                               # it travels from -reach to +reach
+    across = is_action("moves right") - is_action("moves left")
+    down = is_action("moves down") - is_action("moves up")
+    growth = is_action("grows") - is_action("shrinks")
+    turning = is_action("turns right") - is_action("turns left")
+    cx = torch.where(across != 0, across * 2 * reach[:, None] * moment, s["cx"][:, None].expand(B, frames))
+    cy = torch.where(down != 0, down * 2 * reach[:, None] * moment, s["cy"][:, None].expand(B, frames))
+    radius = s["radius"][:, None] * (1 + 0.8 * growth * moment)
+    angle = s["angle"][:, None] + 0.75 * math.pi * turning * moment
     blink = ((torch.arange(frames, device=index.device) // 2) % 2).float()  # two frames there, two away
-    visible = 1 - is_("blinks") * blink
+    visible = 1 - is_action("blinks") * blink
     flat = {k: v.repeat_interleave(frames, 0) for k, v in s.items()}
-    moving = dict(cx=cx, cy=cy, radius=radius, angle=angle, visible=visible)                # (B, F) each
+    moving = dict(cx=cx, cy=cy, radius=radius, angle=angle, visible=visible)              # (B, F) each
     flat.update({k: v.flatten() for k, v in moving.items()})
-    images, _ = draw_scene(flat, image_size)                                            # (B*F, 3, H, W)
-    return images.view(B, frames, 3, image_size, image_size).transpose(1, 2).contiguous(), action, s["label"]
+    images, _ = draw_scene(flat, image_size)                                              # (B*F, 3, H, W)
+    videos = images.view(B, frames, 3, image_size, image_size).transpose(1, 2).contiguous()
+    return videos, action, s["label"]
 
 
 def captions(index, seed=0, video=False):
@@ -199,10 +215,11 @@ def captions(index, seed=0, video=False):
     for i in range(len(index)):
         third = [0 if v < -0.08 else 2 if v > 0.08 else 1 for v in (s["cx"][i], s["cy"][i])]
         size = "small" if s["radius"][i] < (SMALL + LARGE) / 2 else "large"
-        colour, shape = list(COLOURS)[s["colour"][i]], SHAPES[s["label"][i]]
+        colour = list(COLOURS)[s["colour"][i]]
+        shape = SHAPES[s["label"][i]]
+        ground = list(BACKGROUNDS)[s["background"][i]]
         article = "an" if not video and size[0] in "aeiou" else "a"
         where = ACTIONS[s["action"][i]] if video else PLACES[third[1] * 3 + third[0]]
-        ground = list(BACKGROUNDS)[s["background"][i]]
         out.append(f"{article} {size} {colour} {shape} {where} on a {ground} background")
     return out
 
@@ -225,8 +242,13 @@ class ImageSet:
         self.device = self.labels.device                    # "cuda" has become "cuda:0" here
         self.flip = flip
         self.texts = texts
+        self.without_text = []                              # names of own images without a caption
         self.one_hot = one_hot
         self.summary = f"{len(labels)} images in {len(self.classes)} classes"
+        self.head = ""                                      # this and the rest: what describe() tells
+        self.left_out = ""
+        self.unreadable = 0
+        self.oblong = 0
         self.without_text = []                              # the names of images that lack a caption
         # Looked at once, and by kind: a device named without its number equals no tensor's device.
         self.beside_labels = isinstance(images, torch.Tensor) and images.is_cpu == self.labels.is_cpu
@@ -309,8 +331,36 @@ def load(data="shapes", image_size=32, split="train", device="cpu", seed=0, flip
     images = found.images.to(device) if isinstance(found.images, torch.Tensor) else found.images
     out = ImageSet(images, torch.tensor(found.labels, device="cpu"), found.classes, device, flip, found.texts)
     out.summary = found.summary
+    out.head = found.head
+    out.left_out = found.left_out
+    out.unreadable = found.unreadable
     out.without_text = found.without_text
+    out.oblong = found.oblong
     return out
+
+
+def describe(train_set, val_set):
+    """Two ImageSets of one --data -> what they hold, in words, for train.py to print before it trains.
+
+    How many images, the classes with their names, how many are held out, and what was left out and why.
+    Unlike .summary, which is of one set, it counts both.
+    """
+    head = f"{train_set.summary}\n    {len(train_set)} to learn from, {len(val_set)} held out"
+    lines = [train_set.head or head]
+    if train_set.left_out:
+        lines.append(f"left out: {train_set.left_out}")
+    unreadable = train_set.unreadable + val_set.unreadable
+    if unreadable:
+        lines.append(f"left out by --skip_bad: {unreadable}")
+    oblong = train_set.oblong + val_set.oblong
+    if oblong:
+        lines.append(f"not square: {oblong}, of which the middle square is taken")
+    missing = train_set.without_text + val_set.without_text
+    if train_set.texts is not None and val_set.texts is not None:
+        lines.append("each has a caption")
+    elif missing and len(missing) < len(train_set) + len(val_set):
+        lines.append(f"without a caption: {len(missing)}, the first is {missing[0]}")
+    return "\n    ".join(lines)
 
 
 def draw_set(image_size, split, device, seed=0, n=None, flip=False, task="class", frames=1):
@@ -425,7 +475,8 @@ def main():
     else:
         start = time.perf_counter()
         train = load(args.data, args.image_size, "train", frames=args.frames)
-        print(f"{train.summary}\nread in {time.perf_counter() - start:.1f} s")
+        val = load(args.data, args.image_size, "val", frames=args.frames)
+        print(f"{describe(train, val)}\nread in {time.perf_counter() - start:.1f} s")
         n = min(len(train), 4000 // args.frames)
         images, labels = train.batch(order(len(train), n, 0))
         rows = [(c, images[labels == k][:12]) for k, c in enumerate(train.classes[:20])]

@@ -37,7 +37,7 @@ from data import BadInput
 
 VALIDATED = 2000                                            # images, or frames of clips, per validation loss
 STARTED_FROM = 2000                                         # images that a linear path is computed from
-SAVE_SECONDS = 60                                          # between checkpoints, besides those at validations
+SAVE_SECONDS = 60                                           # between checkpoints; more at validations
 
 
 # ---- Flags: None where not given; runs.resolve fills them in ---------------------------------------
@@ -46,10 +46,9 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Train a tokenizer, then a generator on its tokens.")
     p.add_argument("--tokenizer", choices=list(runs.TOKENIZERS), required=True,
                    help="stage 1: images to tokens. vae, titok-vae: real vectors; vq, lfq, titok: ids")
-    p.add_argument(
-        "--generator", choices=[*runs.GENERATORS, "none"], default="ar",
-        help="stage 2: one token after another (ar), masked tokens in parallel (maskgit), sets of tokens "
-        "in random order (mar), or stop after stage 1 (none)")
+    p.add_argument("--generator", choices=[*runs.GENERATORS, "none"], default="ar",
+                   help="stage 2: one token after another (ar), masked tokens in parallel (maskgit), sets "
+                        "of tokens in random order (mar), or stop after stage 1 (none)")
     p.add_argument("--head", choices=runs.HEADS,
                    help="the distribution of one token (default: gmm for vectors, categorical for ids)")
     add_data_flags(p)
@@ -67,9 +66,9 @@ def add_data_flags(p):
     g.add_argument("--data", help="shapes (drawn), or yours: a folder, a .tar[.gz], .zip or .npz")
     g.add_argument("--image_size", type=int, help="side of the square images, in pixels")
     g.add_argument("--frames", type=int, help="clips of this many frames, 1 + a multiple of 4 (lfq only)")
-    g.add_argument(
-        "--frame_step", type=int,
-        help="your clips: take every so manyth frame (default: frames spread evenly over each file)")
+    g.add_argument("--frame_step", type=int,
+                   help="your clips: take every so manyth frame (default: frames spread evenly over each "
+                        "file)")
     g.add_argument("--n_shapes", type=int, help="number of drawn training images or clips")
     g.add_argument("--flip", action="store_const", const=True, help="mirror images left-right at random")
     g.add_argument("--skip_bad", action="store_true", help="leave out unreadable files instead of stopping")
@@ -104,9 +103,9 @@ def add_generator_flags(p):
     g.add_argument("--n_mix", type=int, help="gmm head: components of the mixture")
     g.add_argument("--objective", choices=["diffusion", "flow"],
                    help="diffusion head: remove noise step by step, or follow a rectified flow")
-    g.add_argument(
-        "--groups", type=int,
-        help="categorical head: sub-tokens that an id is cut into, drawn side by side (MAGVIT-v2: 2)")
+    g.add_argument("--groups", type=int,
+                   help="categorical head: sub-tokens that an id is cut into, drawn side by side "
+                        "(MAGVIT-v2: 2)")
     g.add_argument("--order", choices=["random", "raster"], help="mar: order of the tokens")
     g.add_argument("--attention", choices=["bidirectional", "causal"],
                    help="mar: an encoder and a decoder, or one causal transformer")
@@ -162,7 +161,7 @@ def main(argv=None):
         stages = runs.stages_to_train(args, tok_folder, folder)                       # [1, 2], [1], [2] or []
         if stages:
             train_set, val_set = runs.open_data(args)       # refuses a missing caption, for example
-            say(dist, train_set.summary)
+            say(dist, data.describe(train_set, val_set))
             runs.suit(args, train_set)                      # numbers per token, by what the images are
             for begun in (tok_folder, folder):
                 runs.refuse_other_data(args, begun, train_set)
@@ -179,9 +178,7 @@ def main(argv=None):
 
 
 def train_tokenizer(args, dist, folder, train_set, val_set, weights=None):
-    """Stage 1: images -> tokens -> images. weights: those by name that are not to start at random
-    (recipes).
-    """
+    """Stage 1: images -> tokens -> images. weights: those by name that do not start at random (recipes)."""
     torch.manual_seed(args.seed)
     tokenizer = runs.build_tokenizer(args)
     if hasattr(tokenizer, "start") and not args.resume1:    # the linear path, from the first look at images
@@ -213,7 +210,7 @@ def add_losses(args, tokenizer, folder, train_set, val_set):
         return tokenizer
     perceptual = None
     discriminator = None
-    if args.perceptual:                                 # seed 0 is that of the classifier that judges samples
+    if args.perceptual:                                     # seed 0 is that of the one that judges samples
         net, _ = classifier.classifier_for(args, folder, args.device, train_set, val_set, seed=1)
         perceptual = perceptual_gan.ClassifierFeatures(net.stages)
     if args.gan:
@@ -372,7 +369,7 @@ def make_optimizers(model, args, lr):
     groups = [dict(params=[p for p in others if p.ndim > 1], weight_decay=args.weight_decay),
               dict(params=[p for p in others if p.ndim <= 1], weight_decay=0.0)]
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
-    if matrices:                                      # its updates are as large as AdamW's: one --lr for both
+    if matrices:                                            # scaled to AdamW's updates: one --lr for both
         optimizers.append(muon.Muon(matrices, lr=lr, weight_decay=args.weight_decay))
     return optimizers
 
@@ -406,11 +403,11 @@ def validate(stage, model, source, args):
 # ---- The log, and several processes --------------------------------------------------------------
 
 def print_row(row, seconds_left):
-    numbers = "  ".join(f"{name} {value:.4g}" for name, value in row.items()
-                        if name not in ("step", "ms_per_step"))
+    shown = [name for name in row if name not in ("step", "ms_per_step")]
+    numbers = "  ".join(f"{name} {row[name]:.4g}" for name in shown)
     minutes, seconds = divmod(int(seconds_left), 60)
-    print(f"step {row['step']:6d}  {numbers}  {row['ms_per_step']:.0f} ms  {minutes}:{seconds:02d} left",
-          flush=True)
+    left = f"{minutes}:{seconds:02d} left"
+    print(f"step {row['step']:6d}  {numbers}  {row['ms_per_step']:.0f} ms  {left}", flush=True)
 
 
 def write_log(folder, rows):
@@ -458,9 +455,8 @@ def stop_if_not_finite(dist, bad_step, steps, stage, folder):
         torch.distributed.all_reduce(bad_step, op=torch.distributed.ReduceOp.MIN)
     if bad_step < steps:
         flag = "--tok_lr" if stage == 1 else "--lr"
-        raise BadInput(
-            f"step {int(bad_step)}: the loss is not finite; stopped. The last good checkpoint is kept in "
-            f"{folder}: try --resume with a lower {flag}, or with --dtype fp32")
+        raise BadInput(f"step {int(bad_step)}: the loss is not finite; stopped. The last good checkpoint is "
+                       f"kept in {folder}: try --resume with a lower {flag}, or with --dtype fp32")
 
 
 if __name__ == "__main__":

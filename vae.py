@@ -33,14 +33,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 SIZES = {
-    # The defaults on a CPU and on a GPU: patches of 4 x 4 pixels as channels, and the linear path.
-    "small": dict(image_size=32, token_dim=16, stem=4, ch=64, ch_mult=(1, 1), n_res=1, groups=8, linear=True),
-    "medium": dict(image_size=32, token_dim=16, stem=4, ch=256, ch_mult=(1, 1), n_res=2, groups=16,
-                   linear=True),
-    # Networks on pixels, without the path: for comparison, for MNIST's 28 x 28, and LDM's and MAR's (66.46M).
-    "pixels": dict(image_size=32, token_dim=8, ch=16, ch_mult=(1, 2, 4, 4), n_res=1, groups=8),
+    # Networks on pixels: the defaults on a CPU and a GPU, for MNIST's 28 x 28, and LDM's and MAR's (66.46M).
+    "small": dict(image_size=32, token_dim=8, ch=16, ch_mult=(1, 2, 4, 4), n_res=1, groups=8),
+    "medium": dict(image_size=32, token_dim=8, ch=64, ch_mult=(1, 2, 2, 4), n_res=2, groups=16),
     "mnist28": dict(image_size=28, token_dim=4, ch=16, ch_mult=(1, 2, 2), n_res=1, groups=8),
     "kl16": dict(image_size=256, token_dim=16, ch=128, ch_mult=(1, 1, 2, 2, 4), n_res=2, groups=32),
+    # For photographs: 4 x 4 pixels as channels, and the linear path beside the networks.
+    "patches": dict(image_size=32, token_dim=32, stem=4, ch=64, ch_mult=(1, 1), n_res=1, groups=8, linear=True),
 }
 
 
@@ -453,7 +452,7 @@ def main():
     kinds = {"AE": dict(beta=0), "DAE": dict(beta=0, corrupt=0.5), "VAE": dict(beta=args.beta)}
     for name, options in kinds.items():
         torch.manual_seed(0)
-        model = VAE(**SIZES["pixels"], **options).to(device, memory_format=torch.channels_last)
+        model = VAE(**SIZES["small"], **options).to(device, memory_format=torch.channels_last)
         seconds = fit_autoencoder(model, images, args.steps)
         model.eval()
         with torch.no_grad():

@@ -3,6 +3,7 @@ A path of your own -> uint8 tensors: many files read by several threads, kept in
 
 read_files() is all that data.py calls: a folder or an archive (see folders.py), or an .npz or .npy of images.
 """
+import contextlib
 import hashlib
 import os
 import re
@@ -23,6 +24,9 @@ from common.reading import (BadInput, NeedsPackage, clips_of, free_bytes, printa
 
 
 # ---- Reading many --------------------------------------------------------------------------------
+
+WORTH_KEEPING = 0.5                                         # seconds of reading, from which on a set is kept
+
 
 class StreamedFiles:
     """Images decoded when they are asked for, by a few threads: for sets that do not fit into memory."""
@@ -142,20 +146,23 @@ def cached(folder, path, key, what, make):
     begin = time.perf_counter()
     made = make()
     size = made["images"].numel() if "images" in made else 0
-    quick = time.perf_counter() - begin < 0.5               # to read again takes no longer
+    quick = time.perf_counter() - begin < WORTH_KEEPING     # to read again takes no longer
     mendable = "images" in made and made["bad"]             # what cannot be read today may be tomorrow
     if quick or mendable or os.environ.get("RANK", "0") != "0":
         return made
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        for old in file.parent.glob(f"{file.name}.*.tmp"):  # of a program that was killed while it wrote
+            old.unlink()
         room = os.statvfs(file.parent) if hasattr(os, "statvfs") else None
         if room is None or room.f_bavail * room.f_frsize > 2 * size:
             torch.save(dict(made, key=key, sum=checksum(made)), temporary)
             os.replace(temporary, file)
-    except OSError as e:
+    except (OSError, RuntimeError) as e:                    # torch turns a full disk into a RuntimeError
         print(f"note: the images read are not kept for the next time ({reason(e)})")
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return made
 
 
@@ -255,6 +262,10 @@ def read_files(path, image_size, split, frames=1, frame_step=None, skip_bad=Fals
         texts=[texts[i] for i in good] if texts else None,
         without_text=[printable(name) for name in missing],
         summary=summary(shown, sets.train, sets.val, sets.how, kind, notes),
+        head=summary(shown, sets.train, sets.val, sets.how, kind, []),
+        left_out=told(found.left_out),
+        unreadable=len(decoded["bad"]),
+        oblong=decoded.get("oblong", 0),
     )
 
 
@@ -414,9 +425,10 @@ def read_array(path, image_size, split, skip_bad, fits, cache):
     notes = []
     if decoded["oblong"]:
         notes.append(f"{decoded['oblong']} are not square: of those, the middle square is taken")
+    left_out = ""
     if len(val_labels) > len(val_rows) and own:
-        notes.append(f"left out: {len(val_labels) - len(val_rows)} of `{own[0]}` with labels that no "
-                     "training image has")
+        left_out = f"{len(val_labels) - len(val_rows)} of `{own[0]}` with labels that no training image has"
+        notes.append(f"left out: {left_out}")
     return SimpleNamespace(
         images=decoded["images"],
         labels=[classes.index(name) for _, name in chosen],
@@ -424,4 +436,8 @@ def read_array(path, image_size, split, skip_bad, fits, cache):
         texts=None,
         without_text=[],
         summary=summary(printable(path), train, val, how, "image", notes),
+        head=summary(printable(path), train, val, how, "image", []),
+        left_out=left_out,
+        unreadable=len(unlabelled) if split == "train" else 0,
+        oblong=decoded["oblong"],
     )

@@ -115,6 +115,9 @@ def list_path(path, skip_bad=False):
     try:
         if zipfile.is_zipfile(path):
             return list_zip(path)
+        with open(path, "rb") as f:
+            if f.read(4) == b"PK\3\4":                       # its table of contents stands at the end
+                raise BadInput(f"--data {printable(path)}: the archive is damaged (its end is missing)")
         return list_tar(path, skip_bad)
     except BadInput:
         raise
@@ -420,18 +423,26 @@ def hold_out(labels):
 
 
 def drop_doubles(found, names):
-    """Of pictures and links to them, in other folders, the links count: somebody arranged them."""
-    shown = {}                                              # file -> the folders of the links to it
-    for name in names:
-        if name in found.aliases:
-            shown.setdefault(found.same_file[name], set()).add(posixpath.dirname(name))
+    """One file under several names -> the names that count, so that no picture is learnt twice, or in two
+    classes.
+
+    A folder of nothing but links was arranged by somebody: it counts, and not the store that it shows.
+    Elsewhere the file itself counts, and not a link to it.
+    """
+    base = unwrap(names)
+    top = {name: name[len(base):].split("/")[0] for name in names}
+    own = {top[name] for name in names if name not in found.aliases}  # tops that hold files themselves
+    arranged = {found.same_file[name] for name in names if name in found.aliases and top[name] not in own}
+    real = {found.same_file.get(name) for name in names if name not in found.aliases}
     kept = []
     for name in names:
-        folders = shown.get(found.same_file.get(name), set())
-        if name in found.aliases or not folders or posixpath.dirname(name) in folders:
-            kept.append(name)
-        else:
+        is_link = name in found.aliases
+        if not is_link and found.same_file.get(name) in arranged:
             found.leave_out("shown by links as well", name)
+        elif is_link and top[name] in own and found.same_file[name] in real:
+            found.leave_out("links to files that count by their own name", name)
+        else:
+            kept.append(name)
     return kept
 
 

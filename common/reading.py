@@ -11,6 +11,7 @@ import io
 import re
 import threading
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,8 @@ def reason(error):
         return "its content is no picture that Pillow knows"
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} million pixels"
+    if isinstance(error, zlib.error) or "while decompressing" in str(error):
+        return "its packed content is damaged"
     if isinstance(error, MemoryError):
         return "it does not fit into memory"
     if isinstance(error, OSError) and error.strerror:
@@ -129,7 +132,9 @@ def upright_rgb(image):
         return turn(ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB"), orientation(image))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         return turn(over_white(image), orientation(image))
-    return turn(image.convert("RGB"), orientation(image))
+    if image.mode != "RGB":
+        image = image.convert("RGB")                        # of RGB it would be a copy of up to 500 MB
+    return turn(image, orientation(image))
 
 
 def over_white(image):

@@ -41,14 +41,14 @@ TOKENIZERS = {
     "titok": (titok.TiTok, titok.SIZES),
     "titok-vae": (titok.TiTokVAE, titok.SIZES),
 }
-CONTINUOUS = ("vae", "titok-vae")                     # their tokens are real vectors, those of the others ids
+CONTINUOUS = ("vae", "titok-vae")                           # their tokens are real vectors
 GENERATORS = {
     "ar": (ar_transformer.ARTransformer, ar_transformer.SIZES),
     "maskgit": (maskgit.MaskGIT, maskgit.SIZES),
     "mar": (mar.MAR, mar.SIZES),
 }
 HEADS = ("gmm", "diffusion", "categorical")
-CODEBOOKS = {                                        # codes of unit length or any, by gradient or as averages
+CODEBOOKS = {                                               # of unit length or any, by gradient or averages
     "l2": dict(l2_norm=True),                               # LlamaGen's
     "l2-ema": dict(l2_norm=True, ema=0.99),                 # the same, with restarts of unused codes
     "plain": dict(l2_norm=False),                           # VQGAN's
@@ -59,18 +59,18 @@ CODEBOOKS = {                                        # codes of unit length or a
 
 DEFAULTS = {
     "any": dict(data="shapes", image_size=32, frames=1, frame_step=None, flip=False, n_shapes=20_000, seed=0,
-                skip_bad=False, condition="class", text_encoder="bytes", text_len=None, tok_options={},
-                options={}, token_dim=None, vocab_size=None, tokens=None, codebook=None, perceptual=0.0,
-                gan=0.0, adapter="none", n_mix=8, objective="diffusion", groups=1, order="random",
+                skip_bad=False, condition="class", text_encoder="bytes", text_len=None,
+                tok_options={}, options={},
+                token_dim=None, vocab_size=None, tokens=None, codebook=None, perceptual=0.0, gan=0.0,
+                adapter="none", n_mix=8, objective="diffusion", groups=1, order="random",
                 attention="bidirectional", label_drop=None, dropout=None, weight_decay=0.02, warmup=50,
                 grad_clip=1.0, ema=None, optimizer="muon"),
-    "cpu": dict(tok_size="small", tok_steps=1000, tok_batch_size=32, tok_lr=4e-3, beta=0.02, size="small",
-                steps=1600, batch_size=64, lr=4e-3),
-    "cuda": dict(tok_size="medium", tok_steps=4000, tok_batch_size=128, tok_lr=1e-3, beta=0.02, size="medium",
-                 steps=8000, batch_size=256, lr=1e-3),
+    "cpu": dict(tok_size="small", tok_steps=1000, tok_batch_size=32, tok_lr=4e-3, beta=0.02,
+                size="small", steps=1600, batch_size=64, lr=4e-3),
+    "cuda": dict(tok_size="medium", tok_steps=4000, tok_batch_size=128, tok_lr=1e-3, beta=0.02,
+                 size="medium", steps=8000, batch_size=256, lr=1e-3),
     # beta: of the commitment. l2 leaves half of the codes unused
     "any-vq": dict(beta=0.25, codebook="l2-ema"),
-    "cpu-vae": dict(tok_steps=2600),                        # as long as 1,000 steps of a net on pixels
     "any-lfq": dict(beta=0.05),
     "any-titok": dict(beta=0.25, codebook="l2-ema"),
     "any-titok-vae": dict(beta=0.01),
@@ -92,21 +92,19 @@ STAGE1 = ("data", "image_size", "frames", "frame_step", "flip", "n_shapes", "see
           "tok_steps", "tok_batch_size", "tok_lr", "token_dim", "beta", "vocab_size", "codebook", "tokens",
           "perceptual", "gan", "tok_options")
 STAGE2 = ("adapter", "generator", "head", "n_mix", "objective", "groups", "order", "attention", "size",
-          "steps", "batch_size", "lr", "label_drop", "dropout", "condition", "text_encoder", "text_len",
-          "options")
+          "steps", "batch_size", "lr", "label_drop", "dropout", "condition", "text_encoder",
+          "text_len", "options")
 BOTH = ("optimizer", "weight_decay", "warmup", "grad_clip", "ema")
 MAY_CHANGE = ("steps", "tok_steps", "lr", "tok_lr")         # with --resume: train longer, or at a lower rate
 
 # Flags of the first edition that are gone, with the only values that today's code still means.
 GONE = dict(task="class", joint=False, channels=3, likelihood="mse", corrupt=0.0, stage="pixels",
-            mix="vector", head_width=None, head_depth=None, batch_mul=4, split=None, n_buffer=None,
-            mask_min=0.0)
+            mix="vector", head_width=None, head_depth=None, batch_mul=4, split=None,
+            n_buffer=None, mask_min=0.0)
 
 
 def defaults_of(args, device):
-    """The default of each flag, for what was asked for and the machine. args: tokenizer, generator, head,
-    frames.
-    """
+    """args (tokenizer, generator, head, frames) -> the default of each flag on this machine."""
     machine = "cuda" if device.type == "cuda" else "cpu"
     kinds = [args.tokenizer, args.generator, f"{args.generator}-{args.head}"]
     if args.frames not in (None, 1):
@@ -141,8 +139,8 @@ def resolve(given, tok_folder, folder):
     if given.resume and given.overwrite:
         raise BadInput("--resume goes on and --overwrite starts anew: give one of them")
     if given.generator != "none" and folder == tok_folder:
-        raise BadInput(
-            f"--name and --tok_name are both {folder.name}: give the two stages folders of their own")
+        raise BadInput(f"--name and --tok_name are both {folder.name}: give the two stages folders of their "
+                       "own")
     for path in filter(None, (tok_folder, folder)):
         refuse_folder(path)
         remove_leftovers(path)
@@ -161,9 +159,8 @@ def resolve(given, tok_folder, folder):
         if saved is None:
             continue
         if not saved["done"] and not given.resume and not given.overwrite:
-            raise BadInput(
-                f"{path} holds a run that stopped at step {saved['step']}: go on with --resume, or "
-                "start again with --overwrite")
+            raise BadInput(f"{path} holds a run that stopped at step {saved['step']}: go on with --resume, "
+                           "or start again with --overwrite")
         refuse_gone(path, saved["flags"])
         keep = dict(saved["flags"])
         if path == tok_folder and saved["done"]:      # how a finished stage was optimised is its own business
@@ -200,18 +197,15 @@ def read_for(given, folder):
 
 
 def saved_or_given(given, name, saved_value, folder, saved):
-    """The value of a flag in a run that was begun before. Raises BadInput where the two contradict each
-    other.
-    """
+    """The value of a flag in a run that was begun before. Raises BadInput where saved and given differ."""
     value = getattr(given, name, None)
     # data are compared by content: refuse_other_data
     if value is None or value == saved_value or name == "data":
         return saved_value
     if given.resume and name in MAY_CHANGE:
         if not name.endswith("steps") or value > saved["step"]:
-            print(
-                f"--{name} {value} instead of {saved_value}: the learning rate follows its new schedule from "
-                f"step {saved['step']} on")
+            print(f"--{name} {value} instead of {saved_value}: the learning rate follows the new schedule "
+                  f"from step {saved['step']} on")
             return value
         raise BadInput(f"--{name} {value}: {folder} is at step {saved['step']} already; give more")
     raise BadInput(f"--{name} {value} does not fit {folder}, which was trained with --{name} {saved_value}: "
@@ -229,9 +223,8 @@ def refuse_gone(folder, flags):
     """A run of the first edition that used an option which train.py has no longer."""
     for name, neutral in GONE.items():
         if flags.get(name, neutral) not in (neutral, None):
-            raise BadInput(
-                f"{folder}: trained with --{name} {flags[name]} by the first edition of this project; "
-                "use it with that version (commit de4e350), or train anew")
+            raise BadInput(f"{folder}: trained with --{name} {flags[name]} by the first edition of this "
+                           "project; use it with that version (commit de4e350), or train anew")
 
 
 def flags_to_save(args, stage):
@@ -339,8 +332,8 @@ def refuse(args, dist=SimpleNamespace(rank=0, size=1)):
     for name in ("tok_batch_size", "batch_size"):
         value = getattr(args, name)
         if value % dist.size:
-            raise BadInput(
-                f"--{name} {value} cannot be shared equally by {dist.size} processes: give a multiple")
+            raise BadInput(f"--{name} {value} cannot be shared equally by {dist.size} processes: give a "
+                           "multiple")
     refuse_too_large(args)
     tokenizer = build_tokenizer(args)                       # refuses what its size cannot do
     if args.generator != "none":
@@ -350,9 +343,8 @@ def refuse(args, dist=SimpleNamespace(rank=0, size=1)):
 def refuse_groups(args, vocab_size):
     if args.groups > 1 and not whole_power(vocab_size, args.groups):
         base = round(vocab_size ** (1 / args.groups))
-        raise BadInput(
-            f"--groups {args.groups}: --vocab_size {vocab_size} must be a whole number to the power of "
-            f"{args.groups}, such as {base ** args.groups}")
+        raise BadInput(f"--groups {args.groups}: --vocab_size {vocab_size} must be a whole number to the "
+                       f"power of {args.groups}, such as {base ** args.groups}")
 
 
 def refuse_too_large(args):
@@ -360,19 +352,18 @@ def refuse_too_large(args):
     free = data.free_bytes(args.device)
     pixels = 3 * args.frames * args.image_size ** 2
     needs = {
-        f"--n_shapes {args.n_shapes} at --image_size {args.image_size}": pixels *
-        args.n_shapes if args.data == "shapes" else 0,
-        f"--tok_batch_size {args.tok_batch_size} at --image_size {args.image_size}": 32 * pixels *
-        args.tok_batch_size,
+        f"--n_shapes {args.n_shapes} at --image_size {args.image_size}":
+            pixels * args.n_shapes if args.data == "shapes" else 0,
+        f"--tok_batch_size {args.tok_batch_size} at --image_size {args.image_size}":
+            32 * pixels * args.tok_batch_size,
         f"--batch_size {args.batch_size}": 4 * 64 * args.batch_size,
         f"--vocab_size {args.vocab_size}": 4 * 64 * (args.vocab_size or 0),
         f"--tokens {args.tokens}": 4 * 64 * (args.tokens or 0)**2,
     }
     for what, size in needs.items():
         if size > free:
-            raise BadInput(
-                f"{what}: needs at least {size / 2**30:,.0f} GB, and {free / 2**30:,.1f} GB are free here; "
-                "give less")
+            raise BadInput(f"{what}: needs at least {size / 2**30:,.0f} GB, and {free / 2**30:,.1f} GB are "
+                           "free here; give less")
 
 
 def refuse_other_tokenizer(args, folder, tokenizer):
@@ -382,17 +373,14 @@ def refuse_other_tokenizer(args, folder, tokenizer):
         return
     for name, value in tokenizer.state_dict().items():
         if not torch.equal(value.cpu(), checkpoint["tokenizer"][name]):
-            raise BadInput(
-                f"{folder} was begun on the tokens of another tokenizer than the present one: start again "
-                "with --overwrite")
+            raise BadInput(f"{folder} was begun on the tokens of another tokenizer than the present one: "
+                           "start again with --overwrite")
 
 
 # ---- Data ----------------------------------------------------------------------------------------
 
 def open_split(args, split, device=None):
-    """The training ("train") or validation ("val") images that the flags name -> data.ImageSet on the
-    device.
-    """
+    """The images that the flags name, for training ("train") or validation ("val") -> data.ImageSet."""
     return data.load(args.data, args.image_size, split, device or args.device, args.seed,
                      flip=bool(args.flip) and split == "train", skip_bad=getattr(args, "skip_bad", False),
                      n_shapes=args.n_shapes if split == "train" else None, frames=args.frames,
@@ -407,15 +395,14 @@ def open_data(args):
     missing = train_set.without_text + val_set.without_text
     if args.condition == "text" and args.data != "shapes" and (missing or train_set.texts is None):
         first = f", the first is {missing[0]}" if missing else ""
-        raise BadInput(
-            f"--condition text: {len(missing) or 'all'} images of --data {args.data} have no caption{first}; "
-            "write NAME.txt beside NAME.jpg")
+        raise BadInput(f"--condition text: {len(missing) or 'all'} images of --data {args.data} have no "
+                       f"caption{first}; write NAME.txt beside NAME.jpg")
     return train_set, val_set
 
 
 def suit(args, train_set):
     """Numbers per token of a VAE, by what the images are, where no flag says it. Photographs need more."""
-    if args.tokenizer != "vae" or args.token_dim is not None or args.tok_size not in ("small", "medium"):
+    if args.tokenizer != "vae" or args.token_dim is not None or args.tok_size != "patches":
         return
     kind = "drawn shapes"
     if args.data != "shapes" and isinstance(train_set.images, torch.Tensor):
@@ -430,9 +417,7 @@ def suit(args, train_set):
 
 
 def fingerprint(image_set):
-    """A short text that stands for the content of a data.ImageSet: pixels, or names, sizes and times of
-    streamed files.
-    """
+    """A short text that stands for a data.ImageSet: pixels, or names, sizes and times of files."""
     digest = hashlib.sha1(repr(list(image_set.classes)).encode())
     digest.update(image_set.labels.cpu().numpy().tobytes())
     if isinstance(image_set.images, torch.Tensor):
@@ -444,16 +429,13 @@ def fingerprint(image_set):
 
 
 def refuse_other_data(args, folder, train_set):
-    """A run that was begun before, and is not overwritten, goes on with the same images only, wherever they
-    lie now.
-    """
+    """A run that was begun before, and is not overwritten, goes on with the same images only."""
     checkpoint = read_checkpoint(folder) if folder in args.begun else None
     if checkpoint is None or "fingerprint" not in checkpoint:
         return
     if checkpoint["fingerprint"] != fingerprint(train_set):
-        raise BadInput(
-            f"--data {args.data}: these are not the images that {folder} was trained on (classes, or "
-            "images, changed since); give those, or start again with --overwrite")
+        raise BadInput(f"--data {args.data}: these are not the images that {folder} was trained on "
+                       "(classes, or images, changed since); give those, or start again with --overwrite")
 
 
 # ---- Models --------------------------------------------------------------------------------------
@@ -496,7 +478,7 @@ def build_head(args, tokenizer, n_embd):
         return gmm_head.GMMHead(n_embd, tokenizer.token_dim, args.n_mix)
     if args.groups > 1:
         return lfq.FactorizedHead(n_embd, tokenizer.vocab_size, args.groups)
-    module = dict(ar=ar_transformer, maskgit=maskgit, mar=mar)[args.generator]       # one code in three files
+    module = dict(ar=ar_transformer, maskgit=maskgit, mar=mar)[args.generator]    # one code in three files
     return module.CategoricalHead(n_embd, tokenizer.vocab_size)
 
 
@@ -509,7 +491,7 @@ def build_generator(args, tokenizer, num_classes):
         options["text"] = (args.text_len, "bytes" if args.text_encoder == "bytes" else args.text_features)
     if args.generator == "mar":
         options["order"] = args.order
-        if args.attention == "causal":                  # one transformer: no buffer, and no masks in training
+        if args.attention == "causal":                      # one transformer: no buffer, no masks
             model_class = mar.CausalMAR
             for name in ("n_buffer", "mask_min", "mask_std"):
                 options.pop(name, None)
@@ -536,17 +518,15 @@ def unit_of_loss(args, stage):
         extra = "beta KL" if args.tokenizer in CONTINUOUS else "losses of the codes"
         return f"squared error per pixel value + {extra}"
     if args.head == "diffusion":
-        return "squared error of the " + ("noise + vb (bits)"
-                                          if args.objective == "diffusion" else "velocity")
+        target = "noise + vb (bits)" if args.objective == "diffusion" else "velocity"
+        return f"squared error of the {target}"
     return "nats per token"
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 def save_atomically(state, path):
-    """torch.save to a temporary file, then rename: whatever happens, `path` holds a whole old or a whole new
-    one.
-    """
+    """torch.save to a temporary file, then rename: `path` always holds a whole file, old or new."""
     path = Path(path)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -558,14 +538,12 @@ def save_atomically(state, path):
     except (OSError, RuntimeError) as e:                    # torch turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise BadInput(
-            f"could not write {path} ({first_line(e)}); the previous one, if any, is untouched") from None
+        raise BadInput(f"could not write {path} ({first_line(e)}); the previous one, if any, is "
+                       "untouched") from None
 
 
 def load_file(path, map_location="cpu"):
-    """What save_atomically wrote. Raises ValueError for a damaged file: torch.load itself skips the
-    checksums.
-    """
+    """What save_atomically wrote. Raises ValueError for a damaged file: torch.load skips the checksums."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
@@ -581,14 +559,13 @@ def read_checkpoint(folder):
     try:
         checkpoint = load_file(path)
     except Exception as e:                                  # half a dozen kinds for a damaged file
-        raise BadInput(
-            f"{path}: not a readable checkpoint ({first_line(e)}); --overwrite trains anew") from None
+        raise BadInput(f"{path}: not a readable checkpoint ({first_line(e)}); --overwrite trains "
+                       "anew") from None
     needed = ("stage", "step", "done", "flags", "ema", "classes")
     missing = [name for name in needed if name not in checkpoint] if isinstance(checkpoint, dict) else needed
     if missing:
-        raise BadInput(
-            f"{path}: not a checkpoint of this project, {', '.join(missing)} missing; --overwrite trains anew"
-        )
+        raise BadInput(f"{path}: not a checkpoint of this project, {', '.join(missing)} missing; "
+                       "--overwrite trains anew")
     return checkpoint
 
 
@@ -599,16 +576,16 @@ def first_line(error):
 
 
 def refuse_folder(path):
-    """A run folder must be a folder that can be written, known before an hour is lost."""
+    """A run folder must be a folder that can be written, known before an hour is lost. Leaves nothing behind."""
+    there = path
+    while not there.exists():
+        there = there.parent                                # ends at "." or "/"
+    if not there.is_dir():
+        raise BadInput(f"{there} is a file, not a folder: give another --runs or --name")
+    probe = there / f"probe.{os.getpid()}.tmp"
     try:
-        if path.exists() and not path.is_dir():
-            raise BadInput(f"{path} is a file, not a folder: give another --runs or --name")
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f"probe.{os.getpid()}.tmp"
         probe.touch()
         probe.unlink()
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()                                    # made again when there is something to keep
     except OSError as e:
         raise BadInput(f"{path} cannot be written ({e.strerror}): give another --runs or --name") from None
 
@@ -621,13 +598,11 @@ def remove_leftovers(folder):
 
 
 def averaged(checkpoint):
-    """The averaged weights of the model of a checkpoint, without what was trained around it, as a plain state
-    dict.
-    """
+    """The averaged weights of a checkpoint's model, without what was trained around it."""
     weights = inside("module.", checkpoint["ema"])
     if any(name.startswith("tokenizer.") for name in weights):        # a tokenizer, and the losses around it
         return inside("tokenizer.", weights)
-    if any(name.startswith("vae.") for name in weights):    # a generator, and the VAE of recipes/joint.py
+    if any(name.startswith("vae.") for name in weights):        # a generator, and the VAE of recipes/joint.py
         return inside("generator.", weights)
     return weights
 
@@ -649,8 +624,8 @@ def load_run(folder, device="cpu"):
     if checkpoint is None:
         raise BadInput(f"{folder}: no ckpt.pt in it; name a run folder such as runs/shapes-vae-ar-gmm")
     if not checkpoint["done"]:
-        raise BadInput(
-            f"{folder}: this run stopped at step {checkpoint['step']}; finish it with train.py --resume")
+        raise BadInput(f"{folder}: this run stopped at step {checkpoint['step']}; finish it with train.py "
+                       "--resume")
     refuse_gone(folder, checkpoint["flags"])
     args = argparse.Namespace(**DEFAULTS["any"] | checkpoint["flags"])
     args.device = device
@@ -666,19 +641,17 @@ def load_run(folder, device="cpu"):
             generator.load_state_dict(averaged(checkpoint))
             generator = generator.to(device).eval()
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:
-        raise BadInput(
-            f"{folder}: its checkpoint does not fit today's models ({first_line(e)}); use it with the "
-            "version that made it, or train anew") from None
-    return SimpleNamespace(folder=folder, args=args, tokenizer=tokenizer.to(device).eval(),
-                           generator=generator, classes=checkpoint["classes"], device=device)
+        raise BadInput(f"{folder}: its checkpoint does not fit today's models ({first_line(e)}); use it "
+                       "with the version that made it, or train anew") from None
+    tokenizer = tokenizer.to(device).eval()
+    return SimpleNamespace(folder=folder, args=args, tokenizer=tokenizer, generator=generator,
+                           classes=checkpoint["classes"], device=device)
 
 
 # ---- The machine ---------------------------------------------------------------------------------
 
 def pick_device(name=None):
-    """--device -> torch.device with its index; a GPU if there is one. Under torchrun each process gets its
-    own.
-    """
+    """--device -> torch.device with its index; a GPU if there is one. Under torchrun one for each process."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -687,8 +660,8 @@ def pick_device(name=None):
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise BadInput(
-            f"--device {name}: PyTorch finds no such device on this machine; try --device cpu") from None
+        raise BadInput(f"--device {name}: PyTorch finds no such device on this machine; try "
+                       "--device cpu") from None
     return device
 
 
@@ -697,14 +670,12 @@ def native_bf16(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return device.type == "cpu" and any(
-        getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
+    checks = [getattr(torch.cpu, name) for name in names if hasattr(torch.cpu, name)]
+    return device.type == "cpu" and any(check() for check in checks)
 
 
 def use_bf16(args, stage):
-    """Train under autocast? By default on CUDA, and for transformers on a CPU: small convolutions gain
-    nothing.
-    """
+    """Train under autocast? By default on CUDA, and transformers on a CPU: convolutions gain nothing."""
     if args.dtype is not None:
         return args.dtype == "bf16"
     transformer = stage == 2 or args.tokenizer.startswith("titok")

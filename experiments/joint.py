@@ -7,7 +7,7 @@ per pixel value,
 
     E[ -log p(image | z) ]  +  E[ -log p(z | class) ]  -  H( q(z | image) ),        z ~ q(z | image),
 
-with a discretised logistic likelihood of the 256 values of a pixel (vae.bound), so the comparison is exact,
+with a discretised logistic likelihood of the 256 values of a pixel (recipes/joint.py), so the comparison is exact,
 on true MNIST pixels (28 x 28, grey). Arms, each with the same networks, batch size, learning rate and number
 of seconds (measured):
 
@@ -29,23 +29,22 @@ from statistics import mean, stdev
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import evaluate
-import train
 from benchmark import machine_name
 from common import runs
+from recipes import joint
 
-FLAGS = (
-    "--tokenizer vae --head gmm --image_size 28 --channels 1 --likelihood logistic --tok_size mnist28 --size tiny "
-    "--n_mix 8 --tok_batch_size 64 --batch_size 64 --dtype fp32 --save_every 100000")
+FLAGS = ("--image_size 28 --channels 1 --tok_size mnist28 --size tiny --n_mix 8 --tok_batch_size 64 --batch_size 64 "
+         "--dtype fp32")
 
 
 def run_arm(arm, data, seed, steps, parent):
     """Train one arm with one seed -> its run, and the seconds that its steps took."""
     folder = parent / f"{arm}-{seed}"
     words = f"{FLAGS} --data {data} --seed {seed} --steps {steps} --tok_steps {steps} --eval_every {max(1, steps // 5)}"
-    words += f" --runs {parent} --name {folder.name} --tok_name vae-{seed}" + (" --joint"
-                                                                               if arm == "joint" else "")
-    train.main(words.split())
+    words += f" --runs {parent} --name {folder.name}"
+    if arm != "joint":
+        words += f" --two_stages --tok_name vae-{seed}"
+    joint.main(words.split())
     folders = [folder] if arm == "joint" else [parent / f"vae-{seed}", folder]
     return runs.load_run(folder, runs.pick_device()), sum(seconds_of(f) for f in folders)
 
@@ -71,8 +70,7 @@ def alone(vae, val_set, seed):
 
 def terms(vae, generator, val_set, seed):
     """-> {bound, pixels, prior, entropy}, bits per dimension over the whole validation set."""
-    run = argparse.Namespace(tokenizer=vae, generator=generator)
-    rows = evaluate.measure_bound(run, val_set, torch.arange(len(val_set)), 250, seed)
+    rows = joint.measure_bound(vae, generator, val_set, 250, seed)
     return {
         key.removeprefix("bound_").replace("bits_per_dim", "bound"): value[0]
         for key, _, value, _, _ in rows

@@ -154,7 +154,7 @@ def predictions(model, n):
     """Yields the cumulative counts (n, V + 1) of the next id of n sequences, and is sent the id, (n,)."""
     P = model.n_prefix
     x = model.prefix(torch.full((n,), model.num_classes, device="cpu"))               # "no class"
-    caches = model.caches(x)
+    caches = model.empty_caches(x)
     for t in range(model.seq_len):
         h = model.forward_blocks(x, P + t - 1 if t else 0, caches)[:, -1]
         ids = yield cumulative(model.head.logits(h))

@@ -6,12 +6,11 @@ convolutions becomes a kernel over time: the image's weights stand at the last t
 is, and the others are 0. The video tokenizer begins with exactly the ids and pictures of the image tokenizer
 for an image, and for the first frame of a clip. It learns from there what the frames have in common.
 
-    image LFQ (3, H, W) --LFQ.inflate--> video LFQ (3, F, H, W) --stage 1 on clips--> ids --stage 2-->
-    generator
+    image LFQ --LFQ.inflate--> video LFQ --stage 1 on clips (3, F, H, W)--> ids --stage 2--> generator
 
-    python train.py --tokenizer lfq --tok_size clips --image_size 16 --generator none      # runs/shapes-lfq
-    python -m recipes.inflate runs/shapes-lfq  # 17 frames, and a MaskGIT
-    python -m recipes.inflate runs/shapes-lfq --frames 9 --generator none  # the tokenizer alone
+    python train.py --tokenizer lfq --tok_size clips --image_size 16 --generator none    # runs/shapes-lfq
+    python -m recipes.inflate runs/shapes-lfq                               # 17 frames, and a MaskGIT
+    python -m recipes.inflate runs/shapes-lfq --frames 9 --generator none   # the tokenizer alone
 
 All flags of train.py go with it. The size and the number of codes are those of the image tokenizer. The run
 folders are those of train.py with -inflated behind the tokenizer's name, for sample.py and evaluate.py as any
@@ -34,9 +33,8 @@ from data import BadInput
 
 def parse_args(argv=None):
     """-> the flags of this recipe, those of train.py."""
-    p = argparse.ArgumentParser(
-        allow_abbrev=False, description="Train a video tokenizer from an image tokenizer. "
-        "All flags of train.py go with it.")
+    p = argparse.ArgumentParser(allow_abbrev=False, description="Train a video tokenizer from one of images. "
+                                                                "All flags of train.py go with it.")
     p.add_argument("image_run", help="run folder of an image tokenizer, --tokenizer lfq")
     own, rest = p.parse_known_args(argv)
     given = train.parse_args(["--tokenizer", "lfq", "--generator", "maskgit", "--frames", "17", *rest])
@@ -94,9 +92,9 @@ def inflated(args, image_run):
     try:
         return runs.build_tokenizer(args).inflate(image_run.tokenizer.state_dict()).state_dict()
     except (ValueError, RuntimeError):                      # names or shapes differ
-        raise BadInput(
-            f"{image_run.folder}: its sizes are others; leave out --tok_size and --vocab_size, then "
-            f"{image_run.args.tok_size} and {image_run.tokenizer.vocab_size} as there") from None
+        raise BadInput(f"{image_run.folder}: its sizes are others; leave out --tok_size and --vocab_size, "
+                       f"which are then {image_run.args.tok_size} and {image_run.tokenizer.vocab_size} as "
+                       "there") from None
 
 
 if __name__ == "__main__":

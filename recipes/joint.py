@@ -5,12 +5,12 @@ GIVT (arxiv.org/abs/2312.02116) trains a VAE first, whose tokens are drawn towar
 that models them. Training both together it leaves to future work. Here is that work, and the yardstick for
 it: a bound in bits per dimension (pixel value), which holds however the two were trained,
 
-    -log p(image | c)  <=  E[ -log p(image | z) ]  +  E[ -log p(z | c) ]  -  H( q(z | image) ),  z ~ q
+    -log p(image | c)  <=  E[ -log p(image | z) ] + E[ -log p(z | c) ] - H( q(z | image) ),  z ~ q(z | image)
 
-                           the decoder's pixels       the generator          what the draw of z gives back
+                           the decoder's pixels     the generator        what the draw of z gives back
 
-    python -m recipes.joint                            # trains both at once, draws, measures
-    python -m recipes.joint --two_stages  # the same networks one after the other, and the same measure
+    python -m recipes.joint                    # trains both at once, draws, measures
+    python -m recipes.joint --two_stages       # the same networks one after the other, and the same measure
     python -m recipes.joint --data mnist.tar.gz --image_size 28 --channels 1 --tok_size mnist28 --size tiny
 
 --two_stages also takes --likelihood mse and --corrupt, a denoising VAE, which have no bound. Every flag of
@@ -35,7 +35,7 @@ import train
 from common import drawing, metrics, runs
 from data import BadInput
 
-# of the VAE: its options beyond train.py's flags
+# Options of the VAE beyond the flags of train.py.
 DEFAULT = dict(likelihood="logistic", channels=3, corrupt=0.0)
 
 
@@ -55,7 +55,7 @@ def bound(vae, generator, images, cond):
     mean, std = vae.posterior(images)
     z = vae.reparameterise(mean, std)                                                 # (B, T, D)
     T = vae.seq_len
-    dims = math.log(2) * vae.pixels(images)[0].numel()      # nats -> bits per dimension
+    dims = math.log(2) * vae.pixels(images)[0].numel()                            # nats -> bits per dimension
     pixels = -vae.log_likelihood(images, vae.decode_raw(z)).mean()                    # nats per image
     # The generator's density is one of normalised tokens: p(z) = p(tokens) * prod(latent_scale), T times.
     prior = T * (generator(vae.normalise(z), cond)[0] - vae.latent_scale.log().sum())
@@ -89,14 +89,12 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(allow_abbrev=False, description="Train a VAE and its generator by one bound. "
                                                                 "All flags of train.py go with it.")
     p.add_argument("--two_stages", action="store_true", help="one after the other, to compare with")
-    p.add_argument(
-        "--likelihood", choices=["logistic", "mse"],
-        help="of a pixel: a discretised logistic of its 256 values, or with --two_stages a Gaussian")
+    p.add_argument("--likelihood", choices=["logistic", "mse"],
+                   help="of a pixel: a discretised logistic of its 256 values, or a Gaussian (--two_stages)")
     p.add_argument("--channels", type=int, choices=[1, 3],
                    help="1: grey images (colours are averaged), 3: RGB")
-    p.add_argument(
-        "--corrupt", type=float,
-        help="--two_stages: standard deviation of noise on the VAE's input, which has to remove it")
+    p.add_argument("--corrupt", type=float,
+                   help="--two_stages: standard deviation of noise on the VAE's input, to be removed")
     p.add_argument("--at_once", type=int, default=250, help="images measured at a time")
     own, rest = p.parse_known_args(argv)
     given = train.parse_args(["--tokenizer", "vae", *rest])
@@ -152,7 +150,7 @@ def train_joint(own, given, dist):
     args = runs.resolve(with_options(own, given, folder), None, folder)
     args.unit = "bits per dimension"
     if args.dtype is None and args.device.type == "cpu":
-        args.dtype = "fp32"                         # most of the time goes into convolutions: no gain by bf16
+        args.dtype = "fp32"                                 # it is mostly convolutions, which gain nothing
     runs.refuse(args, dist)
     if args.stage2_done:
         print(f"{folder} is trained already: start again with --overwrite")
@@ -203,21 +201,19 @@ def train_two_stages(own, given, dist):
 
 
 def with_options(own, given, folder):
-    """given, and in tok_options what the VAE has beyond train.py's flags: as given, else as saved, else
-    DEFAULT.
-    """
+    """given, with tok_options: the VAE's options as given, else as saved in a run folder, else DEFAULT."""
     saved = None if given.overwrite else runs.read_checkpoint(folder)
     options = dict(DEFAULT)
     if saved is not None:
         options |= saved["flags"].get("tok_options", {})
-    for name in DEFAULT:
-        value = getattr(own, name)
+    asked = dict(likelihood=own.likelihood, channels=own.channels, corrupt=own.corrupt)
+    for name, value in asked.items():
         if value is None:
             continue
         if saved is not None and value != options[name]:
-            raise BadInput(
-                f"--{name} {value} does not fit {folder}, which was trained with --{name} {options[name]}: "
-                "give that value, another folder (--name, --tok_name), or --overwrite")
+            raise BadInput(f"--{name} {value} does not fit {folder}, which was trained with --{name} "
+                           f"{options[name]}: give that value, another folder (--name, --tok_name), or "
+                           "--overwrite")
         options[name] = value
     beta = given.beta
     if saved is None and beta is None and options["likelihood"] == "logistic":
@@ -234,7 +230,7 @@ def measure_bound(vae, generator, val_set, batch_size=250, seed=0):
     index = torch.randperm(len(val_set), generator=order, device="cpu")               # folders come by class
     torch.manual_seed(seed)
     bits = []
-    for part in index.split(max(1, min(batch_size, len(index) // 20))):              # 20 parts, for the error
+    for part in index.split(max(1, min(batch_size, len(index) // 20))):           # 20 parts, for the error
         loss, logs = bound(vae, generator, *val_set.batch(part))
         bits.append(torch.stack([loss, *logs.values()]))
     bits = torch.stack(bits).double()                                                 # (batches, 4)
@@ -253,8 +249,8 @@ def report(run, batch_size):
     if run.tokenizer.likelihood != "logistic" or run.args.generator != "ar" or run.args.head != "gmm":
         print(f"{run.folder}: no bound without --likelihood logistic, --generator ar and --head gmm")
         return
-    rows = measure_bound(run.tokenizer, run.generator, runs.open_split(run.args, "val", run.device),
-                         batch_size)
+    val_set = runs.open_split(run.args, "val", run.device)
+    rows = measure_bound(run.tokenizer, run.generator, val_set, batch_size)
     metrics.print_rows(rows)
     metrics.save_rows(run.folder, rows)
 

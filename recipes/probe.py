@@ -48,8 +48,7 @@ def layer_features(generator, tokens, cond, mask=None):
             pooled.append(inputs[0].float().mean(1))
         pooled.append(output.float().mean(1))
 
-    # MAR's name for it
-    forward = generator.hidden if hasattr(generator, "hidden") else generator.hidden_states
+    forward = generator.hidden_states if hasattr(generator, "hidden_states") else generator.hidden    # of MAR
     hooks = [block.register_forward_hook(read) for block in generator.blocks]
     try:
         if mask is None:

@@ -5,9 +5,10 @@ train.py --tokenizer titok learns pixels from the start. The authors (arxiv.org/
 and appendix) found a warm-up better: a trained tokenizer with one id per patch, the proxy, says what the
 decoder has to predict, so that no loss on pixels is needed while the T tokens are still being found.
 
-    proxy       images --encoder--> T ids --decoder--> logits of the proxy's ids, one per patch
-    finetune    encoder and T ids are frozen; the softmax of the logits mixes the proxy's codes, of which its
-                decoder makes pixels; both decoders learn from the squared error (--gan, --perceptual)
+    proxy       images --TiTok's encoder--> T ids --TiTok's decoder--> logits of the proxy's ids
+    finetune    encoder and T ids are frozen. The softmax of the logits mixes the proxy's codes, and the
+                proxy's decoder makes pixels of them. Both decoders learn from the squared error; --gan and
+                --perceptual join here.
 
 The authors' proxy is MaskGIT's VQGAN. Ours is a small vq.VQ, trained here unless --proxy names the run of
 one.
@@ -37,8 +38,7 @@ import train
 from common import runs
 from data import BadInput
 
-# The proxy is no TiTok: the flags of TiTok do not go to it. "fine" has one id for every patch of 4 x 4
-# pixels.
+# The proxy is no TiTok: TiTok's flags do not go to it. "fine" has one id for every patch of 4 x 4 pixels.
 OF_PROXY = dict(tokenizer="vq", tok_size="fine", tok_batch_size=None, tok_lr=None, token_dim=None,
                 vocab_size=None, tokens=None, codebook=None, beta=None, perceptual=None, gan=None)
 
@@ -97,9 +97,8 @@ def train_all(own, given, dist):
     last_folder = tok_folder.with_name(f"{tok_folder.name}-finetune")
     if not given.name:
         folder = folder.with_name(folder.name.replace("-titok", "-titok-finetune", 1))
-    begun = [
-        path for path in (proxy_folder, first_folder, last_folder, folder) if (path / "ckpt.pt").exists()
-    ]
+    folders = (proxy_folder, first_folder, last_folder, folder)
+    begun = [path for path in folders if (path / "ckpt.pt").exists()]
     if given.resume and not begun:
         raise BadInput(f"--resume: there is no run in {first_folder} or {last_folder}; leave it out")
 
@@ -110,8 +109,8 @@ def train_all(own, given, dist):
         proxy_args = resolve(given, proxy_folder, **OF_PROXY, tok_steps=own.proxy_steps)
         runs.refuse(proxy_args, dist)
     if proxy_args.tokenizer != "vq":
-        raise BadInput(
-            f"--proxy {own.proxy}: a run of --tokenizer vq is wanted, this is one of {proxy_args.tokenizer}")
+        raise BadInput(f"--proxy {own.proxy}: a run of --tokenizer vq is wanted, this is one of "
+                       f"{proxy_args.tokenizer}")
     proxy_flags = {name: getattr(proxy_args, name) for name in runs.STAGE1}
     refuse_other_proxy(given, first_folder, proxy_flags)
     first_args = resolve(given, first_folder, last=own.stage == "proxy", gan=None, perceptual=None,
@@ -127,9 +126,8 @@ def train_all(own, given, dist):
     if not own.proxy:
         train_tokenizer(proxy_args, dist, proxy_folder, sets)
     proxy = runs.load_run(proxy_folder).tokenizer.state_dict()
-    train_tokenizer(first_args, dist, first_folder, sets,
-                    {f"proxy.{name}": value
-                     for name, value in proxy.items()})
+    weights = {f"proxy.{name}": value for name, value in proxy.items()}
+    train_tokenizer(first_args, dist, first_folder, sets, weights)
     if own.stage == "proxy":
         return first_folder
     train_tokenizer(args, dist, last_folder, sets, runs.load_run(first_folder).tokenizer.state_dict())
@@ -146,9 +144,7 @@ def changed(given, **flags):
 
 
 def resolve(given, folder, last=False, **flags):
-    """runs.resolve for a tokenizer alone. --overwrite keeps it if it is done as asked for, and not the last
-    one.
-    """
+    """runs.resolve for a tokenizer. --overwrite keeps it if it is done as asked for, and not the last one."""
     given = changed(given, generator="none", **flags)
     saved = runs.read_checkpoint(folder)
     given.resume = given.resume and saved is not None
@@ -161,9 +157,8 @@ def refuse_other_proxy(given, folder, proxy_flags):
     """The first stage goes on only with the proxy that it was begun with."""
     saved = None if given.overwrite else runs.read_checkpoint(folder)
     if saved is not None and saved["flags"].get("tok_options", {}).get("proxy") != proxy_flags:
-        raise BadInput(
-            f"--proxy: {folder} was trained with another proxy; give that one, another --tok_name, or "
-            "--overwrite")
+        raise BadInput(f"--proxy: {folder} was trained with another proxy; give that one, another "
+                       "--tok_name, or --overwrite")
 
 
 def train_tokenizer(args, dist, folder, sets, weights=None):

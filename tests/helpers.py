@@ -148,7 +148,7 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
 
 
 def call(*words, code=0, **options):
-    done = subprocess.run(command(*words, **options), capture_output=True, text=True, env=ENV, timeout=200)
+    done = subprocess.run(command(*words, **options), capture_output=True, text=True, env=ENV, timeout=900)
     assert done.returncode == code or (code and done.returncode), done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -57,9 +57,6 @@ def test_captions_and_their_encoder_are_asked_for_in_a_sentence(tiny_run, tmp_pa
     for split in ("train", "val"):
         (pictures / split / "a").mkdir(parents=True)
         words = [*TINY, "--runs", str(tmp_path), "--data", str(pictures), "--condition", "text"]
-        if split == "val":
-            with pytest.raises(SystemExit, match="no images in val/, which is for validation"):
-                train.main(words)
         for i in range(4):
             Image.fromarray(np.full((16, 16, 3), 60 * i, np.uint8)).save(pictures / split / "a" / f"{i}.png")
     with pytest.raises(SystemExit, match="write NAME.txt beside NAME.jpg"):

@@ -111,7 +111,7 @@ def test_bf16_draws_nearly_what_fp32_draws(run):
 
 def test_defaults_are_those_of_what_is_drawn():
     args = argparse.Namespace(condition="class", frames=1, generator="maskgit", head="categorical")
-    run = SimpleNamespace(args=args)
+    run = SimpleNamespace(args=args, classes=["cat", "dog"])
     assert drawing.kind_of(run) == "classes" and drawing.default_of(run)["cfg"] == 3.0
     args.frames = 17
     assert drawing.kind_of(run) == "clips" and drawing.default_of(run)["cfg"] == 3.0
@@ -119,6 +119,16 @@ def test_defaults_are_those_of_what_is_drawn():
     assert drawing.kind_of(run) == "captions" and drawing.default_of(run) == dict(cfg=3.0, temperature=1.0)
     args.head = "gmm"
     assert drawing.kind_of(run) == "captions" and drawing.default_of(run) == drawing.DEFAULTS["ar-gmm"]
+
+
+def test_one_class_is_drawn_without_guidance_unless_it_was_trained_for_it():
+    args = argparse.Namespace(condition="class", frames=1, generator="maskgit", head="categorical", label_drop=None)
+    run = SimpleNamespace(args=args, classes=["images"], folder="runs/x", device=torch.device("cpu"))
+    assert drawing.default_of(run) == drawing.DEFAULTS["maskgit-categorical"] | dict(cfg=1.0)
+    with pytest.raises(data.BadInput, match="--cfg 3.0: runs/x was trained on one class"):
+        drawing.draw_tokens(run, torch.zeros(2, dtype=torch.long), cfg=3.0)
+    args.label_drop = 0.1
+    assert drawing.default_of(run)["cfg"] == 3.0
 
 
 def test_what_is_given_replaces_the_default_and_the_rest_stays(monkeypatch, tmp_path):

@@ -8,10 +8,9 @@ import torch
 from PIL import Image
 
 import data
-from common import pictures
 import evaluate
 import train
-from common import captions, classifier, runs
+from common import captions, classifier, pictures, runs
 from tests.helpers import IDS, RARELY, TINY
 
 

@@ -13,12 +13,11 @@ import torch.nn as nn
 
 import ar_transformer
 import data
-from common import pictures
 import lfq
 import titok
 import train
 import vq
-from common import runs
+from common import pictures, runs
 from recipes import compress
 from tests.helpers import ENV, RARELY, ROOT, TINY
 

@@ -43,24 +43,23 @@ def test_a_video_tokenizer_begins_as_the_image_tokenizer(image_run, capsys):
     image = runs.load_run(image_run).tokenizer
     run = runs.load_run(image_run.parent / "shapes-lfq-5f-inflated-maskgit-categorical")
     video = run.tokenizer
-    assert (video.vocab_size, run.args.tok_size) == (16, "clips")                     # as those of the images
+    assert (video.vocab_size, run.args.tok_size) == (16, "clips")                 # as those of the images
     x = data.draw(torch.arange(8), 8)[0]
     assert (image.encode(x) == video.encode(x)).float().mean() > 0.99
     assert (video.decode(video.encode(x)) - image.decode(image.encode(x))).abs().max() < 0.1
     first = video.encode(x[:, :, None].expand(-1, -1, 5, -1, -1))[:, :image.seq_len]
-    assert (
-        image.encode(x) == first).float().mean() > 0.99, "the first frame of a clip has the ids of the image"
+    assert (image.encode(x) == first).float().mean() > 0.99, "a clip's first frame has the ids of the image"
     assert drawing.draw_samples(run, torch.arange(2)).shape == (2, 3, 5, 8, 8)
     capsys.readouterr()
     inflate.main([str(image_run), *words_of(image_run)])
     assert "trained already" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "words, sentence",
-    [(["--vocab_size", "32"
-       ], "its sizes are others; leave out --tok_size and --vocab_size, which are then clips and 16"),
-     (["--tokenizer", "vq"], "only lfq can be inflated"), (["--frames", "1"], "there is no time")])
+@pytest.mark.parametrize("words, sentence", [
+    (["--vocab_size", "32"], "its sizes are others; leave out --tok_size and --vocab_size, which are then "
+                             "clips and 16"),
+    (["--tokenizer", "vq"], "only lfq can be inflated"),
+    (["--frames", "1"], "there is no time")])
 def test_what_cannot_be_inflated_is_refused(words, sentence, image_run, tmp_path):
     with pytest.raises(data.BadInput, match=sentence):
         inflate.main([str(image_run), *words_of(image_run), *words, "--runs", str(tmp_path)])

@@ -126,6 +126,7 @@ def test_joint_training_lowers_its_bound():
 # ---- The program ---------------------------------------------------------------------------------
 
 WORDS = [*TINY[2:], *RARELY]
+MACHINE = ["--device", "cpu", "--dtype", "fp32"]
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +173,7 @@ def test_a_stopped_joint_run_goes_on_with_its_own_flags(joint_run, tmp_path, mon
     assert not runs.read_checkpoint(folder)["done"]
     with pytest.raises(data.BadInput, match="go on with --resume"):
         joint_recipe.main([*WORDS, "--runs", str(tmp_path)])
-    joint_recipe.main(["--resume", "--runs", str(tmp_path), "--device", "cpu", "--dtype", "fp32"])
+    joint_recipe.main(["--resume", "--runs", str(tmp_path), *MACHINE])
     ours, theirs = (runs.read_checkpoint(path) for path in (folder, joint_run))
     assert ours["flags"] == theirs["flags"] and ours["flags"]["image_size"] == 16
     assert all(torch.equal(value, theirs["ema"][name]) for name, value in ours["ema"].items())
@@ -182,9 +183,7 @@ def test_a_longer_joint_run_goes_on_from_a_finished_one(joint_run, tmp_path, cap
     (tmp_path / joint_run.name).mkdir()
     checkpoint = (joint_run / "ckpt.pt").read_bytes()
     (tmp_path / joint_run.name / "ckpt.pt").write_bytes(checkpoint)
-    joint_recipe.main(
-        ["--resume", "--steps", "26", "--runs",
-         str(tmp_path), "--device", "cpu", "--dtype", "fp32"])
+    joint_recipe.main(["--resume", "--steps", "26", "--runs", str(tmp_path), *MACHINE])
     assert "steps 24 to 26" in capsys.readouterr().out
     assert runs.read_checkpoint(tmp_path / joint_run.name)["step"] == 26
 
@@ -207,28 +206,22 @@ def test_two_stages_are_measured_by_the_same_bound(tmp_path, capsys):
 
 
 def test_a_denoising_vae_has_no_bound(tmp_path, capsys):
-    words = [
-        "--two_stages", "--likelihood", "mse", "--corrupt", "0.5", "--beta", "0", "--steps", "2",
-        "--tok_steps", "2"
-    ]
-    joint_recipe.main([*WORDS, *words, "--runs", str(tmp_path)])
+    words = ["--two_stages", "--likelihood", "mse", "--corrupt", "0.5", "--beta", "0"]
+    joint_recipe.main([*WORDS, *words, "--steps", "2", "--tok_steps", "2", "--runs", str(tmp_path)])
     assert "no bound without --likelihood logistic" in capsys.readouterr().out
     run = runs.load_run(tmp_path / "shapes-vae-mse-ar-gmm")
     assert (run.tokenizer.corrupt, run.tokenizer.beta) == (0.5, 0.0)
 
 
-@pytest.mark.parametrize("words, sentence", [(["--generator", "maskgit"], "needs --generator ar"),
-                                             (["--head", "diffusion"], "needs --generator ar and --head gmm"),
-                                             (["--likelihood", "mse"], "or give --two_stages"),
-                                             (["--beta", "0.5"], "or give --two_stages"),
-                                             (["--corrupt", "0.1"], "images as they are"),
-                                             (["--two_stages", "--corrupt", "-1"], "must not be negative"),
-                                             (["--gan", "1"], "mean something else"),
-                                             (["--tokenizer", "vq"], "that of a VAE"),
-                                             (["--frames", "17"], "is of images"),
-                                             (["--condition", "text"], "images of a class"),
-                                             (["--resume"], "there is no run"),
-                                             (["--image_size", "20"], "not a multiple of 8")])
+@pytest.mark.parametrize("words, sentence", [
+    (["--generator", "maskgit"], "needs --generator ar"),
+    (["--head", "diffusion"], "needs --generator ar and --head gmm"),
+    (["--likelihood", "mse"], "or give --two_stages"), (["--beta", "0.5"], "or give --two_stages"),
+    (["--corrupt", "0.1"], "images as they are"),
+    (["--two_stages", "--corrupt", "-1"], "must not be negative"),
+    (["--gan", "1"], "mean something else"), (["--tokenizer", "vq"], "that of a VAE"),
+    (["--frames", "17"], "is of images"), (["--condition", "text"], "images of a class"),
+    (["--resume"], "there is no run"), (["--image_size", "20"], "not a multiple of 8")])
 def test_what_has_no_bound_is_refused(words, sentence, tmp_path):
     with pytest.raises(data.BadInput, match=sentence):
         joint_recipe.main([*WORDS, "--runs", str(tmp_path), *words])

@@ -190,6 +190,11 @@ def test_a_file_in_the_place_of_a_run_folder_is_refused(tmp_path):
         train.main([*TINY, "--runs", str(tmp_path)])
 
 
+def test_to_ask_whether_a_folder_can_be_written_leaves_nothing_behind(tmp_path):
+    runs.refuse_folder(tmp_path / "runs" / "shapes-vae")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_device_has_its_index():
     assert runs.pick_device("cpu") == torch.device("cpu")
     with pretend_gpu():

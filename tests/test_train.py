@@ -1,6 +1,5 @@
 """Tests of train.py: runs of every kind, kills and resumption, several processes."""
 import argparse
-import functools
 import re
 import shutil
 import signal
@@ -59,8 +58,8 @@ def test_a_run_leaves_its_files_and_samples(tiny_run, tmp_path):
          "--attention", "causal", "--flip", "--name", "vc"
      ], "vc")])
 def test_every_combination_trains_loads_and_samples(words, name, tiny_run, capsys, monkeypatch):
-    short = functools.partial(classifier.train_classifier, steps=12, batch_size=32)
-    monkeypatch.setattr(classifier, "train_classifier", short)          # of --perceptual: 12 steps are enough
+    few = (0, 12, 32, 4e-3)                                 # of --perceptual: 12 steps are enough
+    monkeypatch.setattr(classifier.train_classifier, "__defaults__", few)
     train.main([*TINY, *RARELY, "--runs", str(tiny_run), *words])
     assert (tiny_run / name / "samples.png").stat().st_size > 0 and (tiny_run / name / "curve.png").exists()
     run = runs.load_run(tiny_run / name)

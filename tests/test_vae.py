@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import distributions as D
 
 import data
-import vae
 from common import pictures
+import vae
 
 
 def test_vae_of_the_papers_has_its_parameter_count():
@@ -147,7 +147,7 @@ def pca_error(images, patch, n, border):
 def test_vae_starts_as_principal_components(token_dim, border):
     """Before any training step, tokens and reconstructions are those of PCA of as many numbers."""
     images = data.draw(torch.arange(300))[0]
-    model = vae.VAE(**vae.SIZES["small"] | dict(token_dim=token_dim))
+    model = vae.VAE(**vae.SIZES["patches"] | dict(token_dim=token_dim))
     model.path.border = border
     model.start(images)
     path = model.path
@@ -171,7 +171,7 @@ def test_vae_linear_path_and_its_stretched_borders_are_invertible():
 
 def test_vae_never_ends_below_its_linear_path():
     images = data.draw(torch.arange(600))[0]
-    model = vae.VAE(**vae.SIZES["small"])
+    model = vae.VAE(**vae.SIZES["patches"])
     model.start(images)
     with torch.no_grad():
         before = (model.decode(model.normalise(model.posterior(images)[0])) - images).square().mean()
@@ -183,9 +183,9 @@ def test_vae_never_ends_below_its_linear_path():
 
 def test_vae_linear_path_is_in_the_checkpoint():
     images = data.draw(torch.arange(50))[0]
-    model = vae.VAE(**vae.SIZES["small"])
+    model = vae.VAE(**vae.SIZES["patches"])
     model.start(images)
-    other = vae.VAE(**vae.SIZES["small"])
+    other = vae.VAE(**vae.SIZES["patches"])
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.path.basis, model.path.basis)
-    assert not any("path." in name for name in vae.VAE(**vae.SIZES["pixels"]).state_dict())
+    assert not any("path." in name for name in vae.VAE(**vae.SIZES["small"]).state_dict())
