@@ -39,7 +39,8 @@ SIZES = {
     "mnist28": dict(image_size=28, token_dim=4, ch=16, ch_mult=(1, 2, 2), n_res=1, groups=8),
     "kl16": dict(image_size=256, token_dim=16, ch=128, ch_mult=(1, 1, 2, 2, 4), n_res=2, groups=32),
     # For photographs: 4 x 4 pixels as channels, and the linear path beside the networks.
-    "patches": dict(image_size=32, token_dim=32, stem=4, ch=64, ch_mult=(1, 1), n_res=1, groups=8, linear=True),
+    "patches": dict(image_size=32, token_dim=32, stem=4, ch=64, ch_mult=(1, 1), n_res=1, groups=8,
+                    linear=True),
 }
 
 

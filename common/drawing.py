@@ -36,7 +36,7 @@ DEFAULTS = {                                                # keywords of sample
     "titok-categorical": dict(cfg=4.5, temperature=9.5),    # the authors' weights: of L-32, as published
     "captions": dict(cfg=3.0, temperature=1.0),             # of ids
 }
-MANY_NUMBERS = 24                                           # in a token: 8 tries find no good one, and guidance narrows more
+MANY_NUMBERS = 24                            # in a token: 8 tries find no good one, and guidance narrows more
 MOST_ROWS = 20                                              # of a picture: more classes are unreadable
 
 

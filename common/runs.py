@@ -408,7 +408,7 @@ def suit(args, train_set):
     if args.data != "shapes" and isinstance(train_set.images, torch.Tensor):
         index = torch.linspace(0, len(train_set) - 1, min(len(train_set), 200), device="cpu").long()
         images = train_set.images[index.to(train_set.images.device)].float()          # (n, 3, H, W)
-        colour = (images.amax(1) - images.amin(1)).mean() > 2                         # of 255: JPEG tints grey
+        colour = (images.amax(1) - images.amin(1)).mean() > 2                        # of 255: JPEG tints grey
         kind = "colour photographs" if colour else "grey pictures"
     elif args.data != "shapes":
         kind = "colour photographs"
@@ -576,7 +576,9 @@ def first_line(error):
 
 
 def refuse_folder(path):
-    """A run folder must be a folder that can be written, known before an hour is lost. Leaves nothing behind."""
+    """A run folder must be a folder that can be written, known before an hour is lost. Leaves nothing
+    behind.
+    """
     there = path
     while not there.exists():
         there = there.parent                                # ends at "." or "/"
