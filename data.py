@@ -242,7 +242,6 @@ class ImageSet:
         self.device = self.labels.device                    # "cuda" has become "cuda:0" here
         self.flip = flip
         self.texts = texts
-        self.without_text = []                              # names of own images without a caption
         self.one_hot = one_hot
         self.summary = f"{len(labels)} images in {len(self.classes)} classes"
         self.head = ""                                      # this and the rest: what describe() tells

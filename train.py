@@ -36,6 +36,7 @@ from common import captions, classifier, clips, drawing, muon, pictures, runs, t
 from data import BadInput
 
 VALIDATED = 2000                                            # images, or frames of clips, per validation loss
+STARTED_FROM = 2000                                         # images that a linear path is computed from
 SAVE_SECONDS = 60                                           # between checkpoints; more at validations
 
 
@@ -161,6 +162,7 @@ def main(argv=None):
         if stages:
             train_set, val_set = runs.open_data(args)       # refuses a missing caption, for example
             say(dist, data.describe(train_set, val_set))
+            runs.suit(args, train_set)                      # numbers per token, by what the images are
             for begun in (tok_folder, folder):
                 runs.refuse_other_data(args, begun, train_set)
         if 1 in stages:
@@ -179,6 +181,9 @@ def train_tokenizer(args, dist, folder, train_set, val_set, weights=None):
     """Stage 1: images -> tokens -> images. weights: those by name that do not start at random (recipes)."""
     torch.manual_seed(args.seed)
     tokenizer = runs.build_tokenizer(args)
+    if hasattr(tokenizer, "start") and not args.resume1:    # the linear path, from the first look at images
+        index = torch.linspace(0, len(train_set) - 1, min(len(train_set), STARTED_FROM), device="cpu").long()
+        tokenizer.to(args.device).start(train_set.batch(index)[0])
     if weights:
         tokenizer.load_state_dict(weights, strict=False)
     model = add_losses(args, tokenizer, folder, train_set, val_set)                   # --perceptual and --gan

@@ -33,11 +33,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 SIZES = {
-    # 66.46M parameters, LDM's and MAR's; 32 x 32 on a CPU; true MNIST; 32 x 32 on a GPU
-    "kl16": dict(image_size=256, token_dim=16, ch=128, ch_mult=(1, 1, 2, 2, 4), n_res=2, groups=32),
+    # Networks on pixels: the defaults on a CPU and a GPU, for MNIST's 28 x 28, and LDM's and MAR's (66.46M).
     "small": dict(image_size=32, token_dim=8, ch=16, ch_mult=(1, 2, 4, 4), n_res=1, groups=8),
-    "mnist28": dict(image_size=28, token_dim=4, ch=16, ch_mult=(1, 2, 2), n_res=1, groups=8),
     "medium": dict(image_size=32, token_dim=8, ch=64, ch_mult=(1, 2, 2, 4), n_res=2, groups=16),
+    "mnist28": dict(image_size=28, token_dim=4, ch=16, ch_mult=(1, 2, 2), n_res=1, groups=8),
+    "kl16": dict(image_size=256, token_dim=16, ch=128, ch_mult=(1, 1, 2, 2, 4), n_res=2, groups=32),
+    # For photographs: 4 x 4 pixels as channels, and the linear path beside the networks.
+    "patches": dict(image_size=32, token_dim=32, stem=4, ch=64, ch_mult=(1, 1), n_res=1, groups=8,
+                    linear=True),
 }
 
 
@@ -140,6 +143,73 @@ class Decoder(nn.Sequential):
         super().__init__(*layers)
 
 
+# ---- The linear path -------------------------------------------------------------------------------
+
+class LinearPath(nn.Module):
+    """The best linear autoencoder beside the networks: principal components of patches, and back.
+
+    Of all linear maps to D numbers and back, PCA loses the least squared error (Baldi and Hornik 1989).
+    start() computes it from some images, once. Then it stays as it is, and the networks add what lines
+    cannot.
+
+    Before an image is cut into patches, the difference of two pixels that meet at a border is stretched by
+    the factor `border`. When the patches are put together again it shrinks by as much. A JPEG shows its grid
+    of patches because each is rounded by itself; so would samples, whose tokens never agree to the last
+    digit. (A lapped transform: Malvar and Staelin 1989, Tran et al. 2003.) 1: plain patches.
+    """
+
+    def __init__(self, patch, n_in, n_out, border=2.0):
+        super().__init__()
+        self.patch = patch
+        self.border = border
+        self.register_buffer("mean", torch.zeros(n_in))                    # of a patch's n_in numbers
+        self.register_buffer("basis", torch.zeros(n_in, n_out))            # a component per column
+        self.register_buffer("std", torch.ones(n_out))                     # of each component
+
+    @torch.no_grad()
+    def start(self, images):
+        """PCA of the patches of images (N, channels, H, W). A thousand images will do."""
+        patches = self.cut(images).flatten(0, 1).cpu().double()                       # (N * T, n_in)
+        values, vectors = torch.linalg.eigh(patches.T.cov())                          # ascending
+        n = min(self.basis.shape)
+        self.mean.copy_(patches.mean(0))
+        self.basis[:, :n] = vectors.flip(1)[:, :n].to(self.basis)
+        self.std[:n] = values.flip(0)[:n].clamp(min=1e-6).sqrt().to(self.std)
+
+    def forward(self, images):
+        """images (B, channels, H, W) -> (B, T, n_out), each number of mean 0 and variance 1 over the
+        images.
+        """
+        with torch.autocast(images.device.type, enabled=False):         # bfloat16 would cost decibels
+            return (self.cut(images.float()) - self.mean) @ (self.basis / self.std)
+
+    def inverse(self, z, grid):
+        """z (B, T, n_out) -> images (B, channels, H, W)."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self.join(z.float() @ (self.basis * self.std).T + self.mean, grid)
+
+    def cut(self, images):
+        """images (B, channels, H, W) -> patches (B, T, n_in), row by row."""
+        return F.pixel_unshuffle(self.stretch(images, self.border), self.patch).flatten(2).transpose(1, 2)
+
+    def join(self, patches, grid):
+        """The inverse of cut: patches (B, T, n_in) -> images (B, channels, H, W)."""
+        maps = patches.transpose(1, 2).unflatten(2, grid)                             # (B, n_in, h, w)
+        return self.stretch(F.pixel_shuffle(maps, self.patch), 1 / self.border)
+
+    def stretch(self, x, factor):
+        """Multiply the differences across the borders of patches: x (B, channels, H, W) -> the same shape."""
+        for _ in range(2):                                  # across, then, with the axes swapped, down
+            x = x.transpose(-1, -2).contiguous()
+            last = x[..., self.patch - 1:-1:self.patch]
+            first = x[..., self.patch::self.patch]
+            more = (factor - 1) / 2 * (first - last)
+            x = x.clone()
+            x[..., self.patch - 1:-1:self.patch] = last - more
+            x[..., self.patch::self.patch] = first + more
+        return x
+
+
 # ---- The VAE ---------------------------------------------------------------------------------------
 
 class VAE(nn.Module):
@@ -158,9 +228,10 @@ class VAE(nn.Module):
     vocab_size = None                                       # tokens are continuous
 
     def __init__(self, image_size=32, token_dim=8, beta=1e-2, corrupt=0.0, ch=16, ch_mult=(1, 2, 4, 4),
-                 n_res=1, enc_attn=None, dec_attn=(), groups=8, channels=3, likelihood="mse"):
+                 n_res=1, enc_attn=None, dec_attn=(), groups=8, channels=3, likelihood="mse", stem=1,
+                 linear=False):
         super().__init__()
-        stride = 1 << (len(ch_mult) - 1)
+        stride = stem << (len(ch_mult) - 1)
         side = image_size // stride
         if image_size % stride:
             raise ValueError(f"image_size {image_size} is not a multiple of {stride}, the stride of this VAE")
@@ -175,10 +246,12 @@ class VAE(nn.Module):
         self.corrupt = corrupt
         self.channels = channels
         self.likelihood = likelihood
-        self.encoder = Encoder(2 * token_dim, ch, ch_mult, n_res, enc_attn, groups, channels)
+        self.stem = stem
+        self.encoder = Encoder(2 * token_dim, ch, ch_mult, n_res, enc_attn, groups, channels * stem**2)
         self.quant_conv = nn.Conv2d(2 * token_dim, 2 * token_dim, 1)
         self.post_quant_conv = nn.Conv2d(token_dim, token_dim, 1)
-        self.decoder = Decoder(token_dim, ch, ch_mult, n_res, dec_attn, groups, channels)
+        self.decoder = Decoder(token_dim, ch, ch_mult, n_res, dec_attn, groups, channels * stem**2)
+        self.path = LinearPath(stride, channels * stride**2, token_dim) if linear else None
         self.init_weights()
         if likelihood == "logistic":                      # log s of log_likelihood: about 17 of the 256 steps
             self.log_scale = nn.Parameter(torch.full((channels,), -2.0))
@@ -197,11 +270,29 @@ class VAE(nn.Module):
                 nn.init.zeros_(module.conv2.weight)
             if isinstance(module, AttnBlock):
                 nn.init.zeros_(module.proj_out.weight)
+        if self.path is not None:                           # at first, the networks add nothing to the path
+            nn.init.zeros_(self.quant_conv.weight)
+            nn.init.zeros_(self.decoder[-1].weight)
+
+    @torch.no_grad()
+    def start(self, images):
+        """Before training: the linear path becomes the PCA of images (N, 3, H, W), so that tokens and
+        pictures are those of PCA. The best variance of a component of variance v is beta / (2 v): see
+        kl().
+        """
+        if self.path is not None:
+            self.path.start(self.pixels(images))
+            if self.beta:
+                logvar = (self.beta / 2 / self.path.std**2).clamp(max=1).log()
+                self.quant_conv.bias[self.token_dim:] = logvar
 
     def posterior(self, images):
-        """q(z | image), a Gaussian per token: images (B, 3, H, W) -> mean, std, each (B, T, D), raw units."""
-        moments = self.quant_conv(self.encoder(self.pixels(images))).float()          # (B, 2D, h, w)
+        """q(z | image), a Gaussian per token: images (B, 3, H, W) -> mean, std, each (B, T, D), raw."""
+        x = self.pixels(images)
+        moments = self.quant_conv(self.encoder(F.pixel_unshuffle(x, self.stem))).float()   # (B, 2D, h, w)
         mean, logvar = moments.flatten(2).transpose(1, 2).chunk(2, dim=-1)            # (B, T, D) each
+        if self.path is not None:
+            mean = mean + self.path(x)
         if self.beta == 0:                                  # an autoencoder knows no uncertainty
             return mean, torch.zeros_like(mean)
         return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
@@ -221,8 +312,9 @@ class VAE(nn.Module):
 
     def decode_raw(self, z):
         """z (B, T, D) in raw latent units -> images (B, channels, H, W), not clamped; grey has 1 channel."""
-        z = z.transpose(1, 2).unflatten(2, self.grid)                                 # (B, D, h, w)
-        return self.decoder(self.post_quant_conv(z)).float()
+        maps = z.transpose(1, 2).unflatten(2, self.grid)                              # (B, D, h, w)
+        raw = F.pixel_shuffle(self.decoder(self.post_quant_conv(maps)).float(), self.stem)
+        return raw if self.path is None else raw + self.path.inverse(z, self.grid)
 
     def reconstruct(self, images):
         """images (B, 3, H, W) -> recon (B, 3, H, W), beta * KL per pixel value (), logs."""
@@ -330,12 +422,12 @@ def fit_autoencoder(model, images, steps, batch_size=32, lr=4e-3):
     return time.perf_counter() - start
 
 
-def show_strips(rows, path):
+def show(rows, path):
     """A row of pictures for each (text, images (n, 3, H, W) in [-1, 1]) -> a PNG."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(len(rows), 1, figsize=(9, 0.7 * len(rows) + 0.6), layout="constrained")
+    figure, axes = plt.subplots(len(rows), 1, figsize=(9, 0.95 * len(rows) + 0.6), layout="constrained")
     for ax, (text, images) in zip(axes, rows):
         strip = ((images.clamp(-1, 1) + 1) / 2).permute(2, 0, 3, 1).flatten(1, 2)     # (H, n * W, 3)
         ax.imshow(strip.cpu(), interpolation="nearest")
@@ -376,7 +468,7 @@ def main():
               f"{seconds:.0f} s")
         rows.append((f"{name}: reconstructed", x_hat))
         rows.append((f"{name}: decoded N(0, 1) noise", prior))
-    show_strips(rows, "vae.png")
+    show(rows, "vae.png")
     print("wrote vae.png")
 
 

@@ -36,6 +36,7 @@ DEFAULTS = {                                                # keywords of sample
     "titok-categorical": dict(cfg=4.5, temperature=9.5),    # the authors' weights: of L-32, as published
     "captions": dict(cfg=3.0, temperature=1.0),             # of ids
 }
+MANY_NUMBERS = 24                            # in a token: 8 tries find no good one, and guidance narrows more
 MOST_ROWS = 20                                              # of a picture: more classes are unreadable
 
 
@@ -51,6 +52,8 @@ def default_of(run):
     if kind_of(run) == "captions" and run.args.head == "categorical":
         return DEFAULTS["captions"]
     default = DEFAULTS[f"{run.args.generator}-{run.args.head}"]
+    if run.args.head == "gmm" and run.tokenizer.token_dim >= MANY_NUMBERS:
+        default = default | dict(cfg=2.0, temperature=1.1, n_tries=32)
     if unguided(run):
         return default | dict(cfg=1.0)
     return default

@@ -404,6 +404,22 @@ def open_data(args):
     return train_set, val_set
 
 
+def suit(args, train_set):
+    """Numbers per token of a VAE, by what the images are, where no flag says it. Photographs need more."""
+    if args.tokenizer != "vae" or args.token_dim is not None or args.tok_size != "patches":
+        return
+    kind = "drawn shapes"
+    if args.data != "shapes" and isinstance(train_set.images, torch.Tensor):
+        index = torch.linspace(0, len(train_set) - 1, min(len(train_set), 200), device="cpu").long()
+        images = train_set.images[index.to(train_set.images.device)].float()          # (n, 3, H, W)
+        colour = (images.amax(1) - images.amin(1)).mean() > 2                        # of 255: JPEG tints grey
+        kind = "colour photographs" if colour else "grey pictures"
+    elif args.data != "shapes":
+        kind = "colour photographs"
+    args.token_dim = 32 if kind == "colour photographs" else 16
+    print(f"{kind}: tokens of {args.token_dim} numbers; --token_dim changes it")
+
+
 def fingerprint(image_set):
     """A short text that stands for a data.ImageSet: pixels, or names, sizes and times of files."""
     digest = hashlib.sha1(repr(list(image_set.classes)).encode())
@@ -564,7 +580,7 @@ def first_line(error):
 
 
 def refuse_folder(path):
-    """A run folder must be one that can be written, known before an hour is lost. Leaves nothing behind."""
+    """A run folder must be a folder that can be written, known before an hour is lost. Leaves nothing."""
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.stat()                                     # a name that is too long

@@ -139,7 +139,7 @@ def test_other_modes_become_rgb_as_pillow_converts_them(mode):
     assert np.array_equal(read(encoded(image, format)).permute(1, 2, 0).numpy(), expected)
 
 
-def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same_through_files():
     image = photo(0, 1600, 1200)
     content = encoded(image, "JPEG", quality=95)
     small = reading.open_picture(content, "a.jpg", 64)

@@ -7,8 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-import evaluate
 import perceptual_gan
+from common import classifier
 import vae
 import vq
 from official.lpips import load_lpips
@@ -161,7 +161,7 @@ def test_lpips_reads_whole_checkpoints_and_names_what_is_missing(tmp_path, monke
 
 
 def test_classifier_features_compare_directions_and_survive_dead_units():
-    net = evaluate.SmallCNN(10).eval().stages
+    net = classifier.SmallCNN(10).eval().stages
     distance = perceptual_gan.ClassifierFeatures(net)
     a, b = torch.rand(2, 3, 3, 8, 8) * 2 - 1
     with torch.no_grad():
@@ -257,7 +257,7 @@ def adversarial(kind="vae", **options):
     with torch.no_grad():                           # blocks that start as the identity would have no gradient
         [p.add_(0.05 * torch.randn_like(p)) for p in tokenizer.parameters()]
     options = dict(start=0, perceptual=perceptual_gan.ClassifierFeatures(
-        evaluate.SmallCNN(10).stages)) | options
+        classifier.SmallCNN(10).stages)) | options
     return perceptual_gan.AdversarialTokenizer(tokenizer, perceptual_gan.PatchDiscriminator(4, 2), **options)
 
 
@@ -324,7 +324,7 @@ def test_before_start_the_discriminator_has_no_say_and_learns_nothing():
 
 
 def test_perceptual_network_is_frozen_and_stays_in_eval_mode():
-    net = evaluate.SmallCNN(10).stages
+    net = classifier.SmallCNN(10).stages
     model = adversarial(
         perceptual=perceptual_gan.ClassifierFeatures(nn.Sequential(*net, nn.Dropout(0.5), nn.ReLU())))
     before, images = {k: v.clone() for k, v in net.state_dict().items()}, torch.rand(4, 3, 16, 16)

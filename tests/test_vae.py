@@ -1,6 +1,7 @@
 """Tests of vae."""
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -128,3 +129,63 @@ def test_vae_logistic_loss_is_the_bound_in_bits_per_dimension(channels):
     assert torch.allclose(logs["bits_per_dim"], (nats + kl) / (dims * math.log(2)), rtol=1e-4)
     loss.backward()
     assert model.log_scale.grad.abs().min() > 0
+
+
+def pca_error(images, patch, n, border):
+    """Squared error of the best linear autoencoder of patches, by numpy: images (N, 3, H, W), n numbers per
+    patch.
+    """
+    path = vae.LinearPath(patch, 3 * patch**2, n, border)
+    x = path.cut(images).flatten(0, 1).double().numpy()
+    mean = x.mean(0)
+    _, _, vectors = np.linalg.svd(x - mean, full_matrices=False)
+    kept = (x - mean) @ vectors[:n].T @ vectors[:n] + mean
+    return torch.from_numpy(kept).float()
+
+
+@pytest.mark.parametrize("token_dim, border", [(16, 2.0), (8, 1.0)])
+def test_vae_starts_as_principal_components(token_dim, border):
+    """Before any training step, tokens and reconstructions are those of PCA of as many numbers."""
+    images = data.draw(torch.arange(300))[0]
+    model = vae.VAE(**vae.SIZES["patches"] | dict(token_dim=token_dim))
+    model.path.border = border
+    model.start(images)
+    path = model.path
+    truth = path.join(pca_error(images, path.patch, token_dim, border).view(300, 16, -1), (4, 4))
+    mean, std = model.posterior(images)
+    ours = model.decode_raw(mean)
+    assert (ours - truth).square().mean() < 1e-6
+    decibel = 10 * torch.log10((truth - images).square().mean() / (ours - images).square().mean())
+    assert abs(decibel) < 0.1
+    assert torch.allclose(mean.flatten(0, 1).var(0), torch.ones(token_dim), atol=0.05)
+
+
+def test_vae_linear_path_and_its_stretched_borders_are_invertible():
+    """With as many numbers as a patch has, nothing is lost."""
+    images = torch.rand(400, 3, 16, 16) * 2 - 1
+    path = vae.LinearPath(4, 48, 48, border=2.0)
+    path.start(images)
+    assert torch.allclose(path.inverse(path(images), (4, 4)), images, atol=1e-4)
+    assert torch.allclose(path.join(path.cut(images), (4, 4)), images, atol=1e-6)
+
+
+def test_vae_never_ends_below_its_linear_path():
+    images = data.draw(torch.arange(600))[0]
+    model = vae.VAE(**vae.SIZES["patches"])
+    model.start(images)
+    with torch.no_grad():
+        before = (model.decode(model.normalise(model.posterior(images)[0])) - images).square().mean()
+    vae.fit_autoencoder(model, images, steps=25)
+    with torch.no_grad():
+        after = (model.decode(model.normalise(model.posterior(images)[0])) - images).square().mean()
+    assert after < before
+
+
+def test_vae_linear_path_is_in_the_checkpoint():
+    images = data.draw(torch.arange(50))[0]
+    model = vae.VAE(**vae.SIZES["patches"])
+    model.start(images)
+    other = vae.VAE(**vae.SIZES["patches"])
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.path.basis, model.path.basis)
+    assert not any("path." in name for name in vae.VAE(**vae.SIZES["small"]).state_dict())
