@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent
+FIXTURE = type(pytest.fixture(lambda: None))
 NOT_TESTS = ("__init__", "grading", "mistakes")
 ROOMS = [
     f"{room}.{path.stem}" for room in ("tests", "homework") for path in sorted((ROOT / room).glob("*.py"))
@@ -37,10 +38,11 @@ def collect():
         repeated = [name for name in tests if name in globals()]
         assert not repeated, f"{room} repeats the name of another room's test: {repeated}"
         globals().update(tests)
-        if room == "tests.conftest":
-            globals().update(
-                {name: found[name]
-                 for name in found if name in ("seeded", "tiny_run", "clip_run")})
+        # Fixtures, too, which pytest knows by their type. A name that two rooms share must be one fixture.
+        fixtures = {name: value for name, value in found.items() if isinstance(value, FIXTURE)}
+        clash = [name for name in fixtures if globals().get(name, fixtures[name]) is not fixtures[name]]
+        assert not clash, f"{room} repeats the name of another room's fixture: {clash}"
+        globals().update(fixtures)
 
 
 if __name__ == "__main__":
