@@ -52,7 +52,7 @@ def default_of(run):
     if kind_of(run) == "captions" and run.args.head == "categorical":
         return DEFAULTS["captions"]
     default = DEFAULTS[f"{run.args.generator}-{run.args.head}"]
-    if run.args.head == "gmm" and run.tokenizer.token_dim >= MANY_NUMBERS:
+    if run.args.head == "gmm" and (getattr(run.args, "token_dim", None) or 0) >= MANY_NUMBERS:
         default = default | dict(cfg=2.0, temperature=1.1, n_tries=32)
     if unguided(run):
         return default | dict(cfg=1.0)
