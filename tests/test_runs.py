@@ -270,7 +270,7 @@ GONE = dict(task="segment", joint=True, channels=1, likelihood="logistic", corru
             mix="full", head_width=64, head_depth=2, batch_mul=8, split=2, n_buffer=4, mask_min=0.7)
 
 
-@pytest.mark.parametrize("flag", list(runs.GONE))
+@pytest.mark.parametrize("flag", list(GONE))
 def test_runs_of_the_first_edition_with_options_that_are_gone_are_refused(flag, tiny_run, tmp_path):
     state = runs.read_checkpoint(tiny_run / "shapes-vae")
     state["flags"][flag] = GONE[flag]
