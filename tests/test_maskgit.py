@@ -163,7 +163,7 @@ def test_maskgit_one_token_per_pass_comes_close_to_bars_and_stripes():
     assert many[1] < few[1]
 
 
-def total_variation(model, steps, n=1500):
+def total_variation(model, steps, n=800):
     """Draw n bars-and-stripes in `steps` passes -> share that are valid, total variation to uniform over the
     30.
     """
