@@ -3,8 +3,8 @@ Averaged weights, which are what a run is used with: torch's AveragedModel, whos
 
     averaged <- decay * averaged + (1 - decay) * weights,      after every step of the optimizer
 
-torch.optim.swa_utils copies a counter to the GPU in each update, for averages that need it. Such a copy stands
-in line behind all kernels, so Python waits until the step is computed, and only then launches the next one.
+torch.optim.swa_utils copies a counter to the GPU in each update, for averages that need it. Such a copy
+stands in line behind all kernels: Python waits until the step is computed and only then launches the next.
 """
 import torch
 from torch.optim.swa_utils import AveragedModel
@@ -23,7 +23,8 @@ class Averages(AveragedModel):
         averaged = list(self.module.parameters())
         weights = list(model.parameters())
         if self.n_averaged == 0:                            # the counter lies on the CPU: no wait
-            torch._foreach_copy_(averaged, weights)
+            for ours, theirs in zip(averaged, weights):     # once, and DTensors have no _foreach_copy_
+                ours.copy_(theirs)
         else:
             torch._foreach_lerp_(averaged, weights, 1 - self.decay)
         for ours, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
