@@ -179,6 +179,9 @@ def main(argv=None):
         say(dist, f"done in {(time.perf_counter() - start) / 60:.1f} minutes: {shown}")
     except KeyboardInterrupt:
         raise BadInput("stopped; the same command with --resume goes on from the last checkpoint") from None
+    except RuntimeError as e:
+        runs.explain_lost_process(dist, e)                  # in a sentence, if it is that
+        raise
     finally:
         runs.leave_processes(dist)
 

@@ -706,6 +706,14 @@ def join_processes(given):
     return dist
 
 
+def explain_lost_process(dist, error):
+    """Raises BadInput where an error means that another process is gone. torchrun ends all within seconds."""
+    lost = "onnection" in str(error) or isinstance(error, torch.distributed.DistBackendError)
+    if dist.size > 1 and lost:
+        raise BadInput(f"process {dist.rank} of {dist.size} has lost another one, which was killed or has "
+                       "failed; the same command with --resume goes on from the last checkpoint") from None
+
+
 def leave_processes(dist):
     if dist.size > 1:
         torch.distributed.destroy_process_group()

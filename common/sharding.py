@@ -1,9 +1,10 @@
 """
-Models that are larger than one device: shares of the weights (--shard), recomputed activations (--recompute).
+Models that are larger than one device: shares of the weights (--shard), recomputed activations
+(--recompute).
 
-A model that trains with AdamW in float32 takes 20 bytes per parameter: weights, averaged weights, gradient and
-two moments, 4 bytes each. With FSDP2 (torch.distributed.fsdp.fully_shard) each of n processes keeps 1/n of all
-five. Before a block computes, its weights are collected from all processes, and after it they are dropped.
+A model that trains with AdamW in float32 takes 20 bytes per parameter: weights, averaged weights, gradient
+and two moments, 4 bytes each. With FSDP2 (torch.distributed.fsdp.fully_shard) each of n processes keeps 1/n
+of all five. Before a block computes, its weights are collected from all processes. After it they are dropped.
 
     parameter, moment, average (rows, columns)  =  DTensor: every process holds rows / n of it
 
@@ -52,7 +53,7 @@ def is_shared(value):
 
 
 def whole(value):
-    """A tensor of which each process holds a share -> all of it, on every process. Others stay as they are."""
+    """A tensor of which each process holds a share -> all of it, on each. Others stay as they are."""
     return value.full_tensor() if is_shared(value) else value
 
 
