@@ -93,17 +93,6 @@ def test_killed_twice_and_resumed_equals_uninterrupted_bit_for_bit(tiny_run, tmp
     assert torch.equal(*(drawing.draw_samples(run, torch.arange(10)) for run in both))
 
 
-def test_two_processes_follow_one(tmp_path):
-    """Without noise inside the models (beta 0, no label dropping) the losses are equal up to rounding."""
-    options = [*TINY, "--beta", "0", "--label_drop", "0", "--eval_every", "24"]
-    train.main([*options, "--runs", str(tmp_path / "one")])
-    call("train.py", *options, "--runs", tmp_path / "two", torchrun=2)
-    for name in ("shapes-vae", "shapes-vae-ar-gmm"):
-        one, two = log_of(tmp_path / "one", name), log_of(tmp_path / "two", name)
-        assert one.keys() == two.keys() and len(one) > 4
-        assert all(abs(one[s] - two[s]) <= 2e-3 * (1 + abs(one[s])) for s in one), (name, one, two)
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
     out = call("train.py", *TINY, "--runs", tmp_path, "--tok_lr", "1e30", "--warmup", "1", "--generator",
                "none", code=1)
@@ -243,7 +232,7 @@ def test_checkpoints_come_by_time_between_validations(tmp_path, monkeypatch):
     saved.clear()
     monkeypatch.setattr(train, "SAVE_SECONDS", 1e9)
     train.main([*words, "--tok_name", "seldom", "--eval_every", "4"])
-    assert saved == [(0, False), (4, False), (6, False), (6, True)]
+    assert saved == [(0, False), (6, False), (6, True)], "a validation is no reason to save"
 
 
 def test_a_resumed_run_refuses_a_tokenizer_that_was_trained_anew(tiny_run, tmp_path):
