@@ -30,9 +30,13 @@ TARGETS = [f"{name}.{target}" for name in MODELS for target in exercises(name, f
 
 
 def source_of(target):
-    """The source lines of a function, decorators included."""
+    """The source lines of a function, decorators included, without its docstring."""
     name, _, path = target.partition(".")
-    return lines_of(SOURCES[name], functions(SOURCES[name])[path])
+    node = functions(SOURCES[name])[path]
+    lines = lines_of(SOURCES[name], node).split("\n")
+    first = node.end_lineno - len(lines) + 1
+    doc = node.body[0]
+    return "\n".join(lines[:doc.lineno - first] + lines[doc.end_lineno - first + 1:])
 
 
 @functools.lru_cache(maxsize=None)
