@@ -4,7 +4,7 @@ import math
 import torch
 
 import ar_transformer
-from homework.kit import closed, exercise
+from homework.kit import closed, exercise, fit
 
 
 def angles(look, S, pairs):
@@ -152,3 +152,29 @@ def test_homework_ar_transformer_guided_decoding(look):
     look.draws("ids", lambda: head.sample(h.expand(200, 6))[0])
     drawn = torch.stack([head.sample(h.expand(2, 2, 6))[0] for _ in range(400)]).float()
     look.independent("the ids of a batch", drawn, 0.25)
+
+
+@exercise("ar_transformer", points=3, further=True, goals=[
+    ("nats per picture of bars and stripes", math.log(30), (0.5, 0.25), "30 pictures, all as likely: "
+     "ln 30 = 3.401. Below it, a row sees the token that it predicts."),
+    ("the share of samples that are bars or stripes", 1.0, (0.3, 0.15), "The samples come from the same p.")])
+def capstone_ar_transformer(look):
+    """Bars and stripes, 4 x 4: rows are full or empty, or columns are."""
+    bits = torch.arange(16)[:, None] >> torch.arange(4) & 1
+    rows = bits[:, :, None].expand(-1, -1, 4)
+    pictures = torch.cat([rows, rows.transpose(1, 2)[1:-1]]).flatten(1)               # (30, 16)
+    model = ar_transformer.ARTransformer(ar_transformer.CategoricalHead(32, 2),
+                                         16,
+                                         1,
+                                         vocab_size=2,
+                                         n_layer=2,
+                                         n_head=2,
+                                         n_embd=32,
+                                         label_drop=0.0)
+    none = torch.zeros(500, dtype=torch.long)
+    fit(model.parameters(), lambda: model(pictures[torch.randint(30, (64,))], none[:64])[0], 700, 4e-3)
+    model.eval()
+    with torch.no_grad():
+        look.goal("nats per picture of bars and stripes", 16 * model(pictures, none[:30])[0], 0.5, 0.25)
+    found = (model.sample(none)[:, None] == pictures).all(-1).any(1).float().mean()
+    look.goal("the share of samples that are bars or stripes", found, 0.3, 0.15)

@@ -2,7 +2,7 @@
 import torch
 
 import diffusion_head
-from homework.kit import exercise
+from homework.kit import exercise, fit
 
 
 def head_of(look, objective="diffusion"):
@@ -94,3 +94,20 @@ def test_homework_diffusion_head_walk_along_the_flow(look):
         look.see("what on_step sees", torch.stack([x for _, x in shown]) if shown else None)
         look.call("without on_step", lambda x, c: head.follow_flow(x, c, cfg, steps, sampler, None),
                   {"x": look.randn(*lead, 3), "c": look.randn(*lead, 8)}, gradients=False)
+
+
+@exercise("diffusion_head", points=3, further=True, goals=[
+    ("the squared error of the noise, for tokens N(0, 1)", 0.4956, (0.1, 0.01), "The mean over t of a_t^2, "
+     "since the best guess of eps is s_t x_t. Below it, the token is seen."),
+    ("the variance of samples", 1.0, (0.3, 0.1), "That of the tokens.")])
+def capstone_diffusion_head(look):
+    """Tokens of two numbers, each N(0, 1): the best denoiser is known."""
+    head = diffusion_head.DiffusionHead(4, 2, width=32, depth=1, batch_mul=8)
+    h = torch.zeros(20_000, 4)
+    fit(head.parameters(), lambda: head.loss(h[:64], torch.randn(64, 2)).mean(), 600, 5e-3)
+    t = torch.arange(1000).repeat(20)
+    with torch.no_grad():
+        mse, _ = head.terms(torch.randn(20_000, 2), h, t, torch.randn(20_000, 2))
+    look.goal("the squared error of the noise, for tokens N(0, 1)", mse.mean(), 0.1, 0.01)
+    x, _ = head.sample(h[:4000], diffusion_steps=50)
+    look.goal("the variance of samples", x.var(), 0.3, 0.1)

@@ -1,8 +1,9 @@
 """Homework of gmm_head.py: each test looks at one function and says what a difference may mean."""
 import torch
+import torch.nn as nn
 
 import gmm_head
-from homework.kit import closed, exercise
+from homework.kit import closed, exercise, fit
 
 
 def mixture(look, *lead, K=4, D=3):
@@ -116,3 +117,19 @@ def test_homework_gmm_head_guidance_of_mixtures(look):
         look.call(f"{K} components, cfg={cfg}", lambda c, u: gmm_head.GMMHead.guide(c, u, cfg),
                   {"c": c, "u": (log_pu, mu, sigma + 1.2)}, hint, 1e-3, outputs=["log_pi", "mu", "sigma"],
                   gradients=False)
+
+
+@exercise("gmm_head", points=3, further=True, goals=[
+    ("nats per token of a ring of eight Gaussians", 0.3121, (0.3, 0.03), "Exact: log 8 + log(2 pi e 0.1^2). "
+     "Below it, the density does not integrate to 1.")])
+def capstone_gmm_head(look):
+    """The head learns a ring of eight Gaussians, the fourth class of the demo."""
+    table, head = nn.Embedding(4, 16), gmm_head.GMMHead(16, 2, n_mix=16)
+
+    def nats(n):
+        label = torch.full((n,), 3)
+        return head.loss(table(label), gmm_head.toy_tokens(label)).mean()
+
+    fit([*table.parameters(), *head.parameters()], lambda: nats(512), 800, 2e-2)
+    with torch.no_grad():
+        look.goal("nats per token of a ring of eight Gaussians", nats(50_000), 0.3, 0.03)

@@ -76,7 +76,7 @@ class Grader:
             what, failed = seen.get(t.__name__, ([], endings.get(t.__name__, wrong_file or "not run")))
             right, of, wrong = judged(what, failed, self.truths[t.__name__])
             worth = self.worth[t.__name__]
-            points = points_of(worth, right, of, wrong, self.args.partial)
+            points = check.points_of(worth, right, of, wrong, self.args.partial or t.goals)
             rows.append((t, points, wrong, right / max(of, 1)))
         text = found.text or b""
         return dict(student=found.student,
@@ -90,13 +90,6 @@ class Grader:
                     tests=rows,
                     worth=self.worth,
                     source=text.decode(errors="replace"))
-
-
-def points_of(worth, right, of, wrong, partial):
-    """The points of a test of whose `of` checks so many are right. partial: for their share, too."""
-    if not wrong:
-        return worth
-    return round(worth * right / max(of, 1), 1) if partial else 0
 
 
 def why_not_python(text, name):
@@ -243,8 +236,8 @@ def handout(args):
 def show_check(args):
     """One line per question."""
     must_have(args.file)
-    lines, got, most = check.lines(args.file)
-    print(f"{args.file}.py: {got} of {most} points that can be seen here")
+    lines, got, most = check.lines(args.file, capstones=args.capstones)
+    print(f"{args.file}.py: {got:g} of {most} points that can be seen here")
     print("\n".join(lines))
 
 
@@ -299,6 +292,7 @@ def parse_args(argv):
 
     p = commands.add_parser("check", help="how far a file is, one line per question (for students)")
     p.add_argument("file", choices=MODELS, metavar="FILE", help=" | ".join(MODELS))
+    p.add_argument("--capstones", action="store_true", help="train the capstones, too: up to a minute each")
     p.set_defaults(run=show_check)
 
     p = commands.add_parser(

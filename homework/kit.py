@@ -67,13 +67,14 @@ class Look:
         self.seen.append((what, value, tolerance, hint))
 
     def call(self, what, f, inputs, hint="", tolerance=1e-4, outputs=None, params=None, gradients=True,
-             fixed=(), **options):
+             fixed=(), logs=(), **options):
         """Call f(*inputs.values(), **options) and note all about it -> what it gave.
 
         Noted are its values, their shapes and types, whether the inputs are as they were, and the gradient of
         a random sum of the outputs for every input and parameter of real numbers. inputs: {name: tensor, or
         tuple of tensors}. outputs: names, where f gives several. params: a module, or {name: parameter}.
-        fixed: inputs whose gradient nobody needs. gradients=False: a function that only samples.
+        logs: the names to look for in an output of that name. fixed: inputs whose gradient nobody needs.
+        gradients=False: a function that only samples.
         """
         leaves = {}
 
@@ -97,10 +98,9 @@ class Look:
             self.see(f"how many values {what} gives", len(found), "See the docstring.")
         names = outputs or [what]
         for name, value in zip(names, found):
-            if isinstance(value, dict):
-                self.see(f"the names in {name}", sorted(value), "See the docstring.")
-                for key in sorted(value):
-                    self.see(f"{name}[{key!r}]", value[key], hint, tolerance)
+            if name == "logs":
+                for key in logs:                            # there may be more
+                    self.see(f"logs[{key!r}]", value.get(key), hint, tolerance)
             else:
                 self.see(name, value, hint, tolerance)
         same = all(torch.equal(x, y) for x, y in zip(tensors(given), before))
@@ -126,6 +126,11 @@ class Look:
         for (name, x), gradient in zip(wanted.items(), found):
             gradient = torch.zeros_like(x) if gradient is None else gradient
             self.see(f"the gradient of {what} for {name}", gradient, hint, max(tolerance, 1e-3))
+
+    def goal(self, what, value, *distances):
+        """Note a number that a capstone has reached, for each distance from the optimum that gives points."""
+        for near in distances:
+            self.see(f"{what}, within {near}", torch.as_tensor(value).detach().float())
 
     def form(self, what, x):
         """Note shape and type of random numbers, whose values nobody can know."""
@@ -173,7 +178,8 @@ def named(params):
 def exercise(target, points, hidden=False, further=False, goals=()):
     """This test grades `target`, such as "vae.VAE.kl". hidden: it is not in the handout, and graded all the
     same. further: it belongs to the second tier, beyond the ten points of a file. goals: what a capstone is
-    to reach, [(what, optimum, how far from it is near enough, hint)], in the order in which it sees them.
+    to reach, [(what, optimum, distances from it, hint)], in the order in which it tells look.goal(). Each
+    distance kept is a share of the points.
     """
     def mark(probe):
         @functools.wraps(probe)
@@ -188,7 +194,8 @@ def exercise(target, points, hidden=False, further=False, goals=()):
         test.points = points
         test.hidden = hidden
         test.further = further
-        test.goals = [(what, torch.tensor(float(best)), near, hint) for what, best, near, hint in goals]
+        test.goals = [(f"{what}, within {near}", torch.tensor(float(best)), near / max(1, abs(best)), hint)
+                      for what, best, distances, hint in goals for near in distances]
         return test
     return mark
 
@@ -299,6 +306,17 @@ def truth_of(test, seed):
     if failed is not None:
         raise failed
     return seen
+
+
+def fit(parameters, loss, steps, lr):
+    """Adam with a falling rate on loss() -> (): what a capstone trains with."""
+    opt = torch.optim.Adam(parameters, lr=lr)
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = lr * (1 - step / steps)
+        value = loss()
+        opt.zero_grad()
+        value.backward()
+        opt.step()
 
 
 def closed(module, name, replacement):

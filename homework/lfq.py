@@ -1,8 +1,11 @@
 """Homework of lfq.py: each test looks at one function and says what a difference may mean."""
+import math
+
 import torch
+import torch.nn as nn
 
 import lfq
-from homework.kit import closed, exercise
+from homework.kit import closed, exercise, fit
 
 
 @exercise("lfq.quantize", points=2)
@@ -99,3 +102,22 @@ def test_homework_lfq_embedding_of_sub_tokens(look):
         look.call(f"the embedding of {lead} ids of {vocab}", head.embed, {"ids": look.randint(vocab, *lead)},
                   "The sum of the rows of proj that belong to the sub-tokens, each with its own table.",
                   params=head)
+
+
+@exercise("lfq", points=3, further=True, goals=[
+    ("the entropy of a token, in nats", 0.0, (0.3, 0.05), "Each is certain."),
+    ("the entropy of the batch, in nats", 4 * math.log(2), (0.3, 0.05), "All 16 ids are used alike: 4 ln 2."),
+    ("how many ids are in use", 16.0, (1.0, 0.0), "All.")])
+def capstone_lfq(look):
+    """The two entropies alone, on 256 free tokens of four bits."""
+    z = nn.Parameter(0.3 * torch.randn(256, 4))
+
+    def loss():
+        each, batch = lfq.entropy_penalty(z, 1.0)
+        return each - batch
+
+    fit([z], loss, 300, 5e-2)
+    each, batch = lfq.entropy_penalty(z, 1.0)
+    look.goal("the entropy of a token, in nats", each, 0.3, 0.05)
+    look.goal("the entropy of the batch, in nats", batch, 0.3, 0.05)
+    look.goal("how many ids are in use", len(lfq.quantize(z)[1].unique()), 1.0, 0.0)

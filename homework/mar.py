@@ -1,9 +1,11 @@
 """Homework of mar.py: each test looks at one function and says what a difference may mean."""
+import math
+
 import torch
 import torch.nn as nn
 
 import mar
-from homework.kit import closed, exercise
+from homework.kit import closed, exercise, fit
 
 CPU = torch.device("cpu")
 
@@ -197,3 +199,31 @@ def test_homework_mar_sampling_loop(look):
                       model.sample(cond, 3, known=known, known_mask=mask),
                       {"cond": look.randint(4, 2), "known": look.randn(2, 6, 2)},
                       "Known tokens are there from the start and stay.", gradients=False)
+
+
+@exercise("mar", points=3, further=True, goals=[
+    ("nats per picture of bars and stripes", math.log(14), (1.0, 0.6), "14 pictures of 3 x 3, all as "
+     "likely: ln 14 = 2.639, in any order. Below it, a masked token is seen."),
+    ("the share of samples that are bars or stripes", 1.0, (0.6, 0.3), "One token per step.")])
+def capstone_mar(look):
+    """Bars and stripes, 3 x 3, in random order."""
+    pictures = mar.bars_and_stripes(1000, CPU, 3).unique(dim=0)                       # (14, 9)
+    model = mar.MAR(mar.CategoricalHead(32, 2),
+                    9,
+                    1,
+                    vocab_size=2,
+                    n_layer=2,
+                    n_head=2,
+                    n_embd=32,
+                    dropout=0.0,
+                    label_drop=0.0,
+                    n_buffer=1,
+                    mask_min=0.0,
+                    mask_std=9.0)
+    none = torch.zeros(500, dtype=torch.long)
+    fit(model.parameters(), lambda: model(pictures[torch.randint(14, (64,))], none[:64])[0], 1200, 3e-3)
+    model.eval()
+    nats = torch.stack([mar.nats_per_picture(model, pictures, none[:14]) for _ in range(8)]).mean()
+    look.goal("nats per picture of bars and stripes", nats, 1.0, 0.6)
+    found = (model.sample(none, 9)[:, None] == pictures).all(-1).any(1).float().mean()
+    look.goal("the share of samples that are bars or stripes", found, 0.6, 0.3)

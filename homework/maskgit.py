@@ -1,9 +1,11 @@
 """Homework of maskgit.py: each test looks at one function and says what a difference may mean."""
+import math
+
 import torch
 import torch.nn as nn
 
 import maskgit
-from homework.kit import closed, exercise
+from homework.kit import closed, exercise, fit
 
 
 @exercise("maskgit.n_masked", points=2)
@@ -142,3 +144,32 @@ def test_homework_maskgit_masked_embedding(look):
                       params={
                           k: p for k, p in model.named_parameters() if "tok" in k or "mask" in k
                       })
+
+
+@exercise("maskgit", points=3, further=True, goals=[
+    ("nats per masked token, all six of an image being alike", 2 / math.pi * math.acos(5 / 6) * math.log(4),
+     (0.2, 0.03), "ln 4 where all six are masked, so for u below 2/pi arccos(5/6), and 0 elsewhere."),
+    ("the share of samples whose six tokens are alike", 1.0, (0.2, 0.05), "One token per pass.")])
+def capstone_maskgit(look):
+    """Images of six tokens that are all the same, one of four."""
+    model = maskgit.MaskGIT(maskgit.CategoricalHead(32, 4),
+                            6,
+                            1,
+                            vocab_size=4,
+                            n_layer=2,
+                            n_head=2,
+                            n_embd=32,
+                            smoothing=0.0,
+                            label_drop=0.0)
+    none = torch.zeros(4000, dtype=torch.long)
+
+    def nats(n):
+        return model(torch.randint(4, (n, 1)).expand(-1, 6), none[:n])[0]
+
+    fit(model.parameters(), lambda: nats(64), 400, 5e-3)
+    model.eval()
+    with torch.no_grad():
+        look.goal("nats per masked token, all six of an image being alike", nats(4000), 0.2, 0.03)
+    drawn = model.sample(none[:300], 6, choice_temperature=0.0)
+    alike = (drawn == drawn[:, :1]).all(1).float().mean()
+    look.goal("the share of samples whose six tokens are alike", alike, 0.2, 0.05)

@@ -1,8 +1,9 @@
 """Homework of perceptual_gan.py: each test looks at one function and says what a difference may mean."""
 import torch
+import torch.nn as nn
 
 import perceptual_gan
-from homework.kit import closed, exercise
+from homework.kit import closed, exercise, fit
 
 
 @exercise("perceptual_gan.discriminator_loss", points=2)
@@ -106,3 +107,29 @@ def test_homework_perceptual_gan_adaptive_weight(look):
     model.adaptive_weight(others(), (weight * b * 5).sum())
     look.see("a weight given earlier stays as it was", torch.equal(earlier, kept),
              "It is no view of the buffer.")
+
+
+@exercise("perceptual_gan", points=3, further=True, goals=[
+    ("the loss of the best discriminator of N(1, 1) and N(-1, 1)", 0.3563, (0.1, 0.01), "ln 2 minus the "
+     "Jensen-Shannon divergence of the two, by numerical integration."),
+    ("the slope of its logit", 2.0, (0.5, 0.15), "The best logit is log p(x) - log q(x) = 2 x."),
+    ("where the generator's loss moves a fake", 0.0, (1.5, 1.05), "To the real mean, 1, until the "
+     "discriminator cannot tell.")])
+def capstone_perceptual_gan(look):
+    """A discriminator with two weights, and then a generator with one."""
+    w = nn.Parameter(torch.zeros(2))
+    shift = nn.Parameter(torch.tensor(-1.0))
+    logit = lambda x: w[0] + w[1] * x
+    loss = lambda n: perceptual_gan.discriminator_loss(
+        logit(1 + torch.randn(n)), logit(shift.detach() + torch.randn(n)), "non-saturating")
+    fit([w], lambda: loss(512), 400, 5e-2)
+    with torch.no_grad():
+        look.goal("the loss of the best discriminator of N(1, 1) and N(-1, 1)", loss(100_000), 0.1, 0.01)
+        look.goal("the slope of its logit", w[1], 0.5, 0.15)
+    opt = torch.optim.SGD([shift], 0.2)
+    for _ in range(200):
+        fit([w], lambda: loss(256), 3, 5e-2)
+        opt.zero_grad()
+        perceptual_gan.generator_loss(logit(shift + torch.randn(256)), "non-saturating").backward()
+        opt.step()
+    look.goal("where the generator's loss moves a fake", shift - 1, 1.5, 1.05)

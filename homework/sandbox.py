@@ -93,7 +93,8 @@ def child():
     with open("results.txt", "a") as f:
         for test in tests:
             print("start", test, sep="\t", file=f, flush=True)
-            seen, failed = trial(by_name[test], int(seed), float(seconds))
+            seconds_here = float(seconds) * (6 if by_name[test].goals else 1)  # a capstone trains
+            seen, failed = trial(by_name[test], int(seed), seconds_here)
             torch.save({"seen": [[what, value] for what, value, *_ in seen], "failed": failed}, f"{test}.pt")
             print("end", test, sep="\t", file=f, flush=True)
     os._exit(0)                                             # whatever threads the student's code has left

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 import titok
-from homework.kit import closed, exercise
+from homework.kit import closed, exercise, fit
 
 ENCODER = (
     "The sequence is cls, patches + pos (row by row), latents; it goes through norm_pre and all blocks; "
@@ -114,10 +114,33 @@ def test_homework_titok_proxy_loss(look):
                       model.proxy_loss, {"images": look.randn(B, 3, 8, 8)},
                       hint,
                       1e-3,
-                      outputs=["the loss", "logs"],
+                      logs=["proxy_nats", "proxy_right", "odd"], outputs=["the loss", "logs"],
                       fixed=("images",),
                       params={
                           k: p
                           for k, p in model.named_parameters()
                           if p.requires_grad and k.startswith(("encoder.out", "encoder.latents", "decoder"))
                       })
+
+
+@exercise("titok", points=3, further=True, goals=[
+    ("nats per id of the proxy, eight images", 0.0, (0.8, 0.4), "Two tokens of eight ids tell eight images "
+     "apart, so all is known."),
+    ("the share of the proxy's ids named right", 1.0, (0.4, 0.15), "The likeliest is the right one.")])
+def capstone_titok(look):
+    """Eight images of four flat patches, in two tokens."""
+    model = titok.TiTok(8,
+                        2,
+                        vocab_size=8,
+                        code_dim=4,
+                        patch=4,
+                        enc=(16, 1, 2),
+                        dec=(16, 1, 2),
+                        stage="proxy",
+                        proxy=Painter(look.randn(6, 4)))
+    images = 0.6 * look.rand(8, 3, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    fit([p for p in model.parameters() if p.requires_grad], lambda: model(images)[0], 500, 5e-3)
+    with torch.no_grad():
+        _, logs = model.proxy_loss(images)
+    look.goal("nats per id of the proxy, eight images", logs["proxy_nats"], 0.8, 0.4)
+    look.goal("the share of the proxy's ids named right", logs["proxy_right"], 0.4, 0.15)

@@ -1,8 +1,9 @@
 """Homework of vae.py: each test looks at one function and says what a difference may mean."""
 import torch
+import torch.nn as nn
 
 import vae
-from homework.kit import exercise
+from homework.kit import exercise, fit
 
 
 @exercise("vae.VAE.kl", points=3)
@@ -81,3 +82,28 @@ def test_homework_vae_measure(look):
         look.see("latent_mean", model.latent_mean, "It is taken over images and positions.", 2e-3)
         look.see("latent_scale", model.latent_scale, "The variance of the means and the noise of each token "
                  "add: var(mean) + E[std^2]; and latent_scale is 1 over its root.", 2e-3)
+
+
+@exercise("vae", points=3, further=True, goals=[
+    ("the bound of a linear VAE, nats per point", 5.1245, (0.5, 0.05), "Exact: half of log det of the "
+     "covariance of the data, and 2 log(2 pi e). A linear VAE reaches it, and nothing goes below.")])
+def capstone_vae(look):
+    """Points of four numbers that lie near a plane, x = W z + noise: probabilistic PCA."""
+    generator = torch.Generator().manual_seed(1)
+    turn, _ = torch.linalg.qr(torch.randn(4, 4, generator=generator))
+    W = turn[:, :2] * torch.tensor([2.0, 1.0])
+    encoder, decoder = nn.Linear(4, 2), nn.Linear(2, 4)
+    log_std, log_noise = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(()))
+
+    def bound(n):
+        x = torch.randn(n, 1, 2) @ W.T + 0.5 * torch.randn(n, 1, 4)
+        mean = encoder(x)
+        std = log_std.exp().expand_as(mean)
+        recon = decoder(vae.VAE.reparameterise(mean, std))
+        nats = -torch.distributions.Normal(recon, log_noise.exp()).log_prob(x).sum(-1)
+        return (nats + vae.VAE.kl(mean, std)).mean()
+
+    learned = [*encoder.parameters(), *decoder.parameters(), log_std, log_noise]
+    fit(learned, lambda: bound(256), 1500, 2e-2)
+    with torch.no_grad():
+        look.goal("the bound of a linear VAE, nats per point", bound(50_000), 0.5, 0.05)

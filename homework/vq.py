@@ -2,7 +2,7 @@
 import torch
 
 import vq
-from homework.kit import exercise
+from homework.kit import exercise, fit
 
 
 def book(look, l2_norm, **options):
@@ -36,8 +36,9 @@ def test_homework_vq_losses_and_straight_through(look):
             ids = look.randint(7, B, T)
             z = quantizer.codebook.detach()[ids] * 1.1 + 0.01 * look.randn(B, T, 3)   # so these are nearest
             quantizer.nearest = lambda z, ids=ids: ids
+            logs = ["commit", "usage", "perplexity"] + ["entropy"] * (entropy > 0)
             look.call(f"{B} x {T} tokens (l2_norm={l2_norm}, beta={beta}, entropy={entropy})", quantizer,
-                      {"z": z}, hint, outputs=["q", "ids", "the loss", "logs"], params=quantizer)
+                      {"z": z}, hint, logs=logs, outputs=["q", "ids", "the loss", "logs"], params=quantizer)
 
 
 @exercise("vq.VectorQuantizer.forward", points=1, hidden=True)
@@ -111,3 +112,18 @@ def test_homework_vq_running_averages(look):
         return again.codebook.clone()
 
     look.draws("where dead codes go", fresh)
+
+
+@exercise("vq", points=3, further=True, goals=[
+    ("the squared error of eight codes", 1 / 12, (0.05, 0.005), "Of numbers uniform in 0 .. 8 the best eight "
+     "codes leave the variance of an interval of width 1, which is 1/12."),
+    ("the perplexity of eight codes", 8.0, (0.5, 0.05), "All are used alike.")])
+def capstone_vq(look):
+    """Eight codes, as running averages with restarts, for numbers uniform in 0 .. 8."""
+    quantizer = vq.VectorQuantizer(8, 1, False, ema=0.9)
+    for _ in range(600):
+        quantizer.train()(8 * torch.rand(1, 512, 1))
+    z = 8 * torch.rand(1, 40_000, 1)
+    q, _, _, logs = quantizer.eval()(z)
+    look.goal("the squared error of eight codes", (q - z).square().mean(), 0.05, 0.005)
+    look.goal("the perplexity of eight codes", logs["perplexity"], 0.5, 0.05)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from common.reading import BadInput
-from homework import answers, course, grading, half, kit, report, sandbox, submissions
+from homework import answers, check, course, grading, half, kit, report, sandbox, submissions
 from homework.answers import lines_of
 from homework.course import exercises, graded
 from homework.handout import HALF, MAIN, blanked, body, code, functions, parsed, truths, without_answers
@@ -211,6 +211,26 @@ def test_homework_a_difference_is_told_in_words(value, truth, words):
     assert found.startswith(words) and bool(found) == bool(words)
 
 
+def test_homework_capstones_are_reached_by_right_answers_only():
+    """The quick ones. The others train for seconds; what they reach is in docs/teachers.md."""
+    for name in ("vq", "lfq", "perceptual_gan"):
+        capstone, = (t for t in graded(name, further=True) if t.goals)
+        seen, failed = looked(capstone, GRADERS_SEED)
+        right, of, wrong = judged(seen, failed, capstone.goals)
+        assert (failed, right, wrong) == (None, of, ""), wrong
+    quantizer = source_of("vq.VectorQuantizer.update").replace("self.ema_sum / smooth[:, None]", "self.ema_sum")
+    with written("vq.VectorQuantizer.update", quantizer):
+        capstone, = (t for t in graded("vq", further=True) if t.goals)
+        right, of, wrong = judged(*looked(capstone, GRADERS_SEED), capstone.goals)
+    assert right < of and "within" in wrong and "1/12" in wrong
+    assert 0 < check.points_of(3, right, of, wrong, partial=True) < 3 or right == 0
+
+
+def test_homework_every_file_has_a_capstone():
+    for name in MODELS:
+        assert [t.exercise for t in graded(name, further=True) if t.goals] == [name]
+
+
 # ---- Handouts -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", MODELS)
@@ -322,8 +342,8 @@ def test_homework_pasting_a_visible_test_gives_no_points(name):
     module = importlib.import_module(f"homework.{name}")
     helpers = {}
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node,
-                      (ast.FunctionDef, ast.Lambda)) and not getattr(node, "name", "").startswith("test_"):
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)) and not getattr(node, "name", "").startswith(
+            ("test_", "capstone_")):
             node = ast.parse(ast.unparse(node)).body[0]
             n_args = len((node if isinstance(node, ast.FunctionDef) else node.value).args.args)
             helpers[ast.unparse(node)] = n_args
@@ -520,7 +540,7 @@ def test_homework_graded_from_the_command_line(tmp_path):
 
 
 def test_homework_partial_points_and_own_points(tmp_path):
-    assert [grading.points_of(3, 5, 10, wrong, partial) for wrong, partial in
+    assert [check.points_of(3, 5, 10, wrong, partial) for wrong, partial in
             (("", False), ("no", False), ("no", True), ("", True))] == [3, 0, 1.5, 3]
     own_file = tmp_path / "points.csv"
     own_file.write_text("nucleus, GMMHead.density\n6, 0\n")
