@@ -182,6 +182,8 @@ def grade(args):
                 raise
     except OSError as e:
         raise BadInput(f"could not write ({e})") from None
+    except KeyboardInterrupt:
+        raise BadInput(f"stopped. Whoever was graded is in {args.csv}; --resume goes on from there") from None
     print(f"wrote {args.csv}" + (f", {args.json}" if args.json else "") +
           (f", {args.html}" if args.html else ""))
 

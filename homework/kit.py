@@ -15,8 +15,8 @@ from unittest.mock import patch
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-# In the order in which a course reads them.
-MODELS = ("vae vq gmm_head ar_transformer maskgit diffusion_head mar flow_adapter lfq titok perceptual_gan"
+# In README's order, in which a course reads them.
+MODELS = ("gmm_head vae ar_transformer vq maskgit diffusion_head mar flow_adapter lfq titok perceptual_gan"
           ).split()
 STUDENTS_SEED = 0                                           # the grader has another one: see grade --seed
 

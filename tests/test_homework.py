@@ -409,7 +409,9 @@ def run_python(*words, cwd, **env):
 def test_homework_list_is_in_reading_order():
     lines = run_command("list").split("\n")
     assert [line.split(".py")[0] for line in lines if line and line[0] != " "] == list(MODELS)
-    assert lines[0].startswith("vae.py: 10 points, about 110 minutes, easy")
+    table = re.findall(r"^\|.*?\| `(\w+)\.py` \| `--", (ROOT / "README.md").read_text(), re.M)
+    assert table == list(MODELS)
+    assert lines[0].startswith("gmm_head.py: 10 points, about 120 minutes, medium")
     assert len(run_command("list", "mar",
                            "--further").split("\n")) > len(run_command("list", "mar").split("\n"))
     assert set(course.FILES) == set(MODELS)
