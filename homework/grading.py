@@ -183,7 +183,7 @@ def grade(args):
     except OSError as e:
         raise BadInput(f"could not write ({e})") from None
     except KeyboardInterrupt:
-        raise BadInput(f"stopped. Whoever was graded is in {args.csv}; --resume goes on from there") from None
+        raise BadInput(f"stopped; {args.csv} has those that were graded, and --resume goes on") from None
     print(f"wrote {args.csv}" + (f", {args.json}" if args.json else "") +
           (f", {args.html}" if args.html else ""))
 
