@@ -218,8 +218,8 @@ def test_homework_capstones_are_reached_by_right_answers_only():
         seen, failed = looked(capstone, GRADERS_SEED)
         right, of, wrong = judged(seen, failed, capstone.goals)
         assert (failed, right, wrong) == (None, of, ""), wrong
-    quantizer = source_of("vq.VectorQuantizer.update").replace("self.ema_sum / smooth[:, None]", "self.ema_sum")
-    with written("vq.VectorQuantizer.update", quantizer):
+    update = source_of("vq.VectorQuantizer.update")
+    with written("vq.VectorQuantizer.update", update.replace("self.ema_sum / smooth[:, None]", "self.ema_sum")):
         capstone, = (t for t in graded("vq", further=True) if t.goals)
         right, of, wrong = judged(*looked(capstone, GRADERS_SEED), capstone.goals)
     assert right < of and "within" in wrong and "1/12" in wrong
