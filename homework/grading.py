@@ -89,7 +89,7 @@ class Grader:
                     digest=hashlib.sha256(text).hexdigest()[:16],
                     tests=rows,
                     worth=self.worth,
-                    source=text.decode(errors="replace"))
+                    source=text.decode(errors="replace"), ran=bool(seen or endings))
 
 
 def why_not_python(text, name):
@@ -133,7 +133,7 @@ def show(row):
     """Print the table of one student."""
     print(f"{row['student']:20s} {row['points']:g} of {row['of']:g} points   {row['seconds']:.1f} s"
           + (f"   {row['remark']}" if row["remark"] else ""))
-    for t, points, wrong, _ in row["tests"] if row["points"] or not row["remark"] else []:
+    for t, points, wrong, _ in row["tests"] if row["ran"] else []:
         question = t.exercise.partition(".")[2] or "capstone"
         print(f"    {points:g} of {row['worth'][t.__name__]:g}  "
               + (f"{question:40s} {wrong}" if wrong else question), flush=True)
