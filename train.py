@@ -28,11 +28,10 @@ from types import SimpleNamespace
 import torch
 import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import data
 import perceptual_gan
-from common import captions, classifier, clips, drawing, muon, pictures, runs, tokens
+from common import averages, captions, classifier, clips, drawing, muon, pictures, runs, tokens
 from data import BadInput
 
 VALIDATED = 2000                                            # images, or frames of clips, per validation loss
@@ -267,7 +266,7 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
         if p.ndim == 4:                                     # faster for most 2-D convolutions on a CPU
             p.data = p.data.contiguous(memory_format=torch.channels_last)
     decay = 1 - 20 / max(steps, 40) if args.ema is None else args.ema
-    ema = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    ema = averages.Averages(raw, decay)
     optimizers = make_optimizers(raw, args, lr)
     discriminator = list(raw.discriminator.parameters()) if getattr(raw, "discriminator", None) else []
     others = [p for p in raw.parameters() if all(p is not q for q in discriminator)]

@@ -4,15 +4,19 @@ A GPU that is not there: CPU tensors that say they lie on cuda:0, and complain a
     with pretend_gpu() as gpu:
         x = torch.randn(3, device="cuda")      # x.device is cuda:0
         x + torch.ones(3)                      # RuntimeError: ... at least two devices, cuda:0 and cpu
-        x.sum().item()                         # counted in gpu.waits: ("item", "file.py", 12)
+        x.sum().item()                         # counted in gpu.waits: ("item", "file.py", "main", 12)
 
 The numbers are real: the CPU computes them, with the CPU's random generator. So are autograd, optimizers, and
 the device that each tensor lies on. Pretended are that CUDA is available, has bfloat16 and 80 GB. Kernels,
 streams and torch.compile are not covered, and autocast("cuda") becomes autocast("cpu").
 
 Refused as on CUDA: operands on two devices (CUDA lets CPU tensors without dimensions join, and CPU tensors as
-indices), pinning a CUDA tensor, .numpy() of one. gpu.waits counts where Python waits for the device,
-gpu.copies where memory goes there, by (what, file, line) of the project.
+indices), pinning a CUDA tensor, .numpy() of one. Counted, by (what, file, function, line) of the project:
+
+    gpu.waits     where Python waits until the device has computed: what is read back, and what is copied
+                  there without non_blocking=True, for such a copy stands in line behind the kernels
+    gpu.copies    where memory goes to the device, non-blocking ("async") or not
+    gpu.doubles   where a float64 tensor comes to be on the device: MPS has none
 """
 import contextlib
 import sys
@@ -23,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.device("cuda", 0)
@@ -93,14 +96,16 @@ class OnGPU(Tensor):
         return self.item().__format__(spec) if self.ndim == 0 else object.__format__(self, spec)
 
     def __deepcopy__(self, memo):
-        copied = plain(self).detach().clone(memory_format=torch.preserve_format)
-        copied = to_gpu(copied).requires_grad_(self.requires_grad)
-        copied.__dict__.update(self.__dict__)               # _is_param, which makes it a Parameter
+        with torch._C.DisableTorchFunction():
+            copied = self.as_subclass(Tensor).detach().clone(memory_format=torch.preserve_format)
+            copied = copied.as_subclass(OnGPU).requires_grad_(self.requires_grad)
+            copied.__dict__.update(self.__dict__)           # _is_param, which makes it a Parameter
         memo[id(self)] = copied
         return copied
 
     def __reduce_ex__(self, protocol):                      # a checkpoint holds plain tensors
-        return plain(self).detach().__reduce_ex__(protocol)
+        with torch._C.DisableTorchFunction():
+            return self.as_subclass(Tensor).detach().__reduce_ex__(protocol)
 
 
 def to_gpu(tensor):
@@ -112,8 +117,26 @@ def plain(tensor):
         return tensor.as_subclass(Tensor)
 
 
-def tensors_in(values):
-    return [x for x in tree_flatten(values)[0] if isinstance(x, Tensor)]
+def tensors_in(value):
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    return [tensor for item in value for tensor in tensors_in(item)]
+
+
+def mapped(value, kind, change):
+    """value with change(x) for every x of this kind in nested tuples, lists and dicts."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, dict):
+        return type(value)((name, mapped(item, kind, change)) for name, item in value.items())
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        return type(value)([mapped(item, kind, change) for item in value])
+    return value
 
 
 def asked_device(func, args, kwargs):
@@ -141,16 +164,18 @@ class Pretend(TorchFunctionMode):
         self.root = str(root)
         self.waits = Counter()
         self.copies = Counter()
+        self.doubles = Counter()
 
     def caller(self, kind):
-        """(kind, file, line) of the project's line that called, or (kind, "torch", 0)."""
+        """(kind, file, function, line) of the project's line that called, or (kind, "torch", "", 0)."""
         frame = sys._getframe(2)
         while frame is not None:
-            name = frame.f_code.co_filename
-            if name.startswith(self.root) and name != __file__:
-                return kind, str(Path(name).relative_to(self.root)), frame.f_lineno
+            code = frame.f_code
+            if code.co_filename.startswith(self.root) and code.co_filename != __file__:
+                file = str(Path(code.co_filename).relative_to(self.root))
+                return kind, file, code.co_qualname, frame.f_lineno
             frame = frame.f_back
-        return kind, "torch", 0
+        return kind, "torch", "", 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -173,9 +198,8 @@ class Pretend(TorchFunctionMode):
         if func is Tensor.pin_memory:
             return args[0]
 
-        flat, spec = tree_flatten((args, kwargs))
-        on_cpu = [CPU if is_cuda_name(x) else x for x in flat]
-        inner_args, inner_kwargs = tree_unflatten(on_cpu, spec)
+        inner_args = [CPU if is_cuda_name(x) else x for x in args]
+        inner_kwargs = {name: CPU if is_cuda_name(x) else x for name, x in kwargs.items()}
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*inner_args, **inner_kwargs)
         if func in (Tensor.to, Tensor.cuda, Tensor.cpu) and there != ours and out is args[0]:
@@ -184,12 +208,15 @@ class Pretend(TorchFunctionMode):
         if func is Tensor.type_as:
             there = isinstance(args[1], OnGPU)
         if there:
-            return tree_map_only(Tensor, to_gpu, out)
-        return tree_map_only(OnGPU, plain, out)
+            if any(x.dtype == torch.float64 for x in tensors_in(out)):
+                self.doubles[self.caller(name_of(func))] += 1
+            with torch._C.DisableTorchFunction():
+                return mapped(out, Tensor, to_gpu)
+        return mapped(out, OnGPU, plain)
 
     def refuse(self, func, args, ours, others):
         """Raise what CUDA would raise."""
-        name = getattr(func, "__name__", str(func))
+        name = name_of(func)
         if ours and others and func not in MIXES and not name.startswith("__get__"):
             strangers = [x for x in others if x.ndim or func in STRICT]
             if strangers:
@@ -221,17 +248,31 @@ class Pretend(TorchFunctionMode):
             if not isinstance(args[0], OnGPU):
                 self.waits[self.caller("copy_")] += 1
             elif not isinstance(args[1], OnGPU):
-                self.copies[self.caller("copy_")] += 1
+                self.arrive("copy_", kwargs)
         if func in (Tensor.__getitem__, Tensor.__setitem__, Tensor.index_put_) and isinstance(args[0], OnGPU):
             index = tensors_in(args[1])
-            if func is not Tensor.__setitem__ and any(i.dtype in (torch.bool, torch.uint8) for i in index):
+            one_number = func is Tensor.__setitem__ and (
+                not isinstance(args[2], Tensor) or args[2].numel() == 1)              # masked_fill
+            if any(i.dtype in (torch.bool, torch.uint8) for i in index) and not one_number:
                 self.waits[self.caller("boolean index")] += 1
             if any(not isinstance(i, OnGPU) for i in index):
-                self.copies[self.caller("index")] += 1
+                self.arrive("index", kwargs)
         if there and not ours and asked is not None and others and others[0].numel():
-            self.copies[self.caller("async" if kwargs.get("non_blocking") else "to")] += 1
+            self.arrive("to", kwargs)
         if there and not ours and func in (torch.tensor, torch.as_tensor):
-            self.copies[self.caller("tensor")] += 1
+            self.arrive("tensor", kwargs)
+
+    def arrive(self, kind, options):
+        """Memory goes to the device. Without non_blocking Python waits until it is there."""
+        if options.get("non_blocking"):
+            self.copies[self.caller("async")] += 1
+        else:
+            self.copies[self.caller(kind)] += 1
+            self.waits[self.caller(kind)] += 1
+
+
+def name_of(func):
+    return getattr(func, "__name__", str(func))
 
 
 def is_cuda_name(value):
@@ -259,14 +300,20 @@ def pretend_gpu(root=ROOT):
         patch(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
 
     real_load = torch.load
+    real_save = torch.save
     real_autocast = torch.autocast
     real_group = torch._C._group_tensors_by_device_and_dtype
 
     def load(file, map_location=None, **options):
-        state = real_load(file, map_location="cpu", **options)
-        there = map_location is not None and not callable(map_location) and torch.device(
-            map_location).type == "cuda"
-        return tree_map_only(Tensor, to_gpu, state) if there else state
+        with torch._C.DisableTorchFunction():
+            state = real_load(file, map_location="cpu", **options)
+            there = map_location is not None and not callable(map_location)
+            there = there and torch.device(map_location).type == "cuda"
+            return mapped(state, Tensor, to_gpu) if there else state
+
+    def save(*args, **options):
+        with torch._C.DisableTorchFunction():
+            real_save(*args, **options)
 
     def autocast(kind, *args, **kwargs):
         return real_autocast("cpu" if kind == "cuda" else kind, *args, **kwargs)
@@ -277,6 +324,7 @@ def pretend_gpu(root=ROOT):
                 for key, found in groups}
 
     patch(torch, "load", load)
+    patch(torch, "save", save)
     patch(torch, "autocast", autocast)
     patch(torch._C, "_group_tensors_by_device_and_dtype", group)
     future = torch.__future__.get_overwrite_module_params_on_conversion()

@@ -30,7 +30,8 @@ from tests.helpers import MODELS, PROGRAMS, ROOT
 
 # Rooms from the lowest up: a file imports only what stands in a line above its own.
 FLOORS = [
-    ["common.pictures", "common.muon", "common.reading", "common.folders", "common.files"],
+    ["common.pictures", "common.muon", "common.averages", "common.reading", "common.folders",
+     "common.files"],
     ["data"],
     MODELS,
     ["official.files"],
