@@ -3,8 +3,8 @@ Averaged weights, which are what a run is used with: torch's AveragedModel, whos
 
     averaged <- decay * averaged + (1 - decay) * weights,      after every step of the optimizer
 
-torch.optim.swa_utils copies a counter to the GPU in each update, for averages that need it. Such a copy stands
-in line behind all kernels, so Python waits until the step is computed, and only then launches the next one.
+torch.optim.swa_utils copies a counter to the GPU in each update, for averages that need it. Such a copy
+stands in line behind all kernels: Python waits until the step is computed and only then launches the next.
 """
 import torch
 from torch.optim.swa_utils import AveragedModel
