@@ -86,7 +86,7 @@ def schedule(t):
 def sampling_table(steps, spacing, device):
     """timesteps() and their schedule() on the device, made once: copies in every sample() stall a GPU."""
     t = timesteps(steps, spacing)
-    return t.to(device), schedule(t).to(device)
+    return t.to(device, non_blocking=True), schedule(t).to(device, non_blocking=True)
 
 
 # ---- The MLP. Module names are the official ones, so that released weights load --------------------
