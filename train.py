@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import perceptual_gan
-from common import averages, captions, classifier, clips, drawing, muon, pictures, runs, tokens
+from common import averages, captions, classifier, clips, compiling, drawing, muon, pictures, runs, tokens
 from data import BadInput
 
 VALIDATED = 2000                                            # images, or frames of clips, per validation loss
@@ -289,7 +289,7 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
 
     if args.compile and not getattr(raw, "adaptive", False):          # adaptive: its loss takes gradients
         say(dist, "compiling: the first step takes a minute or more")
-        model = torch.compile(model)
+        model = compiling.for_training(model)
     if dist.size > 1:
         model = DistributedDataParallel(model)
     bf16 = runs.use_bf16(args, stage)

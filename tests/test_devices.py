@@ -20,18 +20,14 @@ import ar_transformer
 import data
 import evaluate
 import gmm_head
-import lfq
-import mar
-import maskgit
 import sample
-import titok
 import train
 import vae
-import vq
-from common import classifier, drawing, pictures, runs
+from common import drawing, runs
 from recipes import maps
 from tests.helpers import MODELS, PROGRAMS, ROOT
 from tests.pretend_gpu import pretend_gpu
+from tests.small_world import small_world
 
 PER_BATCH = {                                               # (what, file, function): why
     ("cpu", "common/drawing.py", "draw_samples"): "the finished images",
@@ -44,59 +40,7 @@ ONCE = {
 STEPS = 4                                                   # the first and the last are logged
 
 
-# ---- A world that is small enough for a test
-
-@contextlib.contextmanager
-def small_world():
-    """Sizes "dot" of every model, few images, short trainings, and no picture by matplotlib."""
-    with pytest.MonkeyPatch.context() as patch:
-        convolutions = dict(ch=8, ch_mult=(1, 1, 1), n_res=1, groups=4)
-        patch.setitem(vae.SIZES, "dot", dict(token_dim=4) | convolutions)
-        patch.setitem(vq.SIZES, "dot", dict(vocab_size=16, code_dim=4, z_channels=8) | convolutions)
-        patch.setitem(lfq.SIZES, "dot", dict(bits=4) | convolutions)
-        patch.setitem(titok.SIZES, "dot", dict(n_tokens=4, code_dim=4, vocab_size=16, enc=(32, 1, 2),
-                                               dec=(32, 1, 2)))
-        patch.setitem(titok.SIZES, "dot-vae", dict(n_tokens=4, token_dim=4, enc=(32, 1, 2), dec=(32, 1, 2)))
-        for module in (ar_transformer, maskgit, mar):
-            size = dict(n_layer=2, n_head=2, n_embd=32) | (dict(n_buffer=2) if module is mar else {})
-            patch.setitem(module.SIZES, "dot", size)
-        patch.setitem(mar.HEAD_SIZES, "dot", dict(width=16, depth=1))
-        for kind in drawing.DEFAULTS:
-            if kind.endswith("diffusion"):
-                patch.setitem(drawing.DEFAULTS, kind, drawing.DEFAULTS[kind] | dict(diffusion_steps=3))
-        patch.setattr(classifier.train_classifier, "__defaults__", (0, 3, 8, 4e-3))
-        patch.setattr(train, "VALIDATED", 16)
-        for name in ("draw_set", "draw_clip_set"):
-            patch.setattr(data, name, few(getattr(data, name)))
-        patch.setattr(runs, "load_file", read_once(runs.load_file))
-        patch.setattr(pictures, "pyplot", pytest.fail)
-        patch.setattr(pictures, "save_rows", only_tiles)
-        patch.setattr(pictures, "save_curve", lambda path, rows, unit: None)
-        yield patch
-
-
-def few(draw):
-    """A function that draws a set of images, with 24 of them where it would draw thousands."""
-    def drawn(image_size, split, device, seed=0, n=None, **options):
-        return draw(image_size, split, device, seed, n or 24, **options)
-    return drawn
-
-
-def read_once(load_file, kept={}):
-    """load_file that keeps what it read: else half of these tests' time is reading checkpoints again."""
-    def load(path, map_location="cpu"):
-        key = str(path), path.stat().st_mtime_ns, str(map_location)
-        if key not in kept:
-            kept[key] = load_file(path, map_location)
-        return dict(kept[key])
-    return load
-
-
-def only_tiles(path, rows, title=""):
-    """What pictures.save_rows asks of its images, without matplotlib."""
-    for _, images in rows:
-        pictures.tile(images, len(images))
-
+# ---- What is counted
 
 def place(wait):
     """(what, file, function, line) -> (what, file, function), without the names of comprehensions."""
@@ -319,6 +263,17 @@ def test_editing_on_a_gpu_waits_once_for_each_batch(run, gpu_runs, tmp_path):
 def test_a_run_is_measured_on_a_gpu(run, gpu_runs):
     metrics = measured(gpu_runs(*run))
     assert "caption_shape" in metrics if run == CAPTIONS else metrics["sample_frechet_small_cnn"] > 0
+
+
+@pytest.mark.parametrize("run", [VAE_AR, VAE_MAR, VQ_MASKGIT, VQ_MAR], ids="-".join)
+def test_what_is_compiled_trains_and_draws_on_a_gpu(run, gpu_runs, tmp_path, monkeypatch):
+    """As with --compile, but that functions stay as they are: MAR's ranges, padded rows, static caches."""
+    gpu_runs(*run)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    tokenizer, *words = run
+    tok = ["--tok_name", f"{tokenizer}/tok", "--name", str(tmp_path / "x")]
+    trained(gpu_runs(tokenizer).parent.parent, *TOKENIZERS[tokenizer], *words, *tok, "--compile")
+    drew(tmp_path / "x", "--compile")
 
 
 def test_maps_of_images_are_made_on_a_gpu(tmp_path):
