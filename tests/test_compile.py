@@ -1,8 +1,8 @@
 """
 What torch.compile makes of each model: how many graphs, no break in them, and the same numbers.
 
-The graphs are counted by a backend that runs them as they are, on a CPU. What a GPU's compiler makes of them is
-not seen here.
+The graphs are counted by a backend that runs them as they are, on a CPU. What a GPU compiler makes of them
+is not seen here.
 """
 import argparse
 from types import SimpleNamespace
