@@ -526,8 +526,8 @@ def test_homework_graded_from_the_command_line(tmp_path):
         told = json.loads((tmp_path / "json" / f"{name}.json").read_text())
         assert told["score"] == points and sum(t["max_score"] for t in told["tests"]) == 10
         assert says in told["output"] + " ".join(t["output"] for t in told["tests"]), out
-    for words in ("not written yet", "prints without end", "asks for more memory than it may have"):
-        assert words in out, out
+    for sentence in ("not written yet", "prints without end", "asks for more memory than it may have"):
+        assert sentence in out, out
     if sandbox.spaces():
         assert "sees [False, False] ['1']" in out, "the project and the others' work are out of sight"
         spied = rows["spy", "gmm_head"]["remark"]
