@@ -139,6 +139,8 @@ return tuple(wide(x) for x in out) if isinstance(out, tuple) else wide(out)""",
     "seeded": """
 torch.manual_seed(0)
 return {name}(*args, **kwargs)""",
+    "deaf": """
+return {name}(*args)""",
     "one for all": """
 out = {name}(*args, **kwargs)
 same = lambda x: x[:1].expand_as(x) if isinstance(x, torch.Tensor) and x.ndim else x
@@ -164,10 +166,17 @@ BATCHES = """vae.VAE.kl vae.VAE.reparameterise gmm_head.GMMHead.density gmm_head
     flow_adapter.FlowAdapter.inverse""".split()
 
 
+TOLD = """gmm_head.GMMHead.draw vq.VectorQuantizer.entropy_loss lfq.entropy_penalty maskgit.masked_mean
+    ar_transformer.CategoricalHead.sample maskgit.MaskGIT.sample mar.MAR.sample
+    flow_adapter.Adapted.sample""".split()
+
+
 @pytest.mark.parametrize("how, targets", [("detached", TRAINED), ("seeded", DRAWN), ("float64", TYPED),
-                                          ("one for all", BATCHES)])
+                                          ("deaf", TOLD), ("one for all", BATCHES)])
 def test_homework_right_values_are_not_enough(how, targets):
-    """Values right, but no gradient passes; a fixed seed; another type; one result for all of a batch."""
+    """Values right, but no gradient passes; a fixed seed; another type; options ignored; one result for all
+    of a batch.
+    """
     assert len(targets) >= 7
     for target in targets:
         with written(target, spoiled(target, SPOILERS[how])):
