@@ -59,8 +59,7 @@ def lost(tests):
     for test in tests:
         if test.goals:
             continue
-        with contextlib.redirect_stdout(io.StringIO()):
-            seen, failed = looked(test, GRADERS_SEED)
+        seen, failed = sandbox.trial(test, GRADERS_SEED)
         wrong = judged(seen, failed, truths_of(test.exercise.split(".")[0])[test.__name__])[2]
         if wrong:
             found[test] = wrong
@@ -492,7 +491,7 @@ def class_of_students(folder):
     monster = changed("    ratio = (sc / su) ** 2\n",
                       "    torch.empty(10 << 30)\n    ratio = (sc / su) ** 2\n", monster)
     monster = changed("        k = choose(log_pi, n)",
-                      "        while True:\n            print(7)\n        k = 0", monster)
+                      "        while True:\n            print(\"7\" * 9999)\n        k = 0", monster)
     spy = right + (
         "\n\nimport os\nraise SystemExit('sees ' + str([os.path.isfile(p) for p in (%r, %r)]) + ' '\n"
         "                 + str([p for p in os.listdir('/proc') if p.isdigit()]) + str(sorted(os.environ)))\n"
