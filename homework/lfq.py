@@ -10,7 +10,7 @@ from homework.kit import closed, exercise, fit
 
 @exercise("lfq.quantize", points=2)
 def test_homework_lfq_quantize(look):
-    for shape in ((3, 4, 6), (1, 1), (5, 18), (7,)):
+    for shape in ((3, 4, 6), (1, 1), (5, 40), (7,)):
         look.call(f"z of shape {shape}", lfq.quantize, {"z": 2 * look.randn(*shape)},
                   "Only the sign is kept; channel 0 is the LOWEST bit of the int64 index; the gradient goes "
                   "straight through, unclipped.", outputs=["q", "index"])
@@ -24,7 +24,7 @@ def test_homework_lfq_quantize_zero(look):
 
 @exercise("lfq.codes", points=2)
 def test_homework_lfq_codes(look):
-    for shape, bits in (((3, 4), 6), ((5,), 18), ((), 3), ((2, 1, 2), 1)):
+    for shape, bits in (((3, 4), 6), ((5,), 40), ((), 3), ((2, 1, 2), 1)):
         look.call(f"codes of ids of shape {shape}, {bits} bits", lambda index: lfq.codes(index, bits),
                   {"index": look.randint(2**bits, *shape)}, "-1 and +1, float32, the lowest bit first.",
                   gradients=False)
@@ -56,10 +56,10 @@ def test_homework_lfq_entropy(look):
 @exercise("lfq.CausalConv.forward", points=2)
 def test_homework_lfq_causal_convolution(look):
     hint = "kernel - 1 frames of zeros in front of the first one, none behind the last; stride, bias count."
-    for kernel, stride, bias, B, frames in (((3, 3, 3), (1, 1, 1), True, 1, 5), ((3, 3, 3), (2, 2, 2),
-                                                                                 False, 2, 5),
-                                            ((1, 3, 3), (1, 1, 1), True, 2, 3), ((4, 1, 1), (1, 1, 1), True,
-                                                                                 1, 4)):
+    arms = [((3, 3, 3), (1, 1, 1), True, 1, 5), ((3, 3, 3), (2, 2, 2), False, 2, 5),
+            ((3, 3, 3), (1, 2, 2), True, 1, 3), ((1, 3, 3), (1, 1, 1), True, 2, 3),
+            ((4, 1, 1), (1, 1, 1), True, 1, 4)]
+    for kernel, stride, bias, B, frames in arms:
         conv = look.fill(lfq.CausalConv(2, 4, kernel, stride, bias))
         x = look.randn(B, 2, frames, 4, 4)
         what = f"kernel {kernel}, stride {stride}"
