@@ -31,6 +31,7 @@ def body(node):
     return node.body[ast.get_docstring(node) is not None:]
 
 
+@functools.lru_cache(maxsize=None)
 def code(node):
     """The code of a function without its docstring, as a string that compares."""
     return "".join(map(ast.dump, body(node)))
