@@ -169,7 +169,6 @@ def main(argv=None):
         if stages:
             train_set, val_set = runs.open_data(args)       # refuses a missing caption, for example
             say(dist, data.describe(train_set, val_set))
-            runs.suit(args, train_set)                      # numbers per token, by what the images are
             for begun in (tok_folder, folder):
                 runs.refuse_other_data(args, begun, train_set)
         if 1 in stages:

@@ -74,6 +74,8 @@ DEFAULTS = {
     "any-lfq": dict(beta=0.05),
     "any-titok": dict(beta=0.25, codebook="l2-ema"),
     "any-titok-vae": dict(beta=0.01),
+    "cpu-vae": dict(tok_size="patches", tok_steps=2000),
+    "cuda-vae": dict(tok_size="patches-medium"),
     "cpu-lfq": dict(tok_size="coarse"),
     "cpu-titok": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),
     "cpu-titok-vae": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),
@@ -87,6 +89,7 @@ DEFAULTS = {
     "cuda-clips": dict(image_size=64, n_shapes=20_000, tok_size="clips-medium", tok_batch_size=32,
                        batch_size=128),
 }
+PER_TOKEN = {"drawn shapes": 16, "grey pictures": 16, "colour pictures": 32}        # numbers: see suit()
 LABEL_DROP = 0.1                                            # where there is more than one class, or captions
 STAGE1 = ("data", "image_size", "frames", "frame_step", "flip", "n_shapes", "seed", "tokenizer", "tok_size",
           "tok_steps", "tok_batch_size", "tok_lr", "token_dim", "beta", "vocab_size", "codebook", "tokens",
@@ -184,6 +187,16 @@ def resolve(given, tok_folder, folder):
     args.resume2 = saved2 is not None and not args.stage2_done
     args.begun = [path for path, saved in ((tok_folder, saved1), (folder, saved2)) if saved is not None]
     return args
+
+
+def on_pixels(given, folder):
+    """given, with the VAE whose networks see the pixels, for recipes. A run in folder keeps its own."""
+    if given.tok_size is not None or (not given.overwrite and read_checkpoint(folder) is not None):
+        return given
+    size = dict(tok_size="medium")
+    if pick_device(given.device).type != "cuda":
+        size = dict(tok_size="small", tok_steps=given.tok_steps or 1000)
+    return argparse.Namespace(**vars(given) | size)
 
 
 def read_for(given, folder):
@@ -400,7 +413,10 @@ def open_split(args, split, device=None):
 
 
 def open_data(args):
-    """-> training set, validation set. With --condition text every image must have a caption."""
+    """-> training set, validation set. Sets args.token_dim where it depends on what the images are.
+
+    Raises BadInput where --condition text is given and not every image has a caption.
+    """
     train_set = open_split(args, "train")
     val_set = open_split(args, "val")
     missing = train_set.without_text + val_set.without_text
@@ -408,23 +424,28 @@ def open_data(args):
         first = f", the first is {missing[0]}" if missing else ""
         raise BadInput(f"--condition text: {len(missing) or 'all'} images of --data {args.data} have no "
                        f"caption{first}; write NAME.txt beside NAME.jpg")
+    suit(args, train_set)
     return train_set, val_set
 
 
 def suit(args, train_set):
-    """Numbers per token of a VAE, by what the images are, where no flag says it. Photographs need more."""
-    if args.tokenizer != "vae" or args.token_dim is not None or args.tok_size != "patches":
+    """Numbers per token of a VAE with a linear path, by what the images are, where no flag says it."""
+    path = args.tokenizer == "vae" and vae.SIZES.get(args.tok_size, {}).get("linear")
+    if not path or args.token_dim is not None or getattr(args, "stage1_done", False):
         return
     kind = "drawn shapes"
-    if args.data != "shapes" and isinstance(train_set.images, torch.Tensor):
-        index = torch.linspace(0, len(train_set) - 1, min(len(train_set), 200), device="cpu").long()
-        images = train_set.images[index.to(train_set.images.device)].float()          # (n, 3, H, W)
-        colour = (images.amax(1) - images.amin(1)).mean() > 2                        # of 255: JPEG tints grey
-        kind = "colour photographs" if colour else "grey pictures"
-    elif args.data != "shapes":
-        kind = "colour photographs"
-    args.token_dim = 32 if kind == "colour photographs" else 16
-    print(f"{kind}: tokens of {args.token_dim} numbers; --token_dim changes it")
+    if args.data != "shapes":
+        kind = "colour pictures" if in_colour(train_set) else "grey pictures"
+    args.token_dim = PER_TOKEN[kind]
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{kind}: tokens of {args.token_dim} numbers; --token_dim changes it")
+
+
+def in_colour(image_set):
+    """Do red, green and blue differ in 200 images, by more than the tint that JPEG gives to grey?"""
+    index = torch.linspace(0, len(image_set) - 1, min(len(image_set), 200), device="cpu").long()
+    images, _ = image_set.batch(index)                                                # (n, 3, H, W)
+    return (images.amax(1) - images.amin(1)).mean().item() > 2 / 127.5
 
 
 def fingerprint(image_set):

@@ -115,7 +115,7 @@ def train_all(own, given, dist, tok_folder, map_folder, folder):
         device = runs.pick_device(given.device)
         given.steps = CPU_STEPS.get(own.task) if device.type == "cpu" else None
     image_args = resolve(given, tok_folder, folder, {})
-    args = resolve(given, map_folder, folder, dict(channels=CHANNELS[own.task]))
+    args = resolve(runs.on_pixels(given, map_folder), map_folder, folder, dict(channels=CHANNELS[own.task]))
     runs.refuse(args, dist)
     if image_args.stage1_done and not runs.stages_to_train(args, map_folder, folder):
         return
@@ -125,6 +125,7 @@ def train_all(own, given, dist, tok_folder, map_folder, folder):
     for path in (map_folder, folder):
         runs.refuse_other_data(args, path, maps[0])
     if not image_args.stage1_done:
+        runs.suit(image_args, images[0])
         train.train_tokenizer(image_args, dist, tok_folder, *images)
     if not args.stage1_done:
         train_map_tokenizer(own, args, dist, map_folder, *maps)
