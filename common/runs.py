@@ -553,12 +553,17 @@ def save_atomically(state, path):
                        "untouched") from None
 
 
-def load_file(path, map_location="cpu"):
-    """What save_atomically wrote. Raises ValueError for a damaged file: torch.load skips the checksums."""
+def load_file(path, map_location="cpu", mmap=False):
+    """What save_atomically wrote. Raises ValueError for a damaged file: torch.load skips the checksums.
+
+    mmap: tensors stay in the file, on the CPU, and are read where they are looked at.
+    """
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"its part {damaged} has a wrong checksum")
+    if mmap:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     return torch.load(path, map_location=map_location, weights_only=True)
 
 
