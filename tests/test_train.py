@@ -4,7 +4,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ import data
 import perceptual_gan
 import train
 from common import classifier, drawing, runs
-from tests.helpers import ENV, IDS, RARELY, ROOT, TINY, call, log_of
+from tests.helpers import ENV, IDS, RARELY, TINY, call, command, log_of
 from tests.test_drawing import bf16_draws_nearly_what_fp32_draws
 
 
@@ -71,14 +70,10 @@ def test_every_combination_trains_loads_and_samples(words, name, tiny_run, capsy
         bf16_draws_nearly_what_fp32_draws(run)
 
 
-SAVES_OFTEN = "import sys, train; train.SAVE_SECONDS = 0; train.main(sys.argv[1:])"         # after every step
-
-
 def test_killed_twice_and_resumed_equals_uninterrupted_bit_for_bit(tiny_run, tmp_path):
     for stage, more in (("stage 1", []), ("stage 2", ["--resume"])):
-        words = [sys.executable, "-c", SAVES_OFTEN, *TINY, "--runs", tmp_path, *more]
-        process = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, text=True, env=ENV,
-                                   cwd=ROOT)
+        process = subprocess.Popen(command("train.py", *TINY, "--runs", tmp_path, *more), text=True,
+                                   stdout=subprocess.PIPE, env=ENV | {"SAVES_OFTEN": "1"})
         inside = False
         for line in process.stdout:
             inside = inside or line.startswith(stage)
