@@ -181,7 +181,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         raise BadInput("stopped; the same command with --resume goes on from the last checkpoint") from None
     except RuntimeError as e:
-        runs.explain_lost_process(dist, e)                  # in a sentence, if it is that
+        runs.explain(dist, e)                               # in a sentence, if it is a known one
         raise
     finally:
         runs.leave_processes(dist)
@@ -308,7 +308,8 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
             runs.save_atomically(state | extra, folder / "ckpt.pt")
 
     if args.compile and not getattr(raw, "adaptive", False):          # adaptive: its loss takes gradients
-        say(dist, "compiling: the first step takes a minute or more")
+        say(dist, "compiling: " + ("a minute or more" if device.type == "cuda" else "some minutes")
+            + " of silence before the first step")
         model = sharding.compile_blocks(raw) if shard else torch.compile(raw)
     ddp = dist.size > 1 and not shard
     if ddp:

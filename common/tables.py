@@ -1,7 +1,7 @@
 """
 Arrays with a row per example, made once by all processes together and kept in a file.
 
-    make(i, j) -> rows i .. j - 1 of each array --fill--> {name: (n, ...)} --file--> on the device, or a memory map
+    make(i, j) -> rows i .. j - 1 --fill--> {name: (n, ...)} --file--> on the device, or a memory map
 
 Small arrays lie on the device. Large ones, such as the 42 GB of posteriors of ImageNet's images, stay in the
 file: it is mapped into memory, which all processes of a machine share, and a batch is copied to the device.
@@ -81,7 +81,7 @@ def kept(path, key, n, at_once, make, device, dist):
 
 
 def read(path, key, device):
-    """The arrays in a file, on the device or as a memory map, or None: none there, of another key, damaged."""
+    """The arrays in a file, on the device or as a memory map. None: no file, of another key, or damaged."""
     if not path.exists():
         return None
     with contextlib.suppress(Exception):                    # half a dozen kinds for a damaged file

@@ -182,6 +182,14 @@ def test_a_killed_process_ends_the_other_with_a_sentence(twos):
     assert "train.py\", line" not in said, "no traceback of ours"
 
 
+def test_a_full_device_is_a_sentence_with_the_remedies(tmp_path, monkeypatch):
+    def full(*rest):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(vae.VAE, "forward", full)
+    with pytest.raises(SystemExit, match="the memory of the device is full: try --accumulate 2.*--recompute"):
+        train.main([*ADAMW, "--runs", str(tmp_path)])
+
+
 # ---- Parts of a batch, in one process -------------------------------------------------------------
 
 def generators():
