@@ -86,7 +86,7 @@ def schedule(t):
 def sampling_table(steps, spacing, device):
     """timesteps() and their schedule() on the device, made once: copies in every sample() stall a GPU."""
     t = timesteps(steps, spacing)
-    return t.to(device), schedule(t).to(device)
+    return t.to(device, non_blocking=True), schedule(t).to(device, non_blocking=True)
 
 
 # ---- The MLP. Module names are the official ones, so that released weights load --------------------
@@ -277,6 +277,11 @@ class DiffusionHead(nn.Module):
         cond, uncond = out                                  # both see the same x
         return torch.lerp(uncond[..., :D], cond[..., :D], cfg), cond[..., D:]
 
+    def denoise_step(self, x, time, c, cfg, row):
+        """predict and reverse, at a row (8,) of the table -> mean, log variance, x0, eps, each (..., D)."""
+        eps, v = self.predict(x, time, c, cfg)
+        return *self.reverse(x, eps, v, row.unbind()), eps
+
     @torch.no_grad()
     def sample(self, h, h_uncond=None, cfg=1.0, temperature=1.0, diffusion_steps=None, sampler=None,
                spacing="strided", noise=None, on_step=None):
@@ -293,8 +298,8 @@ class DiffusionHead(nn.Module):
         steps = diffusion_steps or (100 if self.objective == "diffusion" else 25)
         if sampler not in known:
             raise ValueError(f"sampler {sampler!r} does not fit objective={self.objective!r}: it has {known}")
-        if h_uncond is None or cfg == 1.0:
-            cfg = None
+        # a tensor: to compiled functions, every other number would be another function
+        cfg = None if h_uncond is None or cfg == 1.0 else torch.full((), cfg, device=h.device)
 
         def draw(i):
             if noise is not None:
@@ -311,11 +316,9 @@ class DiffusionHead(nn.Module):
             times = self.net.time_embed(t)                  # (steps, W), for all rows
             for i in range(steps):
                 j = steps - 1 - i                           # from noise to token
-                eps, v = self.predict(x, times[j], c, cfg)
-                row = table[j].unbind()
-                mean, log_var, x0 = self.reverse(x, eps, v, row)
+                mean, log_var, x0, eps = self.denoise_step(x, times[j], c, cfg, table[j])
                 if sampler == "ddim":
-                    x = row[2] * x0 + row[3] * eps          # the same x0 and eps, less noise
+                    x = table[j, 2] * x0 + table[j, 3] * eps                          # the same, less noise
                 elif j > 0:
                     x = mean + temperature * (0.5 * log_var).exp() * draw(1 + i)
                 else:

@@ -33,7 +33,7 @@ import time
 
 import torch
 
-from common import captions, clips, drawing, metrics, pictures, runs, yardsticks
+from common import captions, clips, compiling, drawing, metrics, pictures, runs, yardsticks
 from common.classifier import classifier_for, look, look_at_real
 from common.metrics import frechet_distance, precision_recall, psnr, ssim
 from data import BadInput
@@ -54,6 +54,8 @@ def parse_args(argv=None):
     p.add_argument("--batch_size", type=int, default=250,
                    help="images at a time; lower it when memory runs out")
     p.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
+    p.add_argument("--compile", action="store_true",
+                   help="torch.compile what drawing repeats; it pays for thousands of samples (default: not)")
     p.add_argument("--seed", type=int, default=0, help="seed of the samples and of the choice of real images")
     p.add_argument("--fid", action="store_true",
                    help="the FID with Inception too; needs `pip install clean-fid`")
@@ -67,6 +69,8 @@ def main(argv=None):
     with drawing.processes() as share:                      # (rank, size): what torchrun started
         run = runs.load_run(args.run, runs.pick_device(args.device))
         run.share = share
+        if args.compile and run.generator is not None:
+            compiling.for_drawing(run)
         rows = measure(args, run)
         if share[0] == 0:
             metrics.print_rows(rows)

@@ -34,7 +34,7 @@ import torch
 from PIL import Image
 
 import maskgit
-from common import captions, clips, drawing, pictures, runs
+from common import captions, clips, compiling, drawing, pictures, runs
 from data import BadInput
 from official import llamagen, mar, open_magvit2, titok
 
@@ -56,6 +56,8 @@ def parse_args(argv=None):
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32",
                    help="bf16: faster where a pass of the generator draws many tokens (default: fp32)")
     p.add_argument("--device", help="cpu, cuda, mps (default: a GPU if there is one)")
+    p.add_argument("--compile", action="store_true",
+                   help="torch.compile what is repeated; it pays for thousands of samples (default: not)")
     g = p.add_argument_group("what is asked for")
     g.add_argument("--prompt", nargs="+", 
                    help="captions to draw, each in quotes, for a run with --condition text (default: of "
@@ -142,6 +144,8 @@ def draw(args, share=(0, 1)):
     run.share = share
     tricks = refuse(args, run)
     out, gif, npz, reference = output_paths(args, run)
+    if args.compile:
+        compiling.for_drawing(run)
     options = {name: getattr(args, name) for name in ("cfg", "temperature", "batch_size", "seed")} | tricks
     draw_kind = dict(classes=draw_classes, captions=draw_captions, clips=draw_clips)
     try:

@@ -521,11 +521,14 @@ class TiTokVAE(TiTok):
 
     @torch.no_grad()
     def measure(self, mean, std):
-        """Set latent_mean and latent_scale from the posteriors of the training set, each (N, T, D)."""
-        mean = mean.double()
-        std = std.double()
-        self.latent_mean.copy_(mean.mean(0))
-        self.latent_scale.copy_((mean.var(0) + (std**2).mean(0)).rsqrt())
+        """Set latent_mean and latent_scale from the posteriors of the training set, each (N, T, D).
+
+        In float64, and so on the CPU: Apple's GPUs have no float64.
+        """
+        mean = mean.cpu().double()
+        std = std.cpu().double()
+        self.latent_mean.copy_(mean.mean(0).float())
+        self.latent_scale.copy_((mean.var(0) + (std**2).mean(0)).rsqrt().float())
 
 
 # ---- Demo: ever more tokens, and what one token says -----------------------------------------------

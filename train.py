@@ -29,7 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import perceptual_gan
-from common import averages, captions, classifier, clips, drawing, log, muon, pictures, runs, sharding, tokens
+from common import averages, captions, classifier, clips, compiling, drawing, log, muon, pictures, runs
+from common import sharding, tokens
 from data import BadInput
 
 VALIDATED = 2000                                            # images, or frames of clips, per validation loss
@@ -310,7 +311,7 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
     if args.compile and not getattr(raw, "adaptive", False):          # adaptive: its loss takes gradients
         say(dist, "compiling: " + ("a minute or more" if device.type == "cuda" else "some minutes")
             + " of silence before the first step")
-        model = sharding.compile_blocks(raw) if shard else torch.compile(raw)
+        model = sharding.compile_blocks(raw) if shard else compiling.for_training(raw)
     ddp = dist.size > 1 and not shard
     if ddp:
         model = DistributedDataParallel(model)

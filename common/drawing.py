@@ -82,7 +82,7 @@ def draw_tokens(run, cond, cfg=None, temperature=None, on_step=None, beam=1, fan
             "nothing to guide away from; leave it out, or train with --label_drop 0.1")
     temperature = default_temperature if temperature is None else temperature
     tricks = default | tricks
-    cond = cond.to(run.device)
+    cond = cond.to(run.device, non_blocking=True)
     with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=getattr(run, "bf16", False)):
         if beam > 1:
             return run.generator.beam_search(cond, beam, fan, temperature, **tricks)[0]
@@ -109,8 +109,8 @@ def draw_samples(run, cond, cfg=None, temperature=None, batch_size=250, seed=0, 
             if known is not None:
                 tricks.update(known=known[batch], known_mask=known_mask[batch])
             tokens = draw_tokens(run, cond[batch], cfg, temperature, **tricks)
-            refuse_not_finite(run, tokens)
             parts = [run.tokenizer.decode(part).float().cpu() for part in tokens.split(at_once)]
+            refuse_not_finite(run, tokens)                  # last: to look waits for the device
             images[k] = torch.cat(parts)
     if size > 1:
         parts = [None] * size

@@ -133,7 +133,9 @@ def decode_clips(files, image_size, frames, frame_step, fits):
         raise ValueError("the clips do not fit")
     bad = {i: windows for i, windows in enumerate(outcome) if isinstance(windows, str)}
     good = [(i, window) for i, windows in enumerate(outcome) if i not in bad for window in windows]
-    images = torch.stack([window for _, window in good]) if good else torch.zeros(0, dtype=torch.uint8)
+    images = torch.zeros(0, dtype=torch.uint8, device="cpu")
+    if good:
+        images = torch.stack([window for _, window in good])
     return dict(images=images, owner=[i for i, _ in good], bad=bad)
 
 

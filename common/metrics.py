@@ -148,7 +148,7 @@ def mean_iou(predicted, true, num_classes):
     Pixels of the whole set are counted together, as PASCAL VOC does.
     """
     pairs = (true * num_classes + predicted).flatten()                   # a number for each (true, predicted)
-    counts = pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes).double()
+    counts = pairs.cpu().bincount(minlength=num_classes**2).view(num_classes, num_classes).double()
     union = counts.sum(0) + counts.sum(1) - counts.diagonal()
     return (counts.diagonal() / union)[union > 0].mean().item()
 
@@ -200,8 +200,8 @@ def read_shape(cover, sizes, tilts):
         inside = data.distance(k, fx, fy) < 0                             # for the shape's own centre of mass
         ox = fx[inside].mean()
         oy = fy[inside].mean()
-        for r in torch.linspace(data.SMALL, data.LARGE, sizes).tolist():
-            for tilt in torch.linspace(-data.TILT, data.TILT, tilts).tolist():
+        for r in torch.linspace(data.SMALL, data.LARGE, sizes, device="cpu").tolist():
+            for tilt in torch.linspace(-data.TILT, data.TILT, tilts, device="cpu").tolist():
                 cos = math.cos(tilt)
                 sin = math.sin(tilt)
                 dx = line[None, None] - (mx - r * (cos * ox - sin * oy))[:, None, None]            # (N, 1, W)

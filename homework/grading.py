@@ -191,10 +191,8 @@ def run_process(folder, name, tests, args, seconds):
     env = os.environ | {
         "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"
     }
-    # Imported and not run as a script, for its compiled file lies beside it; and without torch's compiler,
-    # which mar.py's one use of torch._disable_dynamo would load: together they halve the 3 s until the first
-    # test.
-    start = "import torch; torch._disable_dynamo = lambda f: f; from homework import grading; grading.main()"
+    # Imported and not run as a script, for its compiled file lies beside it.
+    start = "from homework import grading; grading.main()"
     words = [sys.executable, "-c", start, "_run", name, str(args.test_seconds), *tests]
     results, output = folder / "results.jsonl", folder / "output.txt"
     with open(output, "wb") as f:

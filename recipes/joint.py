@@ -233,7 +233,7 @@ def measure_bound(vae, generator, val_set, batch_size=250, seed=0):
     for part in index.split(max(1, min(batch_size, len(index) // 20))):           # 20 parts, for the error
         loss, logs = bound(vae, generator, *val_set.batch(part))
         bits.append(torch.stack([loss, *logs.values()]))
-    bits = torch.stack(bits).double()                                                 # (batches, 4)
+    bits = torch.stack(bits).cpu().double()                                           # (batches, 4)
     means = bits.mean(0).tolist()
     errors = (bits.std(0) / len(bits) ** 0.5).tolist()
     texts = (("bound_bits_per_dim", "bound on bits per dimension", "lower is better"),

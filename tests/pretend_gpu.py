@@ -81,6 +81,8 @@ STRICT = {
     F.scaled_dot_product_attention,
     F.pad,
 }
+# The result lies where the first operand does.
+ON_FIRST = {Tensor.__getitem__, Tensor.__setitem__, Tensor.index_put_, Tensor.copy_}
 TWO_DEVICES = "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"
 
 
@@ -117,15 +119,17 @@ def plain(tensor):
         return tensor.as_subclass(Tensor)
 
 
-def tensors_in(value):
-    """The tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (tuple, list)):
-        return []
-    return [tensor for item in value for tensor in tensors_in(item)]
+def tensors_in(values, found=None):
+    """The tensors among values, and in tuples, lists and dicts among them -> list."""
+    found = [] if found is None else found
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            tensors_in(value, found)
+        elif isinstance(value, dict):
+            tensors_in(value.values(), found)
+    return found
 
 
 def mapped(value, kind, change):
@@ -186,54 +190,61 @@ class Pretend(TorchFunctionMode):
         if func is Tensor.is_cuda.__get__:
             return isinstance(args[0], OnGPU)
 
-        found = tensors_in((args, kwargs))
-        ours = any(isinstance(x, OnGPU) for x in found)
+        found = tensors_in(kwargs.values(), tensors_in(args))
         others = [x for x in found if not isinstance(x, OnGPU)]
+        ours = len(others) < len(found)
         asked = asked_device(func, args, kwargs)
         there = ours if asked is None else asked.type == "cuda"                       # where the result lies
-        self.refuse(func, args, ours, others)
-        self.count(func, args, kwargs, ours, others, asked, there)
-        if func in (Tensor.__getitem__, Tensor.__setitem__, Tensor.index_put_, Tensor.copy_) and found:
+        if ours:
+            self.refuse(func, args, others)
+        if ours or there:
+            self.count(func, args, kwargs, ours, others, asked, there)
+        if func in ON_FIRST and found:
             there = isinstance(args[0], OnGPU)
+            self.refuse_index(func, args)
         if func is Tensor.pin_memory:
             return args[0]
 
-        inner_args = [CPU if is_cuda_name(x) else x for x in args]
-        inner_kwargs = {name: CPU if is_cuda_name(x) else x for name, x in kwargs.items()}
+        if asked is not None:
+            args = [CPU if is_cuda_name(x) else x for x in args]
+            kwargs = {name: CPU if is_cuda_name(x) else x for name, x in kwargs.items()}
         with torch._C.DisableTorchFunctionSubclass():
-            out = func(*inner_args, **inner_kwargs)
+            out = func(*args, **kwargs)
         if func in (Tensor.to, Tensor.cuda, Tensor.cpu) and there != ours and out is args[0]:
             with torch._C.DisableTorchFunction():
                 out = out.clone()                           # another device is another memory
         if func is Tensor.type_as:
             there = isinstance(args[1], OnGPU)
-        if there:
-            if any(x.dtype == torch.float64 for x in tensors_in(out)):
-                self.doubles[self.caller(name_of(func))] += 1
-            with torch._C.DisableTorchFunction():
-                return mapped(out, Tensor, to_gpu)
-        return mapped(out, OnGPU, plain)
+        if not there:
+            return mapped(out, OnGPU, plain) if ours else out
+        if any(x.dtype == torch.float64 for x in tensors_in([out])):
+            self.doubles[self.caller(name_of(func))] += 1
+        with torch._C.DisableTorchFunction():
+            return mapped(out, Tensor, to_gpu)
 
-    def refuse(self, func, args, ours, others):
-        """Raise what CUDA would raise."""
-        name = name_of(func)
-        if ours and others and func not in MIXES and not name.startswith("__get__"):
+    def refuse(self, func, args, others):
+        """Raise what CUDA would raise, where a tensor of the device takes part."""
+        if others and func not in MIXES:
+            name = name_of(func)
             strangers = [x for x in others if x.ndim or func in STRICT]
-            if strangers:
+            if strangers and not name.startswith("__get__"):
                 raise RuntimeError(f"{TWO_DEVICES} ({name} with a CPU tensor {tuple(strangers[0].shape)})")
             in_place = name.endswith("_") and not name.startswith("__")
             if in_place and isinstance(args[0], Tensor) and not isinstance(args[0], OnGPU):
                 raise RuntimeError(f"{TWO_DEVICES} ({name} of a CPU tensor)")
-        if func in (Tensor.__getitem__, Tensor.__setitem__, Tensor.index_put_):
-            if not isinstance(args[0], OnGPU) and any(isinstance(i, OnGPU) for i in tensors_in(args[1])):
-                raise RuntimeError(
-                    "indices should be either on cpu or on the same device as the indexed tensor (cpu)")
-        if ours and func in (Tensor.numpy, Tensor.__array__):
+        if func in (Tensor.numpy, Tensor.__array__):
             raise TypeError(
                 "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to "
                 "host memory first.")
-        if ours and func is Tensor.pin_memory:
+        if func is Tensor.pin_memory:
             raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
+
+    def refuse_index(self, func, args):
+        """Raise what CUDA would raise, for an index on the device into a CPU tensor."""
+        if func is not Tensor.copy_ and not isinstance(args[0], OnGPU):
+            if any(isinstance(i, OnGPU) for i in tensors_in([args[1]])):
+                raise RuntimeError(
+                    "indices should be either on cpu or on the same device as the indexed tensor (cpu)")
 
     def count(self, func, args, kwargs, ours, others, asked, there):
         """Note where Python waits for the device, and where memory goes there."""
@@ -250,7 +261,7 @@ class Pretend(TorchFunctionMode):
             elif not isinstance(args[1], OnGPU):
                 self.arrive("copy_", kwargs)
         if func in (Tensor.__getitem__, Tensor.__setitem__, Tensor.index_put_) and isinstance(args[0], OnGPU):
-            index = tensors_in(args[1])
+            index = tensors_in([args[1]])
             one_number = func is Tensor.__setitem__ and (
                 not isinstance(args[2], Tensor) or args[2].numel() == 1)              # masked_fill
             if any(i.dtype in (torch.bool, torch.uint8) for i in index) and not one_number:
