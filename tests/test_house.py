@@ -37,12 +37,8 @@ FLOORS = [
     ["official.files"],
     ["official.mar", "official.llamagen", "official.titok", "official.lpips", "official.open_magvit2"],
     ["common.runs"],
-<<<<<<< HEAD
     ["common.tables"],
-    ["common.captions", "common.tokens"],
-=======
     ["common.captions", "common.tokens", "common.compiling"],
->>>>>>> 16bc504cffc002647e5f13bf32d1b1f7a1ec3152
     ["common.drawing"],
     ["common.classifier"],
     ["common.metrics"],
