@@ -304,11 +304,11 @@ def order(n, batch_size, step, seed=0, _cache={}):
     return _cache["permutation"][place * batch_size:(place + 1) * batch_size]
 
 
-def read_ahead(source, index):
-    """Begin to decode the images of a later batch, if those of a set are files. Else nothing is done."""
+def read_ahead(source, batch_size, step, seed, share):
+    """Begin to decode the images of a later step, if those of a set are files. Else nothing is done."""
     images = getattr(source, "images", None)
     if isinstance(images, files.StreamedFiles):
-        images.read_ahead(index)
+        images.read_ahead(order(len(source), batch_size, step, seed)[share])
 
 
 def load(data="shapes", image_size=32, split="train", device="cpu", seed=0, flip=False, skip_bad=False,

@@ -333,7 +333,7 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
         torch.manual_seed(seed)
         x, cond = source.batch(data.order(len(source), batch_size, step, args.seed), share)
         if step + 1 < steps:
-            data.read_ahead(source, data.order(len(source), batch_size, step + 1, args.seed)[share])
+            data.read_ahead(source, batch_size, step + 1, args.seed, share)
         torch.manual_seed(seed * 4096 + 1 + dist.rank)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)

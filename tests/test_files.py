@@ -624,20 +624,21 @@ def test_a_process_decodes_its_share_of_a_batch_only(tmp_path, monkeypatch):
 
 def test_the_next_batch_is_decoded_while_this_one_trains(tmp_path, monkeypatch):
     images, seen = streamed(tmp_path, monkeypatch)
-    index = torch.tensor([3, 20, 5])
-    expected = images.batch(index)[0]
+    share = slice(1, None, 2)
+    index = data.order(22, 6, 7)
+    expected = images.batch(index, share)[0]
     seen.clear()
-    data.read_ahead(images, index)
+    data.read_ahead(images, 6, 7, 0, share)
     for result in images.images.reading:
         result.result(10)
-    assert sorted(seen) == [3, 5, 20], "before anybody asked"
-    assert torch.equal(images.batch(index)[0], expected) and len(seen) == 3, "and not again"
+    assert sorted(seen) == sorted(index[share].tolist()), "before anybody asked"
+    assert torch.equal(images.batch(index, share)[0], expected) and len(seen) == 3, "and not again"
     assert not images.images.reading, "nor kept"
 
 
 def test_another_batch_than_the_one_read_ahead_is_read_as_well(tmp_path, monkeypatch):
     images, _ = streamed(tmp_path, monkeypatch)
-    data.read_ahead(images, torch.tensor([1, 2]))
+    images.images.read_ahead(torch.tensor([1, 2]))
     index = torch.tensor([7, 8, 9])
     whole = data.load(str(tmp_path / "t"), 8)
     assert torch.equal(images.batch(index)[0], whole.batch(index)[0])
@@ -647,6 +648,6 @@ def test_a_file_that_is_unreadable_ahead_is_a_sentence_when_its_batch_is_asked_f
     images, _ = streamed(tmp_path, monkeypatch)
     name, _ = images.images.files[4]
     images.images.files[4] = (name, lambda: b"no picture")
-    data.read_ahead(images, torch.tensor([4]))
+    images.images.read_ahead(torch.tensor([4]))
     with pytest.raises(data.BadInput, match="not a readable image"):
         images.batch(torch.tensor([4]))
