@@ -8,6 +8,7 @@ import data
 import vae
 import vq
 from common import tables, tokens
+from tests.pretend_gpu import pretend_gpu
 
 
 def test_the_token_cache_is_remade_when_the_tokenizer_changes(tmp_path):
@@ -147,6 +148,21 @@ def test_tokens_of_a_large_set_are_those_of_a_small_one_and_stay_in_the_file(tmp
     torch.manual_seed(1)
     assert torch.equal(large.batch(index)[0], expected)
     assert sorted(file.name for file in path.parent.iterdir()) == ["tokens-train.pt"], "nothing is left over"
+
+
+def test_large_sets_stay_beside_a_gpu_and_a_batch_waits_for_nothing(monkeypatch):
+    monkeypatch.setattr(tables, "SMALL", 0)
+    with pretend_gpu() as gpu:
+        images = data.load(n_shapes=12, image_size=16, device="cuda")
+        images.flip = True
+        tokenizer = vae.VAE(token_dim=4, **SMALL).to("cuda").eval()
+        arrays = tokens.encode_all(tokenizer, images)
+        assert arrays["mean"].is_cpu and arrays["std"].is_cpu
+        source = tokens.Tokens(tokenizer, arrays, images.labels)
+        before = gpu.waits.copy()
+        x, labels = source.batch(torch.arange(12))
+        assert x.is_cuda and labels.is_cuda
+        assert gpu.waits == before
 
 
 def test_a_share_of_a_batch_is_that_of_the_whole_batch():
