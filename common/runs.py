@@ -680,6 +680,8 @@ def pick_device(name=None):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)                   # so that no process holds memory on another's GPU
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise BadInput(f"--device {name}: PyTorch finds no such device on this machine; try "
@@ -710,7 +712,6 @@ def join_processes(given):
     if dist.size > 1:
         device = pick_device(given.device)
         if device.type == "cuda":
-            torch.cuda.set_device(device)                   # so that no process holds memory on another's GPU
             torch.distributed.init_process_group("nccl", device_id=device)
         else:
             torch.distributed.init_process_group("gloo")
