@@ -680,9 +680,9 @@ def pick_device(name=None):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
+        torch.zeros(1, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)                   # so that no process holds memory on another's GPU
-        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise BadInput(f"--device {name}: PyTorch finds no such device on this machine; try "
                        "--device cpu") from None
