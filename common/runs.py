@@ -67,8 +67,14 @@ DEFAULTS = {
                 grad_clip=1.0, ema=None, optimizer="muon"),
     "cpu": dict(tok_size="small", tok_steps=1000, tok_batch_size=32, tok_lr=4e-3, beta=0.02,
                 size="small", steps=1600, batch_size=64, lr=4e-3),
-    "cuda": dict(tok_size="medium", tok_steps=4000, tok_batch_size=128, tok_lr=1e-3, beta=0.02,
-                 size="medium", steps=8000, batch_size=256, lr=1e-3),
+    # Estimated, until it is measured: vae + ar at these sizes take 16 + 17 PFLOP (torch.utils.flop_counter).
+    # An H100 does a sixth of its 989 TFLOP/s in such convolutions and a quarter in such transformers: 2 + 1
+    # minutes, and 2 to compile both stages, so about 5 in all. A step of stage 2 is 2.1 TFLOP, 8 ms, longer
+    # than its few hundred launches take; at 32 pixels it would be 0.5. Ids have 256 tokens here, four times
+    # as many: AR 5 minutes more, MaskGIT 8. Activations: 7 GB (vae, ar) to 28 GB (ids) in float32, half of
+    # that in bfloat16.
+    "cuda": dict(image_size=64, n_shapes=50_000, tok_size="medium", tok_steps=4000, tok_batch_size=128,
+                 tok_lr=1e-3, beta=0.02, size="medium", steps=8000, batch_size=256, lr=1e-3),
     # beta: of the commitment. l2 leaves half of the codes unused
     "any-vq": dict(beta=0.25, codebook="l2-ema"),
     "any-lfq": dict(beta=0.05),
@@ -574,12 +580,17 @@ def save_atomically(state, path):
                        "untouched") from None
 
 
-def load_file(path, map_location="cpu"):
-    """What save_atomically wrote. Raises ValueError for a damaged file: torch.load skips the checksums."""
+def load_file(path, map_location="cpu", mmap=False):
+    """What save_atomically wrote. Raises ValueError for a damaged file: torch.load skips the checksums.
+
+    mmap: tensors stay in the file, on the CPU, and are read where they are looked at.
+    """
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"its part {damaged} has a wrong checksum")
+    if mmap:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     return torch.load(path, map_location=map_location, weights_only=True)
 
 
@@ -691,6 +702,8 @@ def pick_device(name=None):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)                   # so that no process holds memory on another's GPU
     except (RuntimeError, AssertionError, NotImplementedError):
         raise BadInput(f"--device {name}: PyTorch finds no such device on this machine; try "
                        "--device cpu") from None
@@ -720,15 +733,21 @@ def join_processes(given):
     if dist.size > 1:
         device = pick_device(given.device)
         if device.type == "cuda":
-            torch.cuda.set_device(device)                   # so that no process holds memory on another's GPU
             torch.distributed.init_process_group("nccl", device_id=device)
         else:
             torch.distributed.init_process_group("gloo")
     return dist
 
 
-def explain_lost_process(dist, error):
-    """Raises BadInput where an error means that another process is gone. torchrun ends all within seconds."""
+def explain(dist, error):
+    """Raises BadInput where an error means that memory was short, or that another process is gone.
+
+    torchrun ends all within seconds when one of them ends.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        raise BadInput("the memory of the device is full: try --accumulate 2, which computes half a batch at "
+                       "a time, or more, and --recompute; then a smaller --batch_size, --tok_batch_size or "
+                       "--image_size") from None
     lost = "onnection" in str(error) or isinstance(error, torch.distributed.DistBackendError)
     if dist.size > 1 and lost:
         raise BadInput(f"process {dist.rank} of {dist.size} has lost another one, which was killed or has "

@@ -216,10 +216,10 @@ class Pairs:
     def __len__(self):
         return len(self.maps)
 
-    def batch(self, index):
-        """index (B,) -> tokens of the maps (B, T, D), of their images (B, P, E)."""
-        target = self.maps.batch(index)[0]
-        return target, self.images.batch(index)[0]
+    def batch(self, index, share=slice(None)):
+        """index (B,) -> tokens of the maps (B, T, D), of their images (B, P, E), of a share."""
+        target = self.maps.batch(index, share)[0]
+        return target, self.images.batch(index, share)[0]
 
 
 def on_cpu(model):

@@ -355,8 +355,8 @@ def test_a_wait_in_a_training_step_is_seen(gpu_runs, tmp_path, monkeypatch):
 def test_a_blocking_copy_in_a_training_step_is_seen(tmp_path, monkeypatch):
     batch = data.ImageSet.batch
 
-    def blocks(self, index):
-        return batch(self, index)[0], self.labels[index.to(self.device)]
+    def blocks(self, index, share=slice(None)):
+        return batch(self, index, share)[0], self.labels[index[share].to(self.device)]
     monkeypatch.setattr(data.ImageSet, "batch", blocks)
     with pytest.raises(AssertionError, match=r"training step waits .*'to', 'tests/test_devices.py'"):
         trained(tmp_path, *TOKENIZERS["vae"], "--generator", "none")
