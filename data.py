@@ -47,6 +47,8 @@ PLACES = ("in the upper left", "at the top", "in the upper right", "at the left"
           "at the right", "in the lower left", "at the bottom", "in the lower right")
 SMALL, LARGE = 0.58, 0.86                                  # radius of a shape, in half image widths
 VAL_INDEX = 1 << 30                                        # validation pictures start here, training at 0
+DRAWN = dict(train=20_000, val=2_000)                      # pictures of a split
+DRAWN_CLIPS = dict(train=4_000, val=1_000)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -364,7 +366,7 @@ def describe(train_set, val_set):
 
 def draw_set(image_size, split, device, seed=0, n=None, flip=False, task="class", frames=1):
     """20,000 drawn pictures to learn from, or 2,000 to validate, or maps of them as in load() -> ImageSet."""
-    n = n or (20_000 if split == "train" else 2_000)
+    n = n or DRAWN[split]
     refuse_too_many(n, 1, image_size, device)
     start = 0 if split == "train" else VAL_INDEX
     images = []
@@ -387,7 +389,7 @@ def draw_set(image_size, split, device, seed=0, n=None, flip=False, task="class"
 
 def draw_clip_set(image_size, split, device, seed=0, n=None, flip=False, task="class", frames=17):
     """4000 drawn clips to learn from, or 1000 to validate -> an ImageSet whose classes are ACTIONS."""
-    n = n or (4000 if split == "train" else 1000)
+    n = n or DRAWN_CLIPS[split]
     refuse_too_many(n, frames, image_size, device)
     clips = torch.empty(n, 3, frames, image_size, image_size, dtype=torch.uint8, device=device)
     actions = torch.empty(n, dtype=torch.long, device=device)

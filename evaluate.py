@@ -12,7 +12,7 @@ of a small CNN that classifies the REAL training images; it is trained once per 
 It is printed as "Frechet distance (small CNN)", never as FID: compare it between runs on the same data, and
 with the floor printed below it (real training images), but not with any paper.
 
-    python evaluate.py runs/shapes-vae-ar-gmm         # a table, and metrics.json in the run folder
+    python evaluate.py runs/shapes-vae-ar-gmm         # a table, metrics.json and nearest.png
     python evaluate.py runs/shapes-vae-ar-gmm --fid   # the real FID too; needs `pip install clean-fid`
     torchrun --standalone --nproc_per_node=2 evaluate.py ...          # processes share the drawing
 
@@ -33,7 +33,7 @@ import time
 
 import torch
 
-from common import captions, clips, compiling, drawing, metrics, runs
+from common import captions, clips, compiling, drawing, metrics, pictures, runs, yardsticks
 from common.classifier import classifier_for, look, look_at_real
 from common.metrics import frechet_distance, precision_recall, psnr, ssim
 from data import BadInput
@@ -141,12 +141,18 @@ def measure_images(args, run, train_set, val_set):
     rows, recon = measure_reconstruction(run.tokenizer, net, val_set, index, args.batch_size)
     rows.append(("classifier_accuracy", "class accuracy, real images", 100 * accuracy, "%",
                  "the classifier's limit"))
+    truth = torch.cat([val_set.batch(part)[0] for part in index[:args.n].split(args.batch_size)])
+    rows += yardsticks.of_tokenizer(run.tokenizer, train_set, truth)
+    shown = dict(real=truth.cpu(), reconstructions=reconstructed(run, truth, args.batch_size))
     if run.generator is not None:
         rows += measure_likelihood(run, val_set, index, args.batch_size, args.seed)
         cond, labels = asked_for(run, val_set, args.n)
         images = drawing.draw_samples(run, cond, cfg=args.cfg, temperature=args.temperature,
                                       batch_size=args.batch_size, seed=args.seed).clamp(-1, 1)
         rows += measure_samples(images, labels, net, real, args.batch_size)
+        shown["samples"] = images
+        rows += compare_with_training(run, images, truth, train_set)
+    rows += yardsticks.seam_rows(run.tokenizer, **shown)
     rows += [("recon_frechet_small_cnn", "Frechet distance, reconstructions",
               frechet_distance(recon, real), "", "of the same images, so it may pass the floor"),
              ("floor_frechet_small_cnn", "Frechet distance, training images",
@@ -190,6 +196,24 @@ def measure_reconstruction(tokenizer, net, val_set, index, batch_size):
         rows.append(("codebook_usage", "codes that occur", 100 * used.float().mean().item(), "%",
                      f"of {len(used)}, in {len(index)} validation images"))
     return [row for row in rows if math.isfinite(row[2])], features       # no KL: not a VAE, or its std is 0
+
+
+@torch.no_grad()
+def reconstructed(run, images, batch_size):
+    """images (N, 3, H, W) -> what the tokenizer makes of them, on the CPU, of a VAE from a token drawn."""
+    with torch.random.fork_rng():
+        parts = [run.tokenizer.decode(run.tokenizer.encode(x)).float() for x in images.split(batch_size)]
+    return torch.cat(parts).clamp(-1, 1).cpu()
+
+
+def compare_with_training(run, images, truth, train_set):
+    """Are samples (N, 3, H, W) copies? -> rows, and nearest.png: samples above their nearest images."""
+    training = yardsticks.some(train_set, yardsticks.COMPARED).cpu()
+    few = torch.linspace(0, len(images) - 1, min(len(images), 12), device="cpu").long()
+    _, found = yardsticks.nearest(images[few], training)
+    rows = [("samples", images[few]), ("nearest training images", training[found])]
+    pictures.attempt(pictures.save_rows, run.folder / "nearest.png", rows, run.folder.name)
+    return yardsticks.nearest_rows(images, truth, training)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ On eight GPUs the samples are the same. Torchrun needs the --, or it takes --n f
 --cfg and --temperature the defaults of common/drawing.py are used, as by evaluate.py and train.py.
 """
 import argparse
+import csv
 import inspect
 import math
 import tempfile
@@ -70,7 +71,10 @@ def parse_args(argv=None):
     g = p.add_argument_group("what is written")
     g.add_argument("--out", help="the picture (default: the next free of RUN/samples-1.png, -2 ...)")
     g.add_argument("--npz", help="also write the samples as uint8 (N, [F,] H, W, 3) `arr_0`, with `labels`")
-    g.add_argument("--png", help="also write each sample, or each frame of a clip, as a PNG into this folder")
+    g.add_argument("--png", help="also write each sample, or each frame of a clip, as a PNG into this "
+                                 "folder, and what it was asked to be into FOLDER.csv")
+    g.add_argument("--reference",
+                   help="also write the run's validation images as such an .npz, to compare samples with")
     g.add_argument("--gif", nargs="?", const="",
                    help="also write an animation (default: beside --out): tokens appearing, or clips moving")
     g = p.add_argument_group("how tokens are drawn")
@@ -123,7 +127,7 @@ def main(argv=None):
     with drawing.processes() as share, tempfile.TemporaryDirectory() as folder:
         if share[0]:                                        # it draws its share, the first one writes
             args.out = str(Path(folder) / "samples.png")
-            args.npz = args.png = args.gif = None
+            args.npz = args.png = args.gif = args.reference = None
         draw(args, share)
 
 
@@ -139,7 +143,7 @@ def draw(args, share=(0, 1)):
     run.bf16 = args.dtype == "bf16"
     run.share = share
     tricks = refuse(args, run)
-    out, gif, npz = output_paths(args, run)
+    out, gif, npz, reference = output_paths(args, run)
     if args.compile:
         compiling.for_drawing(run)
     options = {name: getattr(args, name) for name in ("cfg", "temperature", "batch_size", "seed")} | tricks
@@ -149,12 +153,14 @@ def draw(args, share=(0, 1)):
         if npz:
             np.savez(npz, arr_0=pictures.to_uint8(images).movedim(1, -1).numpy(), **asked)
         if args.png:
-            save_pngs(Path(args.png), images)
+            save_pngs(Path(args.png), images, names_of(run, asked))
+        if reference:
+            save_reference(reference, run)
     except OSError as e:
         raise BadInput(f"could not write ({e})") from None
     except ValueError as e:                                 # the models say what does not fit them
         raise BadInput(f"{args.run}: {e}") from None
-    print("wrote " + ", ".join(str(path) for path in (out, npz, args.png, gif) if path))
+    print("wrote " + ", ".join(str(path) for path in (out, npz, args.png, reference, gif) if path))
 
 
 def draw_classes(run, args, out, gif, options):
@@ -221,6 +227,8 @@ REFUSALS = [                                                # what is asked of w
      "{a.run}: a tokenizer alone cannot draw; name the run folder of a generator"),
     (lambda a, run: "prefix" in getattr(run.args, "options", {}),
      "{a.run}: this run makes maps of images: python -m recipes.maps draws and measures them"),
+    (lambda a, run: a.reference and not run.args.data,
+     "--reference: the authors' weights come without images; name a run"),
     (lambda a, run: run.args.frames > 1 and (a.mask or (a.image and not a.known_frames)),
      "--image, --mask: a clip is continued, not repainted; give --known_frames 5, say"),
     (lambda a, run: run.args.frames == 1 and a.known_frames is not None,
@@ -294,7 +302,7 @@ def parse_steps(text, run):
 # ---- Files ---------------------------------------------------------------------------------------
 
 def output_paths(args, run):
-    """--out, --gif, --npz -> paths as they will be written, with endings; None for what is not wanted."""
+    """--out, --gif, --npz, --reference -> paths with the endings they will have; None where not wanted."""
     if args.out:
         out = with_ending(args.out, PICTURES)
     else:
@@ -306,14 +314,15 @@ def output_paths(args, run):
     if args.gif is not None and drawing.kind_of(run) != "captions":
         gif = with_ending(args.gif or out.with_suffix(".gif"), (".gif",))
     npz = with_ending(args.npz, (".npz",)) if args.npz else None
-    for flag, path in (("out", out), ("gif", gif), ("npz", npz)):
+    reference = with_ending(args.reference, (".npz",)) if args.reference else None
+    for flag, path in (("out", out), ("gif", gif), ("npz", npz), ("reference", reference)):
         if path and not path.parent.is_dir():
             raise BadInput(f"--{flag} {path}: could not write, for there is no folder {path.parent}")
     if args.png:
         folder = Path(args.png)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise BadInput(f"--png {folder}: must be a new or an empty folder, for FID tools count all in it")
-    return out, gif, npz
+    return out, gif, npz, reference
 
 
 def with_ending(path, endings):
@@ -322,15 +331,38 @@ def with_ending(path, endings):
     return path if path.suffix.lower() in endings else path.with_name(path.name + endings[0])
 
 
-def save_pngs(folder, images):
-    """images (N, 3, H, W) -> folder/000000.png ...; of clips (N, 3, F, H, W) each frame, 000000-00.png ..."""
+def names_of(run, asked):
+    """What each sample was asked to be: its caption, or the name of its class."""
+    if "texts" in asked:
+        return asked["texts"].tolist()
+    return [str(run.classes[k]) for k in asked["labels"].tolist()]
+
+
+def save_pngs(folder, images, names):
+    """images (N, 3, H, W) -> folder/000000.png ...; of clips (N, 3, F, H, W) each frame, 000000-00.png ...
+
+    folder.csv says what each was asked to be. It lies beside the folder, for FID tools count all in it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(folder.name + ".csv"), "w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f)
+        writer.writerow(["number", "asked"])
+        writer.writerows((f"{i:06d}", name) for i, name in enumerate(names))
     for i, image in enumerate(pictures.to_uint8(images).movedim(1, -1).numpy()):
         if image.ndim == 3:
             Image.fromarray(image).save(folder / f"{i:06d}.png")
         else:
             for t, frame in enumerate(image):
                 Image.fromarray(frame).save(folder / f"{i:06d}-{t:02d}.png")
+
+
+def save_reference(path, run):
+    """The validation images or clips of the run -> an .npz as of --npz, for tools that compare two sets."""
+    val_set = runs.open_split(run.args, "val", run.device)
+    parts = [val_set.batch(part) for part in torch.arange(len(val_set), device="cpu").split(500)]
+    images = torch.cat([pictures.to_uint8(images).cpu() for images, _ in parts])
+    labels = torch.cat([labels.cpu() for _, labels in parts])
+    np.savez(path, arr_0=images.movedim(1, -1).numpy(), labels=labels.numpy())
 
 
 def save_gif(path, run, labels, columns, cfg, temperature, seed, batch_size, **tricks):

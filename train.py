@@ -19,9 +19,7 @@ machine and the data: see common/runs.py, which also refuses combinations that c
 Read main() first, then fit().
 """
 import argparse
-import csv
 import math
-import os
 import time
 from types import SimpleNamespace
 
@@ -31,12 +29,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import perceptual_gan
-from common import averages, captions, classifier, clips, compiling, drawing, muon, pictures, runs, tokens
+from common import averages, captions, classifier, clips, compiling, drawing, log, muon, pictures, runs
+from common import sharding, tokens
 from data import BadInput
 
 VALIDATED = 2000                                            # images, or frames of clips, per validation loss
 STARTED_FROM = 2000                                         # images that a linear path is computed from
-SAVE_SECONDS = 60                                           # between checkpoints; more at validations
+SAVE_SECONDS = 60                                           # between checkpoints
 
 
 # ---- Flags: None where not given; runs.resolve fills them in ---------------------------------------
@@ -141,9 +140,17 @@ def add_run_flags(p):
                    help="bf16: autocast (default: on CUDA, and for stage 2 on CPUs that multiply bfloat16)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction,
                    help="torch.compile the model (default: on CUDA)")
+    g.add_argument("--accumulate", type=int, default=1,
+                   help="parts that a batch is cut into, computed one after the other: less memory, one step")
+    g.add_argument("--recompute", action="store_true",
+                   help="compute what is inside each block again in the backward pass instead of keeping it: "
+                        "less memory, a third more time")
+    g.add_argument("--shard", action="store_true",
+                   help="under torchrun: each process keeps only its share of the generator's weights, "
+                        "gradients and moments (FSDP2)")
     g.add_argument("--log_every", type=int, default=50, help="steps between printed lines")
     g.add_argument("--eval_every", type=int, default=500,
-                   help="steps between validation losses, each with a checkpoint")
+                   help="steps between validation losses")
 
 
 # ---- The program ---------------------------------------------------------------------------------
@@ -157,6 +164,7 @@ def main(argv=None):
         tok_folder, folder = runs.folders(given)
         args = runs.resolve(given, tok_folder, folder)      # given, or else saved, or else the default
         runs.refuse(args, dist)                             # in a sentence, and before anything is trained
+        runs.wait_for_all(dist)                             # until all have read what is there, and tidied up
         stages = runs.stages_to_train(args, tok_folder, folder)                       # [1, 2], [1], [2] or []
         if stages:
             train_set, val_set = runs.open_data(args)       # refuses a missing caption, for example
@@ -172,6 +180,9 @@ def main(argv=None):
         say(dist, f"done in {(time.perf_counter() - start) / 60:.1f} minutes: {shown}")
     except KeyboardInterrupt:
         raise BadInput("stopped; the same command with --resume goes on from the last checkpoint") from None
+    except RuntimeError as e:
+        runs.explain_lost_process(dist, e)                  # in a sentence, if it is that
+        raise
     finally:
         runs.leave_processes(dist)
 
@@ -267,6 +278,13 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
             p.data = p.data.contiguous(memory_format=torch.channels_last)
     decay = 1 - 20 / max(steps, 40) if args.ema is None else args.ema
     ema = averages.Averages(raw, decay)
+    if args.recompute:
+        sharding.recompute(raw)
+    shard = args.shard and stage == 2                       # tokenizers are small
+    if shard:
+        unshared = sharding.without_weights(raw)            # what finish() gets, filled
+        sharding.shard(raw, device, dist.size)
+        sharding.shard(ema.module, device, dist.size)
     optimizers = make_optimizers(raw, args, lr)
     discriminator = list(raw.discriminator.parameters()) if getattr(raw, "discriminator", None) else []
     others = [p for p in raw.parameters() if all(p is not q for q in discriminator)]
@@ -274,23 +292,25 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
     first, rows = 0, []
     checkpoint = runs.read_checkpoint(folder) if resume else None
     if checkpoint is not None:
-        first, rows = checkpoint["step"], read_log(folder, checkpoint["step"])
-        raw.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["ema"])
+        first, rows = checkpoint["step"], log.read(folder, checkpoint["step"])
+        sharding.load(raw, checkpoint["model"])
+        sharding.load(ema, checkpoint["ema"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+            sharding.load_optimizer(optimizer, state)
 
     def save(step, done=False):
+        state = dict(model=raw.state_dict(), ema=ema.state_dict(),
+                     optimizers=[optimizer.state_dict() for optimizer in optimizers])
+        state = sharding.gathered(state, keep=dist.rank == 0)         # by all processes: shares become whole
         if dist.rank == 0:
-            state = dict(stage=stage, step=step, done=done, flags=runs.flags_to_save(args, stage),
-                         model=raw.state_dict(), ema=ema.state_dict(),
-                         optimizers=[optimizer.state_dict() for optimizer in optimizers])
+            state |= dict(stage=stage, step=step, done=done, flags=runs.flags_to_save(args, stage))
             runs.save_atomically(state | extra, folder / "ckpt.pt")
 
     if args.compile and not getattr(raw, "adaptive", False):          # adaptive: its loss takes gradients
         say(dist, "compiling: the first step takes a minute or more")
-        model = compiling.for_training(model)
-    if dist.size > 1:
+        model = sharding.compile_blocks(raw) if shard else compiling.for_training(raw)
+    ddp = dist.size > 1 and not shard
+    if ddp:
         model = DistributedDataParallel(model)
     bf16 = runs.use_bf16(args, stage)
     machine = f"{device.type} x {dist.size}, {'bf16' if bf16 else 'fp32'}"
@@ -315,17 +335,23 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, args.warmup, lr)
 
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            loss, logs = model(x, cond)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(others, args.grad_clip)
+        parts = []
+        for part in range(args.accumulate):
+            if ddp:                                         # gradients are averaged after the last part
+                model.require_backward_grad_sync = part + 1 == args.accumulate
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+                loss, logs = model(x[part::args.accumulate], cond[part::args.accumulate])
+            (loss / args.accumulate).backward()
+            parts.append({"loss": loss.detach(), **logs})
+        logs = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+        norm = sharding.whole(torch.nn.utils.clip_grad_norm_(others, args.grad_clip))
         if discriminator:                                   # by itself: its gradient is often far larger
             torch.nn.utils.clip_grad_norm_(discriminator, args.grad_clip)
 
-        bad_step = torch.where(torch.isfinite(loss.detach() + norm), bad_step, bad_step.clamp(max=step))
+        bad_step = torch.where(torch.isfinite(logs["loss"] + norm), bad_step, bad_step.clamp(max=step))
         evaluating = (step + 1) % args.eval_every == 0 or step + 1 == steps
         logging = (step + 1) % args.log_every == 0 or step == 0 or evaluating
-        saving = evaluating or time.perf_counter() - saved_at > SAVE_SECONDS
+        saving = step + 1 == steps or (logging or dist.size == 1) and is_late(dist, device, saved_at)
         if logging or saving or device.type == "cpu":       # to look waits for a GPU: not every step
             stop_if_not_finite(dist, bad_step, steps, stage, folder)
         for optimizer in optimizers:
@@ -334,7 +360,7 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
 
         if logging:
             row = {"step": step + 1}
-            for name, value in {"loss": loss, **logs, "grad_norm": norm}.items():
+            for name, value in {**logs, "grad_norm": norm}.items():
                 row[name] = mean_over_processes(dist, value.detach())
             seconds = (time.perf_counter() - timer) / (step + 1 - since)
             if evaluating:
@@ -342,14 +368,15 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
             row["ms_per_step"] = 1000 * seconds
             rows.append(row)
             if dist.rank == 0:
-                print_row(row, (steps - step - 1) * seconds)
-                write_log(folder, rows)
+                log.show(row, (steps - step - 1) * seconds)
+                log.write(folder, rows)
             since, timer = step + 1, time.perf_counter()
         if saving:
             save(step + 1)
             saved_at = time.perf_counter()
 
-    finish(ema.module.eval())                               # the averaged weights are what is used
+    averaged = sharding.filled(unshared, ema.module) if shard else ema.module         # what is used
+    finish(averaged.eval())
     if dist.rank == 0:
         pictures.attempt(pictures.save_curve, folder / "curve.png", rows, runs.unit_of_loss(args, stage))
     save(steps, done=True)                                  # last: if killed before, --resume goes on
@@ -399,39 +426,7 @@ def validate(stage, model, source, args):
     return float(total) / n
 
 
-# ---- The log, and several processes --------------------------------------------------------------
-
-def print_row(row, seconds_left):
-    shown = [name for name in row if name not in ("step", "ms_per_step")]
-    numbers = "  ".join(f"{name} {row[name]:.4g}" for name in shown)
-    minutes, seconds = divmod(int(seconds_left), 60)
-    left = f"{minutes}:{seconds:02d} left"
-    print(f"step {row['step']:6d}  {numbers}  {row['ms_per_step']:.0f} ms  {left}", flush=True)
-
-
-def write_log(folder, rows):
-    """log.csv, all of it: a few hundred rows. Renamed into place, so a kill never leaves half a file."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    temporary = folder / "log.csv.tmp"
-    with open(temporary, "w", newline="") as f:
-        writer = csv.DictWriter(f, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, folder / "log.csv")
-
-
-def read_log(folder, last):
-    """The rows of log.csv up to step `last`; after a resume, later ones are written again."""
-    path = folder / "log.csv"
-    if not path.is_file():
-        return []
-    with open(path, newline="") as f:
-        rows = list(csv.DictReader(f))
-    if rows and not (rows[0].get("step") or "").isdigit():
-        print(f"{path} is not a log of this program: it is begun anew")
-        return []
-    return [row for row in rows if int(row["step"]) <= last]
-
+# ---- Several processes ---------------------------------------------------------------------------
 
 def say(dist, text):
     if dist.rank == 0:
@@ -445,6 +440,14 @@ def mean_over_processes(dist, value):
         torch.distributed.all_reduce(value)
         value /= dist.size
     return float(value)
+
+
+def is_late(dist, device, saved_at):
+    """Is it time for a checkpoint? All processes must agree, and their clocks differ: the majority has it."""
+    late = time.perf_counter() - saved_at > SAVE_SECONDS
+    if dist.size > 1:
+        late = mean_over_processes(dist, torch.tensor(float(late), device=device)) > 0.5
+    return late
 
 
 def stop_if_not_finite(dist, bad_step, steps, stage, folder):

@@ -23,7 +23,8 @@ class Averages(AveragedModel):
         averaged = list(self.module.parameters())
         weights = list(model.parameters())
         if self.n_averaged == 0:                            # the counter lies on the CPU: no wait
-            torch._foreach_copy_(averaged, weights)
+            for ours, theirs in zip(averaged, weights):     # once, and DTensors have no _foreach_copy_
+                ours.copy_(theirs)
         else:
             torch._foreach_lerp_(averaged, weights, 1 - self.decay)
         for ours, theirs in zip(self.module.buffers(), model.buffers(), strict=True):

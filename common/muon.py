@@ -10,8 +10,13 @@ finds it nearly:
 The numbers are those of torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), which treats one matrix after the
 other: 23 small kernels for each. A GPU spends most of that time on launches. Here there are 23 for each
 shape.
+
+Parameters may be shared out over processes (--shard): the momentum is, too. The orthogonal matrix needs whole
+rows and columns, so each process collects it, computes all of it and keeps its share.
 """
 import torch
+
+from common.sharding import share_of, whole
 
 A, B, C = 3.4445, -4.7750, 2.0315                        # steep at 0, so that small singular values grow fast
 EPS = 1e-7
@@ -59,7 +64,9 @@ class Muon(torch.optim.Optimizer):
             buffers.append(state["momentum_buffer"])
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
-        update = orthogonalise(torch.stack(nesterov), group["n_steps"]).to(params[0].dtype)
+        stack = torch.stack([whole(x) for x in nesterov])
+        update = orthogonalise(stack, group["n_steps"]).to(params[0].dtype)
+        updates = [share_of(x, p) for x, p in zip(update.unbind(), params)]
         scale = 0.2 * max(params[0].shape) ** 0.5       # the root mean square of AdamW's updates is about 0.2
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"] * scale)
+        torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)

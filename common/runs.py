@@ -306,7 +306,7 @@ REFUSALS = [
 ]
 AT_LEAST_ONE = ("frames", "frame_step", "image_size", "n_shapes", "tok_steps", "tok_batch_size", "steps",
                 "batch_size", "n_mix", "token_dim", "vocab_size", "tokens", "groups", "log_every",
-                "eval_every")
+                "eval_every", "accumulate")
 ABOVE_ZERO = ("tok_lr", "lr", "grad_clip")
 NOT_NEGATIVE = ("perceptual", "gan", "beta", "label_drop", "dropout", "weight_decay", "warmup", "ema")
 BELOW_ONE = ("label_drop", "dropout", "ema")
@@ -331,11 +331,18 @@ def refuse(args, dist=SimpleNamespace(rank=0, size=1)):
             value = getattr(args, name, None)
             if value is not None and not holds(value):
                 raise BadInput(f"--{name} {value}: {sentence}")
+    if args.shard and dist.size == 1:
+        raise BadInput("--shard: there is one process, which has nobody to share with; start several with "
+                       "torchrun --standalone --nproc_per_node=2 -- train.py")
     for name in ("tok_batch_size", "batch_size"):
         value = getattr(args, name)
         if value % dist.size:
             raise BadInput(f"--{name} {value} cannot be shared equally by {dist.size} processes: give a "
                            "multiple")
+        if value % (dist.size * args.accumulate):
+            raise BadInput(f"--{name} {value} cannot be cut into --accumulate {args.accumulate} equal parts "
+                           f"in each of {dist.size} processes: give a multiple of "
+                           f"{dist.size * args.accumulate}")
     refuse_too_large(args)
     tokenizer = build_tokenizer(args)                       # refuses what its size cannot do
     if args.generator != "none":
@@ -589,7 +596,7 @@ def refuse_folder(path):
             raise BadInput(f"{there} is a file, not a folder: give another --runs or --name")
         probe = there / f"probe.{os.getpid()}.tmp"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)                       # another process may have tidied up
     except OSError as e:
         raise BadInput(f"{path} cannot be written ({e.strerror}): give another --runs or --name") from None
 
@@ -697,6 +704,14 @@ def join_processes(given):
         else:
             torch.distributed.init_process_group("gloo")
     return dist
+
+
+def explain_lost_process(dist, error):
+    """Raises BadInput where an error means that another process is gone. torchrun ends all within seconds."""
+    lost = "onnection" in str(error) or isinstance(error, torch.distributed.DistBackendError)
+    if dist.size > 1 and lost:
+        raise BadInput(f"process {dist.rank} of {dist.size} has lost another one, which was killed or has "
+                       "failed; the same command with --resume goes on from the last checkpoint") from None
 
 
 def leave_processes(dist):

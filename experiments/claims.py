@@ -814,7 +814,8 @@ def mnist_nats(args, device):
     flags = SimpleNamespace(**none | dict(
         steps=args.steps, batch_size=args.batch_size, lr=args.lr, seed=0, tokenizer="pixels", head="categorical",
         optimizer="muon", warmup=50, weight_decay=0.02, grad_clip=1.0, dtype=None, device=device,
-        compile=device.type == "cuda", log_every=100, eval_every=max(50, args.steps // 20),
+        compile=device.type == "cuda", accumulate=1,
+        recompute=False, shard=False, log_every=100, eval_every=max(50, args.steps // 20),
         resume2=checkpoint is not None))
     if checkpoint is None or not checkpoint["done"]:
         train.fit(2, model, OnDevice(sets["train"], device), OnDevice(sets["val"], device, 200), flags,

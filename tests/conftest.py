@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import ar_transformer
+import data
 import lfq
 import mar
 import maskgit
@@ -16,13 +17,21 @@ from tests.helpers import CLIPS, TINY, call
 KNOWN_SIZES = {m.__name__: list(m.SIZES) for m in (ar_transformer, lfq, mar, maskgit, titok, vae, vq)}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_are_held_out():
+    """2,000 validation pictures would take most of the time of a tiny run: see tests/quickly.py."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(data.DRAWN, "val", 200)
+        m.setitem(data.DRAWN_CLIPS, "val", 100)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def seeded(monkeypatch):
+def seeded():
     torch.manual_seed(0)
     for module in (ar_transformer, lfq, mar, maskgit, titok, vae, vq):      # experiments add sizes of theirs
         for name in [name for name in module.SIZES if name not in KNOWN_SIZES[module.__name__]]:
             del module.SIZES[name]
-    monkeypatch.setattr(train, "VALIDATED", 200)            # 2,000 images take a third of a tiny run's time
 
 
 @pytest.fixture(scope="session")

@@ -72,8 +72,12 @@ def test_captions_and_their_encoder_are_asked_for_in_a_sentence(tiny_run, tmp_pa
 def test_one_long_caption_does_not_make_every_step_long(capsys):
     args = argparse.Namespace(text_encoder="bytes")
     assert captions.length_of(args, ["a cat", "two dogs"]) == 8
-    assert captions.length_of(args, ["a cat", "word " * 2000]) == captions.MOST_BYTES
-    assert "1 of 2 captions are longer than 512 bytes" in capsys.readouterr().out
+    assert not capsys.readouterr().out
+    assert captions.length_of(args, ["a cat"] * 150 + ["word " * 2000]) == 10
+    assert "1 of 151 captions are longer than 10 bytes" in capsys.readouterr().out
+    assert captions.length_of(args, ["word " * 2000] * 3) == captions.MOST_BYTES
+    assert captions.length_of(args, ["a cat"] * 99 + ["a cat too"]) == 9, "what is a little longer is kept"
+    assert captions.length_of(args, ["", ""]) == 1
 
 
 def test_a_caption_is_cut_between_letters_and_stands_at_the_end():

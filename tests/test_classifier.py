@@ -6,13 +6,15 @@ import torch
 import torch.nn.functional as F
 
 import data
-from common import classifier, metrics
+from common import classifier, metrics, pictures
 
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Small drawn training and validation images."""
-    return [data.load("shapes", 16, split, n_shapes=400) for split in ("train", "val")]
+    """Small drawn images: 400 to learn from and 1,000 others."""
+    train_set = data.load("shapes", 16, "train", n_shapes=400)
+    images, labels = data.draw(torch.arange(1000) + data.VAL_INDEX, 16)[:2]
+    return train_set, data.ImageSet(pictures.to_uint8(images), labels, train_set.classes, "cpu")
 
 
 def of_one_class(image_set):
@@ -74,11 +76,11 @@ def test_turns_are_quarter_turns_of_images_and_of_clips():
 
 def test_features_of_data_without_classes_tell_real_images_from_blurred_ones(drawn):
     train_set, val_set = (of_one_class(s) for s in drawn)
-    net, accuracy = classifier.train_classifier(train_set, val_set, steps=60)
+    net, accuracy = classifier.train_classifier(train_set, val_set, steps=120)
     assert net.classify.out_features == 4 and accuracy > 0.28, "a turn is not seen"         # 0.25 by chance
-    images = val_set.batch(torch.arange(400))[0]
-    blurred = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2.0, mode="bilinear")
-    real, other, blur = (classifier.look(net, x)[0] for x in (images[:200], images[200:], blurred[:200]))
+    images = val_set.batch(torch.arange(1000))[0]
+    blurred = F.interpolate(F.avg_pool2d(images, 4), scale_factor=4.0, mode="bilinear")
+    real, other, blur = (classifier.look(net, x)[0] for x in (images[:500], images[500:], blurred[:500]))
     assert metrics.frechet_distance(blur, real) > 3 * metrics.frechet_distance(other, real)
 
 

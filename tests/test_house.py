@@ -30,8 +30,8 @@ from tests.helpers import MODELS, PROGRAMS, ROOT
 
 # Rooms from the lowest up: a file imports only what stands in a line above its own.
 FLOORS = [
-    ["common.pictures", "common.muon", "common.averages", "common.reading", "common.folders",
-     "common.files"],
+    ["common.pictures", "common.log", "common.sharding", "common.muon", "common.averages", "common.reading",
+     "common.folders", "common.files", "common.yardsticks"],
     ["data"],
     MODELS,
     ["official.files"],
@@ -49,6 +49,7 @@ FLOORS = [
 WITHIN = {                                                  # the only arrows between files of one line
     ("common.folders", "common.reading"),
     ("common.files", "common.reading"),
+    ("common.muon", "common.sharding"),
     ("common.files", "common.folders"),
     ("official.open_magvit2", "official.llamagen"),
 }

@@ -163,7 +163,7 @@ def test_maskgit_one_token_per_pass_comes_close_to_bars_and_stripes():
     assert many[1] < few[1]
 
 
-def total_variation(model, steps, n=1500):
+def total_variation(model, steps, n=800):
     """Draw n bars-and-stripes in `steps` passes -> share that are valid, total variation to uniform over the
     30.
     """
@@ -317,3 +317,52 @@ def test_maskgit_guidance_takes_one_pass_and_is_off_at_one(monkeypatch):
     rows.clear()
     model.sample(cond, steps=4, cfg=3.0)
     assert [r.tolist() for r in rows] == [[0, 1, 2, 5, 5, 5]] * 4, "classes and their absence share a pass"
+
+
+@pytest.mark.parametrize("options, expected", [(dict(vocab_size=8), 4.5), (dict(token_dim=16), 32.0),
+                                               (dict(token_dim=3), 6.0),
+                                               (dict(token_dim=3, choice_temperature=1.0), 1.0)])
+def test_choice_temperature_is_that_of_ids_or_grows_with_the_numbers_of_a_token(options, expected):
+    head = NoHead(options.get("vocab_size"))
+    model = maskgit.MaskGIT(head, 4, 1, n_layer=1, n_head=1, n_embd=8, **options)
+    assert model.choice_temperature == expected
+
+
+class NoHead(nn.Module):
+    """Draws zeros, and is as certain of each token as it is told."""
+
+    def __init__(self, vocab_size=None, log_p=None):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.log_p = log_p
+
+    def sample(self, h, h_uncond, cfg, temperature):
+        B, T, _ = h.shape
+        tokens = torch.zeros(B, T, dtype=torch.long) if self.vocab_size else torch.zeros(B, T, 2)
+        return tokens, self.log_p.expand(B, T)
+
+
+@pytest.mark.parametrize("kind", ["ids", "vectors"])
+def test_the_noise_of_the_choice_is_used_where_none_is_asked_for(kind):
+    """With a large choice temperature the order is random, with 0 it is that of the certainty."""
+    log_p = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    options = dict(vocab_size=8) if kind == "ids" else dict(token_dim=2)
+    firsts = {}
+    for temperature in (0.0, 1e4):
+        model = maskgit.MaskGIT(NoHead(options.get("vocab_size"), log_p), 4, 1, n_layer=1, n_head=1, n_embd=8,
+                                choice_temperature=temperature, **options).eval()
+        seen = []
+        on_step = lambda i, tokens, mask: seen.append(~mask)
+        model.sample(torch.zeros(400, dtype=torch.long), 4, on_step=on_step)
+        firsts[temperature] = seen[0].float().mean(0)
+    assert firsts[0.0].tolist() == [1, 0, 0, 0]
+    assert (firsts[1e4] - 0.25).abs().max() < 0.08
+
+
+def test_each_pass_reveals_a_token_at_least():
+    """Among 16 tokens the cosine leaves as many masked after the first of 16 passes as before it."""
+    model = maskgit.MaskGIT(NoHead(8, torch.zeros(1)), 16, 1, vocab_size=8, n_layer=1, n_head=1, n_embd=8)
+    left = []
+    on_step = lambda i, tokens, mask: left.append(mask.sum(1))
+    model.eval().sample(torch.zeros(3, dtype=torch.long), 16, on_step=on_step)
+    assert torch.stack(left).tolist() == [[15 - i] * 3 for i in range(16)]

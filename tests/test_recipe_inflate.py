@@ -27,9 +27,7 @@ IMAGES = [*without(CLIPS, "--frames"), "--tok_size", "clips", "--n_shapes", "40"
 def image_run(tmp_path_factory):
     """A tiny image tokenizer -> its run folder."""
     parent = tmp_path_factory.mktemp("inflate")
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(train, "VALIDATED", 200)
-        train.main([*IMAGES, "--runs", str(parent)])
+    train.main([*IMAGES, "--runs", str(parent)])
     return parent / "shapes-lfq"
 
 

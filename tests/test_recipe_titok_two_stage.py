@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import data
-import train
 from common import drawing, runs
 from recipes import titok_two_stage
 from tests.helpers import RARELY, TINY, log_of
@@ -17,9 +16,7 @@ WORDS = [*TINY[4:], *RARELY, "--tokens", "6"]               # without --tokenize
 def parent(tmp_path_factory):
     """Proxy, both stages and a generator -> the folder of their runs."""
     parent = tmp_path_factory.mktemp("titok")
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(train, "VALIDATED", 200)
-        titok_two_stage.main([*WORDS, "--proxy_steps", "24", "--runs", str(parent)])
+    titok_two_stage.main([*WORDS, "--proxy_steps", "24", "--runs", str(parent)])
     return parent
 
 

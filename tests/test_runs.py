@@ -345,3 +345,63 @@ def test_a_device_has_its_index():
     assert runs.pick_device("cpu") == torch.device("cpu")
     with pretend_gpu():
         assert runs.pick_device("cuda") == torch.device("cuda", 0)
+
+
+# Options that give a model other parameters or another use of them.
+LEARNERS = [
+    *[["--tokenizer", name, "--generator", "none"] for name in ("vae", "lfq", "titok", "titok-vae")],
+    *[["--tokenizer", "vq", "--codebook", codebook, "--generator", "none"] for codebook in runs.CODEBOOKS],
+    ["--tokenizer", "vae", "--beta", "0", "--generator", "none"],
+    ["--tokenizer", "lfq", "--frames", "5", "--generator", "none"],
+    *[["--tokenizer", "vae", "--generator", generator, "--head", "gmm", *more]
+      for generator in ("ar", "maskgit", "mar") for more in ([], ["--n_mix", "1"], ["--adapter", "flow"])],
+    *[["--tokenizer", "vae", "--generator", generator, "--head", "diffusion", "--objective", objective]
+      for generator in ("ar", "mar") for objective in ("diffusion", "flow")],
+    *[["--tokenizer", "vq", "--generator", generator, *more]
+      for generator in ("ar", "maskgit", "mar") for more in ([], ["--groups", "2"])],
+    *[["--tokenizer", tokenizer, "--generator", "mar", "--attention", "causal", "--order", order]
+      for tokenizer in ("vae", "vq") for order in ("random", "raster")],
+    *[["--tokenizer", tokenizer, "--condition", "text"] for tokenizer in ("vae", "vq")],
+    ["--tokenizer", "vae", "--condition", "prefix"],
+]
+
+
+DROPPED = [["--tokenizer", "vae", "--generator", generator] for generator in ("ar", "maskgit", "mar")]
+
+
+@pytest.mark.parametrize("words, label_drop", [*((words, "0") for words in LEARNERS),
+                                               *((words, "0.1") for words in [*LEARNERS[-3:], *DROPPED])],
+                         ids=lambda words: "".join(words[1:]).replace("--", "-"))
+def test_every_parameter_gets_a_gradient_in_every_step(words, label_drop, tmp_path):
+    """DDP waits for all of them, and stops at one that gets none. Dropped or not, of the rows of a table the
+    whole parameter counts.
+    """
+    prefix = "prefix" in words                              # no flag, but an option that recipes/maps.py sets
+    words = words[:-2] if prefix else words
+    size = [] if "none" in words else ["--size", "nano" if "mar" not in words else "tiny"]
+    args = args_of([*words, *size, "--label_drop", label_drop, "--image_size", "16", "--device", "cpu"],
+                   tmp_path)
+    if "--frames" in words:
+        args.tok_size = "clips"
+    tokenizer = runs.build_tokenizer(args)
+    if args.generator == "none":
+        model = tokenizer.train()
+        x = torch.rand(4, 3, *[args.frames] * (args.frames > 1), 16, 16) * 2 - 1
+        if hasattr(tokenizer, "start"):
+            tokenizer.start(x)
+        cond = torch.arange(4)
+    else:
+        args.text_len = 8
+        args.options = dict(prefix=(3, tokenizer.token_dim)) if prefix else {}
+        model = runs.build_generator(args, tokenizer, 4).train()
+        x = torch.randn(4, tokenizer.seq_len, tokenizer.token_dim or 1)
+        if tokenizer.vocab_size:
+            x = torch.randint(tokenizer.vocab_size, (4, tokenizer.seq_len))
+        cond = torch.arange(4)
+        if args.condition == "text":
+            cond = torch.randint(1, 100, (4, 8), dtype=torch.uint8)
+        if prefix:
+            cond = torch.randn(4, 3, tokenizer.token_dim)
+    loss, _ = model(x, cond)
+    loss.backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]

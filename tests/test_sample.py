@@ -1,6 +1,7 @@
 """Tests of sample.py: what it draws, writes and refuses, and that it draws from the authors' files."""
 import argparse
 import contextlib
+import csv
 import functools
 import re
 
@@ -87,15 +88,30 @@ def test_single_files_hold_the_samples_of_the_npz(drawn_by, tmp_path):
     drawn_by("ids", "--n", 3, *files)
     files = sorted((tmp_path / "deep" / "er").iterdir())
     assert [f.name for f in files] == ["000000.png", "000001.png", "000002.png"]
+    asked = [f"{i:06d},{data.SHAPES[10 * i // 3]}" for i in range(3)]
+    assert (tmp_path / "deep" / "er.csv").read_text().split() == ["number,asked", *asked]
     with np.load(tmp_path / "x.npz") as f:
         for file, x in zip(files, f["arr_0"], strict=True):
             assert np.array_equal(np.array(Image.open(file)), x)
     with pytest.raises(data.BadInput, match="--png .*must be a new or an empty folder"):
         drawn_by("ids", "--n", 3, "--png", tmp_path / "deep")
-    sample.save_pngs(tmp_path / "clips", torch.linspace(-1, 1, 2 * 3 * 5 * 4 * 4).view(2, 3, 5, 4, 4))
+    clips = torch.linspace(-1, 1, 2 * 3 * 5 * 4 * 4).view(2, 3, 5, 4, 4)
+    sample.save_pngs(tmp_path / "clips", clips, ["up", "down, \"then\" up"])
+    with open(tmp_path / "clips.csv", newline="") as f:
+        rows = list(csv.reader(f))
+    assert rows == [["number", "asked"], ["000000", "up"], ["000001", "down, \"then\" up"]]
     names = [f"{i:06d}-{t:02d}.png" for i in range(2) for t in range(5)]
     assert sorted(f.name for f in (tmp_path / "clips").iterdir()) == names
     assert Image.open(tmp_path / "clips" / names[0]).getpixel((0, 0))[0] == 0
+
+
+def test_the_reference_holds_the_validation_images(tiny_run, tmp_path):
+    run = tiny_run / "shapes-vae-ar-gmm"
+    sample.main([str(run), "--device", "cpu", "--n", "2", "--out", str(tmp_path / "x.png"), "--reference",
+                 str(tmp_path / "real")])
+    images, labels, _, _ = data.draw(torch.arange(200) + data.VAL_INDEX, 16)
+    with np.load(tmp_path / "real.npz") as f:
+        assert np.array_equal(f["arr_0"], as_arrays(images)) and np.array_equal(f["labels"], labels.numpy())
 
 
 def test_captions_asked_for_are_drawn_and_named(drawn_by, tmp_path):

@@ -189,3 +189,14 @@ def test_vae_linear_path_is_in_the_checkpoint():
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.path.basis, model.path.basis)
     assert not any("path." in name for name in vae.VAE(**vae.SIZES["small"]).state_dict())
+
+
+@pytest.mark.parametrize("bias, logvar", [(1e4, 20.0), (-1e4, -30.0), (3.0, 3.0)])
+def test_the_log_variance_is_kept_in_a_range_that_float32_can_square(bias, logvar):
+    model = vae.VAE(image_size=16).eval()
+    with torch.no_grad():
+        model.quant_conv.weight.zero_()
+        model.quant_conv.bias[8:] = bias
+    _, std = model.posterior(torch.zeros(1, 3, 16, 16))
+    assert torch.allclose(std, torch.tensor(logvar / 2).exp())
+    assert torch.isfinite(model.kl(torch.zeros_like(std), std)).all()
