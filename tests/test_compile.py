@@ -250,6 +250,8 @@ def test_sample_and_evaluate_compile_what_they_draw_with(graphs, tmp_path, monke
             sample.main([*words, "--npz", str(tmp_path / "x.npz"), *more])
             with np.load(tmp_path / "x.npz") as f:
                 arrays.append(f["arr_0"].astype(int))
+        with pytest.raises(BadInput, match="--compile: the search of --beam is not compiled"):
+            sample.main([*words, "--compile", "--beam", "2"])
         assert abs(arrays[0] - arrays[1]).max() <= 1 and len(graphs.made) == 1
         evaluate.main([*words, "--compile"])
     assert capsys.readouterr().out.count("compiling step of a token: about 70 s on a CPU") == 2

@@ -400,3 +400,37 @@ def test_the_first_step_on_a_gpu_failed_when_devices_were_compared(tmp_path, mon
     monkeypatch.setattr(runs, "pick_device", lambda name=None: torch.device(name or "cuda"))
     with pytest.raises(RuntimeError, match="cannot pin"):
         trained(tmp_path, *TOKENIZERS["vae"], "--generator", "none")
+
+
+# ---- Experiments
+
+def test_the_benchmark_runs_to_its_end_on_a_gpu(tmp_path, monkeypatch):
+    """Its numbers mean nothing here. Nothing is compiled: torch.compile gives back what it gets."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import benchmark
+    small = "--tok_size dot --size dot --image_size 8 --tok_batch_size 4 --batch_size 4"
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(benchmark, "SYSTEMS", [
+        ("tokenizer", "cuda", 10, f"--tokenizer vae --generator none {small}"),
+        ("givt", "cuda", 10, f"--tokenizer vae --head gmm {small}"),
+        ("mar", "cuda", 10, f"--tokenizer vae --generator mar --head diffusion {small}")])
+    monkeypatch.setattr(benchmark, "BATCHES", (1, 2))
+    monkeypatch.setattr(benchmark, "AT_ONCE", dict(cuda=1))
+    monkeypatch.setattr(benchmark, "MATMUL", dict(cuda=32))
+    monkeypatch.setattr(benchmark, "COPY", dict(cuda=64))
+    with small_world(), pretend_gpu():
+        benchmark.main(["--quick", "--out", str(tmp_path / "x.json")])
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert found["machine"] == "no GPU at all" and found["device"] == "cuda"
+    assert [row["system"] for row in found["systems"]] == ["tokenizer", "givt", "mar"]
+    assert all(row["step_ms"] > 0 and row["dtype"] == "bf16" for row in found["systems"])
+
+
+def test_mar_sampling_runs_to_its_end_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import mar_sampling
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    with pretend_gpu():
+        mar_sampling.main(["--quick", "--rounds", "1", "--batches", "2", "--out", str(tmp_path / "x.json")])
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert [row["way"] for row in rows] == ["plain", "compiled"]
