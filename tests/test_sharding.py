@@ -234,7 +234,7 @@ def test_the_mean_over_parts_is_the_loss_of_the_whole_batch(name, monkeypatch):
 
 
 def test_maskgit_on_vectors_weighs_parts_and_not_tokens_alike(monkeypatch):
-    """GIVT's mean is over the masked tokens of the batch. Its parts hold more or fewer of them, so the mean of
+    """GIVT's mean is over the masked tokens of a batch. Its parts hold more or fewer of them: the mean of
     their means is another estimate of the same loss, as with several processes.
     """
     _, model, x = next(row for row in generators() if row[0] == "maskgit-gmm")
