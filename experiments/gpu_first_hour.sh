@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What to run first on a machine with a GPU, in this order and within an hour. Each step writes a log and a
-# JSON into experiments/results/<machine>/, and a step that fails stops none of the others.
+# JSON into experiments/results/<machine>/, and a step that fails, or takes longer than its share of the hour,
+# stops none of the others.
 #
 #   bash experiments/gpu_first_hour.sh              # on a machine with a GPU
 #   bash experiments/gpu_first_hour.sh --dry OUT    # tiny, on a CPU, into OUT: does the script run?
@@ -66,18 +67,17 @@ else
     SAMPLING=
 fi
 
-step tests 600 $PYTHON -m pytest tests/test_cuda.py -q
+step tests 400 $PYTHON -m pytest tests/test_cuda.py -q
 step train 900 $PYTHON train.py $GIVT
-step evaluate 300 $PYTHON evaluate.py "$RUNS/shapes-vae-ar-gmm" $EVALUATE
-step benchmark 600 $PYTHON experiments/benchmark.py $BENCHMARK --out "$OUT/benchmark-rows.json"
-step survey 600 $PYTHON experiments/survey.py --paper $SURVEY --out "$OUT/survey-rows.json"
-step decoding 600 $PYTHON experiments/decoding.py $DECODING --out "$OUT/decoding-rows.json"
-step mar_sampling 600 $PYTHON experiments/mar_sampling.py $SAMPLING --out "$OUT/mar_sampling-rows.json"
+step evaluate 200 $PYTHON evaluate.py "$RUNS/shapes-vae-ar-gmm" $EVALUATE
+step benchmark 500 $PYTHON experiments/benchmark.py $BENCHMARK --out "$OUT/benchmark-rows.json"
+step survey 400 $PYTHON experiments/survey.py --paper $SURVEY --out "$OUT/survey-rows.json"
+step decoding 500 $PYTHON experiments/decoding.py $DECODING --out "$OUT/decoding-rows.json"
+step mar_sampling 400 $PYTHON experiments/mar_sampling.py $SAMPLING --out "$OUT/mar_sampling-rows.json"
 if [ "$GPUS" -ge 2 ]; then
-    two="torchrun --standalone --nproc_per_node=2 -- train.py"
-    [ $DRY ] && two="$PYTHON -m torch.distributed.run --standalone --nproc_per_node=2 -- train.py"
-    step ddp 300 $two $PAIR --name two-ddp
-    step shard 300 $two $PAIR --name two-shard --shard
+    two="$PYTHON -m torch.distributed.run --standalone --nproc_per_node=2 -- train.py"
+    step ddp 150 $two $PAIR --name two-ddp
+    step shard 150 $two $PAIR --name two-shard --shard
 fi
 for name in shapes-vae-ar-gmm two-ddp two-shard; do         # pictures and logs are small, checkpoints are not
     [ -d "$RUNS/$name" ] || continue

@@ -135,6 +135,16 @@ def test_twelve_training_steps_and_a_validation_make_as_many_graphs_as_listed(wo
     assert len(reasons()) == TRAINING[words] - 1, reasons()
 
 
+def test_a_number_read_in_a_step_is_seen_as_a_break(graphs, monkeypatch):
+    tokenizer, generator = built("--tokenizer", "vq", "--generator", "maskgit", "--head", "categorical")
+    mask = maskgit.MaskGIT.training_mask
+    monkeypatch.setattr(maskgit.MaskGIT, "training_mask",
+                        lambda self, B, device: mask(self, B, device) | (float(torch.rand(())) < 0.0))
+    model = compiling.for_training(generator, backend=graphs)
+    model(*batch_of(tokenizer, generator, 4))[0].backward()
+    assert counters["graph_break"] and len(graphs.made) > 1
+
+
 def test_mar_behind_a_flow_adapter_is_two_graphs_without_a_break(graphs):
     """The adapter and, of one range, the loss: the number of masked tokens is drawn between them."""
     tokenizer, generator = built("--tokenizer", "vae", "--generator", "mar", "--adapter", "flow")
