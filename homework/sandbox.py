@@ -48,7 +48,7 @@ def trial(test, seed, seconds=0):
         raise Stopped(f"not done after {WAITING * seconds:g} s on the clock: does it wait for something?")
 
     name = test.exercise.split(".")[0]
-    seconds = seconds if hasattr(signal, "setitimer") else 0                          # Windows has no such limits
+    seconds = seconds if hasattr(signal, "setitimer") else 0                # Windows has no such limits
     if seconds:
         signal.signal(signal.SIGPROF, late)
         signal.signal(signal.SIGALRM, waits)
