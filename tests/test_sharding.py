@@ -22,7 +22,7 @@ from common import drawing, runs, sharding, tokens
 from tests.helpers import ENV, ROOT, TINY, log_of
 
 # Without noise inside the models, several processes follow one up to rounding.
-SHORT = [*TINY, "--beta", "0", "--label_drop", "0", "--tok_steps", "8", "--steps", "8", "--log_every", "2",
+SHORT = [*TINY, "--tok_size", "small", "--beta", "0", "--label_drop", "0", "--tok_steps", "8", "--steps", "8", "--log_every", "2",
          "--eval_every", "8", "--size", "nano"]
 ADAMW = [*SHORT, "--optimizer", "adamw"]
 PARTS = ["--accumulate", "2", "--recompute"]
