@@ -59,8 +59,7 @@ def lost(tests):
     for test in tests:
         if test.goals:
             continue
-        with contextlib.redirect_stdout(io.StringIO()):
-            seen, failed = looked(test, GRADERS_SEED)
+        seen, failed = sandbox.trial(test, GRADERS_SEED)
         wrong = judged(seen, failed, truths_of(test.exercise.split(".")[0])[test.__name__])[2]
         if wrong:
             found[test] = wrong
@@ -452,19 +451,45 @@ def test_homework_check_tells_students_how_far_they_are(handed_out):
     assert re.search(r"0 of 3  FlowAdapter\.inverse +not written yet\n", out)
 
 
-def test_homework_demo_of_a_half_written_file_names_what_is_missing(handed_out, capsys):
-    text = (handed_out / "flow_adapter.py").read_text()
-    assert text.endswith(HALF)
+HALF_WRITTEN = """
+def drawn(x):
+    return 2 * x
 
-    def main():
-        raise NotImplementedError("homework: flow_adapter.FlowAdapter.inverse")
 
+def missing(x):
+    raise NotImplementedError("homework: demo.missing")
+
+
+def main():
+    first = drawn(4)
+    second = missing(first)
+    print("first", first)
+    print("second", second)
+    print("last")
+
+
+main()
+"""
+
+
+def test_homework_demo_of_a_half_written_file_draws_what_it_can(tmp_path, capsys):
+    path = tmp_path / "demo.py"
+    path.write_text(HALF_WRITTEN)
+    space = {}
+    exec(HALF_WRITTEN.removesuffix("main()\n"), space)
     with pytest.raises(SystemExit):
-        half.run(main, str(handed_out / "flow_adapter.py"))
+        half.run(space["main"], str(path))
     out = capsys.readouterr().out
-    assert "flow_adapter.py stops at flow_adapter.FlowAdapter.inverse, which is not written yet" in out
-    assert "missing: FlowAdapter.inverse" in out and "missing: Adapted.sample" in out
-    assert "missing: Coupling.forward" not in out
+    assert "first 8\n" in out and "last\n" in out
+    assert "demo.py, line 12: left out, for it needs demo.missing" in out
+    assert "line 14: left out, too (NameError" in out
+    assert "not written yet: missing " in out and "called by main" in out
+
+
+def test_homework_demos_are_guarded_in_a_handout(handed_out):
+    assert (handed_out / "flow_adapter.py").read_text().endswith(HALF)
+    missing = half.holes((handed_out / "flow_adapter.py").read_text())
+    assert missing == ["FlowAdapter.inverse", "Adapted.sample"]
 
 
 def test_homework_a_handout_cannot_grade(handed_out, monkeypatch):
@@ -492,7 +517,7 @@ def class_of_students(folder):
     monster = changed("    ratio = (sc / su) ** 2\n",
                       "    torch.empty(10 << 30)\n    ratio = (sc / su) ** 2\n", monster)
     monster = changed("        k = choose(log_pi, n)",
-                      "        while True:\n            print(7)\n        k = 0", monster)
+                      "        while True:\n            print(\"7\" * 9999)\n        k = 0", monster)
     spy = right + (
         "\n\nimport os\nraise SystemExit('sees ' + str([os.path.isfile(p) for p in (%r, %r)]) + ' '\n"
         "                 + str([p for p in os.listdir('/proc') if p.isdigit()]) + str(sorted(os.environ)))\n"
