@@ -1,4 +1,5 @@
 """Tests of vq."""
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -6,6 +7,7 @@ import torch.nn.functional as F
 
 import data
 import vq
+from common import yardsticks
 from official import llamagen
 from tests.helpers import close, tokens_of, vq_golden
 
@@ -230,3 +232,112 @@ def test_vq_learns():
         losses.append(logs["mse"].item())
     assert losses[-1] < 0.5 * losses[0], f"squared error {losses[0]:.3f} to {losses[-1]:.3f}"
     assert logs["usage"] > 0.1, "a short code at unit length does not collapse"
+
+
+# ---- The linear path
+
+def with_path(vocab_size=256, n=300, **options):
+    """A started, untrained VQ of 8 x 8 ids, and the n drawn images that it was started from."""
+    images = data.draw(torch.arange(n))[0]
+    model = vq.VQ(**vq.SIZES["patches"] | dict(vocab_size=vocab_size) | options)
+    model.start(images)
+    return model.eval(), images
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_vq_starts_no_worse_than_kmeans_of_patches(channels):
+    """Before any training step, on images that were not seen."""
+    held_out = data.draw(torch.arange(100) + data.VAL_INDEX)[0]
+    model, images = with_path(channels=channels)
+    if channels == 1:
+        images, held_out = (x.mean(1, keepdim=True).expand(-1, 3, -1, -1) for x in (images, held_out))
+    ours = yardsticks.psnr_of(model.decode(model.encode(held_out)), held_out)
+    assert ours > yardsticks.kmeans_psnr(images, held_out, (8, 8), 256) - 0.1
+
+
+def test_vq_starts_with_nearly_all_codes_in_use():
+    model, images = with_path()
+    assert len(model.encode(images).unique()) > 0.9 * 256
+
+
+def test_vq_codes_are_those_of_a_slow_kmeans():
+    z = torch.randn(200, 3)
+    torch.manual_seed(1)
+    codes, share = vq.kmeans(z, 7, steps=4)
+    torch.manual_seed(1)
+    slow = z[torch.randperm(200)[:7]].tolist()
+    for _ in range(4):
+        near = [[] for _ in slow]
+        for v in z.tolist():
+            near[min(range(7), key=lambda k: sum((a - b) ** 2 for a, b in zip(v, slow[k])))].append(v)
+        slow = [[sum(column) / len(mine) for column in zip(*mine)] for mine in near]
+    assert torch.allclose(codes, torch.tensor(slow), atol=1e-5)
+    assert torch.allclose(share, torch.tensor([len(mine) / 200 for mine in near]))
+
+
+def test_vq_kmeans_moves_a_code_that_is_nobodys_nearest():
+    z = torch.tensor([[0.0], [0.0], [0.0], [1.0]])
+    codes, _ = vq.kmeans(z, 4, steps=1)                     # three codes lie on 0, and the first takes all
+    assert all(code in (0, 1) for code in codes.flatten()), "means, or z themselves"
+    assert vq.kmeans(z[:3], 5)[0].shape == (5, 1), "fewer z than codes"
+
+
+def test_vq_way_back_from_codes_is_the_least_squares_one():
+    model, images = with_path(n=100)
+    q = model.quantizer.codes(model.encode(images)).flatten(0, 1).numpy()
+    patches = model.path.cut(images).flatten(0, 1).numpy()
+    best = np.linalg.lstsq(np.c_[q, np.ones(len(q))], patches, rcond=None)[0]
+    with torch.no_grad():
+        close(model.path_out(torch.from_numpy(q)), torch.from_numpy(np.c_[q, np.ones(len(q))] @ best).float())
+
+
+def test_vq_restarts_keep_the_codes_of_kmeans():
+    """A code lives on through steps without a token of its own, and the averages are the codes."""
+    model, images = with_path()
+    quantizer = model.quantizer
+    assert torch.allclose(quantizer.ema_sum / quantizer.ema_count[:, None], quantizer.codebook, atol=1e-5)
+    before = quantizer.codebook.clone()
+    model.train()
+    for step in range(5):
+        with torch.no_grad():
+            model(images[:32])
+    unused = quantizer.count(model.encode(images[:32])) == 0
+    assert unused.sum() > 5
+    moved = (quantizer.codebook - before)[unused].norm(dim=1) / before[unused].norm(dim=1)
+    assert moved.median() < 0.01
+
+
+def test_vq_start_depends_on_the_seed_alone():
+    torch.manual_seed(3)
+    first, _ = with_path(vocab_size=64, n=50)
+    torch.manual_seed(3)
+    second, _ = with_path(vocab_size=64, n=50)
+    other, _ = with_path(vocab_size=64, n=50)
+    weights = second.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in first.state_dict().items())
+    assert not torch.equal(other.quantizer.codebook, first.quantizer.codebook)
+
+
+def test_vq_never_ends_below_its_linear_path():
+    model, images = with_path()
+    before = F.mse_loss(model.decode(model.encode(images)), images)
+    vq.fit_vq(model.train(), images, steps=30, batch_size=16, lr=2e-3)
+    model.eval()
+    after = F.mse_loss(model.decode(model.encode(images)), images)
+    assert after < before
+
+
+def test_vq_linear_path_is_in_the_checkpoint_and_in_no_published_one():
+    model, images = with_path(vocab_size=64, n=50)
+    other = vq.VQ(**vq.SIZES["patches"] | dict(vocab_size=64)).eval()
+    other.load_state_dict(model.state_dict())
+    ids = model.encode(images)
+    assert torch.equal(other.encode(images), ids) and torch.equal(other.decode(ids), model.decode(ids))
+    assert not any("path" in name for name in vq.VQ(**vq.SIZES["small"]).state_dict())
+
+
+def test_vq_without_a_linear_path_starts_as_it_was_made():
+    model = vq.VQ()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.start(data.draw(torch.arange(4))[0])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
