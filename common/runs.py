@@ -77,11 +77,13 @@ DEFAULTS = {
                  tok_lr=1e-3, beta=0.02, size="medium", steps=8000, batch_size=256, lr=1e-3),
     # beta: of the commitment. l2 leaves half of the codes unused
     "any-vq": dict(beta=0.25, codebook="l2-ema"),
+    "any-vq-patches": dict(codebook="ema"),                 # the linear path: codes of any length
     "any-lfq": dict(beta=0.05),
     "any-titok": dict(beta=0.25, codebook="l2-ema"),
     "any-titok-vae": dict(beta=0.01),
     "cpu-vae": dict(tok_size="patches", tok_steps=2000),
     "cuda-vae": dict(tok_size="patches-medium"),
+    "cpu-vq-patches": dict(tok_steps=600, tok_lr=2e-3),
     "cpu-lfq": dict(tok_size="coarse"),
     "cpu-titok": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),
     "cpu-titok-vae": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),
@@ -113,9 +115,10 @@ GONE = dict(task="class", joint=False, channels=3, likelihood="mse", corrupt=0.0
 
 
 def defaults_of(args, device):
-    """args (tokenizer, generator, head, frames) -> the default of each flag on this machine."""
+    """args (tokenizer, tok_size, generator, head, frames) -> the default of each flag on this machine."""
     machine = "cuda" if device.type == "cuda" else "cpu"
-    kinds = [args.tokenizer, args.generator, f"{args.generator}-{args.head}"]
+    kinds = [args.tokenizer, f"{args.tokenizer}-{getattr(args, 'tok_size', None)}", args.generator,
+             f"{args.generator}-{args.head}"]
     if args.frames not in (None, 1):
         kinds.append("clips")
     defaults = DEFAULTS["any"] | DEFAULTS[machine]
@@ -178,14 +181,18 @@ def resolve(given, tok_folder, folder):
             if name in keep:
                 flags[name] = saved_or_given(given, name, keep[name], path, saved)
     kind = argparse.Namespace(**{name: flags.get(name, getattr(given, name))
-                                 for name in ("tokenizer", "generator", "head", "frames")})
+                                 for name in ("tokenizer", "tok_size", "generator", "head", "frames")})
     defaults = defaults_of(kind, device)
+    by_default = []
     for name in STAGE1 + STAGE2 + BOTH:
         if name not in flags:
-            value = getattr(given, name, None)
-            flags[name] = defaults.get(name) if value is None else value
+            flags[name] = getattr(given, name, None)
+            if flags[name] is None:
+                flags[name] = defaults.get(name)
+                by_default.append(name)
     args = argparse.Namespace(**vars(given) | flags)
     args.device = device
+    args.by_default = by_default
     args.compile = device.type == "cuda" if given.compile is None else given.compile
     args.stage1_done = saved1 is not None and saved1["done"] and saved1["step"] >= args.tok_steps
     args.stage2_done = saved2 is not None and saved2["done"] and saved2["step"] >= args.steps
@@ -435,16 +442,38 @@ def open_data(args):
 
 
 def suit(args, train_set):
-    """Numbers per token of a VAE with a linear path, by what the images are, where no flag says it."""
+    """Where no flag says it, what the images are says it: the numbers per token of a VAE with a linear path,
+    and the size of a vq on a CPU.
+    """
     path = args.tokenizer == "vae" and vae.SIZES.get(args.tok_size, {}).get("linear")
-    if not path or args.token_dim is not None or getattr(args, "stage1_done", False):
+    open_size = args.tokenizer == "vq" and "tok_size" in args.by_default and args.device.type != "cuda"
+    if not (path and args.token_dim is None or open_size) or getattr(args, "stage1_done", False):
         return
     kind = "drawn shapes"
     if args.data != "shapes":
         kind = "colour pictures" if in_colour(train_set) else "grey pictures"
-    args.token_dim = PER_TOKEN[kind]
+    if path:
+        args.token_dim = PER_TOKEN[kind]
+        said = f"tokens of {args.token_dim} numbers; --token_dim changes it"
+    elif kind == "colour pictures":
+        said = take_patches(args)
+    else:
+        return
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{kind}: tokens of {args.token_dim} numbers; --token_dim changes it")
+        print(f"{kind}: {said}")
+
+
+def take_patches(args):
+    """A vq with the linear path instead of the default size, with its own defaults -> what to say."""
+    before = build_tokenizer(args).seq_len
+    args.tok_size = "patches"
+    defaults = defaults_of(args, args.device)
+    for name in ("tok_steps", "tok_lr", "codebook"):
+        if name in args.by_default:
+            setattr(args, name, defaults[name])
+    after = build_tokenizer(args)
+    return (f"{after.seq_len} ids of {after.vocab_size:,}; --tok_size small: {before}, "
+            f"and a generator that trains and draws about {after.seq_len // before} times as fast")
 
 
 def in_colour(image_set):

@@ -98,6 +98,7 @@ def batch_of(tokenizer, generator, B, text=False):
 TRAINING = {
     "--tokenizer vae --generator none": 1,
     "--tokenizer vq --generator none": 1,
+    "--tokenizer vq --generator none --tok_size patches": 1,
     "--tokenizer lfq --generator none": 1,
     "--tokenizer titok --generator none": 1,
     "--tokenizer titok-vae --generator none": 1,

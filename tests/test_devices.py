@@ -176,10 +176,14 @@ def test_an_option_of_a_tokenizer_trains_on_a_gpu(words, tmp_path):
     trained(tmp_path, *words, "--generator", "none")
 
 
-def test_the_linear_path_of_photographs_starts_on_a_gpu(tmp_path, monkeypatch):
-    size = dict(token_dim=4, stem=4, ch=8, ch_mult=(1, 1), n_res=1, groups=4, linear=True)
-    monkeypatch.setitem(vae.SIZES, "photo", size)
-    trained(tmp_path, "--tokenizer", "vae", "--generator", "none", "--tok_size", "photo")
+@pytest.mark.parametrize("tokenizer, own", [
+    ("vae", dict(token_dim=4, ch_mult=(1, 1))),
+    ("vq", dict(vocab_size=16, code_dim=4, z_channels=8, ch_mult=(1,)))])
+def test_the_linear_path_of_photographs_starts_on_a_gpu(tokenizer, own, tmp_path, monkeypatch):
+    size = dict(stem=4, ch=8, n_res=1, groups=4, linear=True)
+    monkeypatch.setitem(runs.TOKENIZERS[tokenizer][1], "photo", size | own)
+    codebook = ["--codebook", "ema"] if tokenizer == "vq" else []
+    trained(tmp_path, "--tokenizer", tokenizer, "--generator", "none", "--tok_size", "photo", *codebook)
 
 
 # ---- Stage 2: the tokenizers, generators and heads that go together
