@@ -262,8 +262,13 @@ class ImageSet:
         """F of a set of clips, 1 of a set of images."""
         return self.images.shape[2] if getattr(self.images, "ndim", 4) == 5 else 1
 
-    def batch(self, index):
-        """index (B,) on the CPU -> on the device: images (B, 3, H, W) float32 in [-1, 1], labels (B,)."""
+    def batch(self, index, share=slice(None)):
+        """index (B,) on the CPU -> on the device: images (B, 3, H, W) float32 in [-1, 1], labels (B,).
+
+        share: of the batch, only these are read and given. Random numbers are drawn for the whole batch.
+        """
+        n = len(index)
+        index = index[share]
         if self.beside_labels:
             index = index.to(self.device, non_blocking=True)
             images = self.images[index]
@@ -280,8 +285,8 @@ class ImageSet:
         else:
             images = images.float() / 127.5 - 1
         if self.flip:
-            turned = torch.rand(len(images), *[1] * (images.ndim - 1), device=self.device) < 0.5
-            images = torch.where(turned, images.flip(-1), images)
+            turned = torch.rand(n, *[1] * (images.ndim - 1), device=self.device) < 0.5
+            images = torch.where(turned[share], images.flip(-1), images)
         return images, labels
 
 
@@ -297,6 +302,13 @@ def order(n, batch_size, step, seed=0, _cache={}):
         g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         _cache.update(key=(n, seed, epoch), permutation=torch.randperm(n, generator=g))
     return _cache["permutation"][place * batch_size:(place + 1) * batch_size]
+
+
+def read_ahead(source, batch_size, step, seed, share):
+    """Begin to decode the images of a later step, if those of a set are files. Else nothing is done."""
+    images = getattr(source, "images", None)
+    if isinstance(images, files.StreamedFiles):
+        images.read_ahead(order(len(source), batch_size, step, seed)[share])
 
 
 def load(data="shapes", image_size=32, split="train", device="cpu", seed=0, flip=False, skip_bad=False,

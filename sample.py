@@ -241,6 +241,8 @@ REFUSALS = [                                                # what is asked of w
      "--prompt: {a.run} knows classes, not captions: ask with --class, or train with --condition text"),
     (lambda a, run: (a.beam or 1) > 1 and (a.image or a.gif is not None or a.cfg not in (None, 1)),
      "--beam looks for one likely image of a class: leave out --image, --gif and --cfg"),
+    (lambda a, run: (a.beam or 1) > 1 and a.compile,
+     "--compile: the search of --beam is not compiled; leave one of them out"),
     (lambda a, run: (a.beam or 1) > max(1, a.fan or 8),
      "--beam {a.beam}: --fan must be at least as many (default: 8)"),
     (lambda a, run: a.steps and run.args.generator == "ar" and a.steps != run.tokenizer.seq_len,

@@ -450,7 +450,7 @@ class TiTok(nn.Module):
             return
         self.proxy.requires_grad_(False)
         if stage == "finetune":
-            for name in ("post_quant_conv", "decoder"):
+            for name in ("post_quant_conv", "decoder", "path_out"):
                 if hasattr(self.proxy, name):
                     getattr(self.proxy, name).requires_grad_(True)
 

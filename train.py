@@ -35,6 +35,7 @@ from data import BadInput
 
 VALIDATED = 2000                                            # images, or frames of clips, per validation loss
 STARTED_FROM = 2000                                         # images that a linear path is computed from
+MEASURED = 5000                                             # images whose tokens say what unit variance is
 SAVE_SECONDS = 60                                           # between checkpoints
 
 
@@ -169,7 +170,6 @@ def main(argv=None):
         if stages:
             train_set, val_set = runs.open_data(args)       # refuses a missing caption, for example
             say(dist, data.describe(train_set, val_set))
-            runs.suit(args, train_set)                      # numbers per token, by what the images are
             for begun in (tok_folder, folder):
                 runs.refuse_other_data(args, begun, train_set)
         if 1 in stages:
@@ -181,7 +181,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         raise BadInput("stopped; the same command with --resume goes on from the last checkpoint") from None
     except RuntimeError as e:
-        runs.explain_lost_process(dist, e)                  # in a sentence, if it is that
+        runs.explain(dist, e)                               # in a sentence, if it is a known one
         raise
     finally:
         runs.leave_processes(dist)
@@ -201,10 +201,11 @@ def train_tokenizer(args, dist, folder, train_set, val_set, weights=None):
 
     def finish(model):
         tokenizer = getattr(model, "tokenizer", model)      # without the losses around it
-        arrays = tokens.encode_all(tokenizer, train_set)
+        arrays = tokens.encode_some(tokenizer, train_set, MEASURED)
         if tokenizer.vocab_size:
             used = len(arrays["ids"].unique())
-            say(dist, f"{used} of {tokenizer.vocab_size} codes occur in the training images")
+            n = len(arrays["ids"])
+            say(dist, f"{used} of {tokenizer.vocab_size} codes occur in {n} training images")
         else:
             tokenizer.measure(arrays["mean"], arrays["std"])                          # for unit variance
         if dist.rank == 0:
@@ -242,7 +243,7 @@ def train_generator(args, dist, folder, tok_folder, train_set, val_set):
         args.text_len = args.text_len or captions.length_of(args, texts["train"])
         for split, source in sources.items():
             features = captions.cached(args, texts[split], tok_folder / f"captions-{split}.pt", dist)
-            source.labels = features.to(args.device)
+            source.labels = features
         args.text_features = features.shape[-1]             # of T5; not used for bytes
     torch.manual_seed(args.seed)
     generator = runs.build_generator(args, tokenizer, len(train_set.classes))
@@ -264,8 +265,8 @@ def train_generator(args, dist, folder, tok_folder, train_set, val_set):
 def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
     """Train `model` on batches of `source` and leave ckpt.pt, log.csv and curve.png in `folder`.
 
-    source.batch(index) -> x, cond and model(x, cond) -> loss, logs. finish(averaged model) is called after
-    the last step, before the run counts as done. extra: more entries for the checkpoint.
+    source.batch(index, share) -> x, cond and model(x, cond) -> loss, logs. finish(averaged model) is called
+    after the last step, before the run counts as done. extra: more entries for the checkpoint.
     """
     steps, batch_size, lr, resume = args.steps, args.batch_size, args.lr, args.resume2
     if stage == 1:
@@ -307,7 +308,8 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
             runs.save_atomically(state | extra, folder / "ckpt.pt")
 
     if args.compile and not getattr(raw, "adaptive", False):          # adaptive: its loss takes gradients
-        say(dist, "compiling: the first step takes a minute or more")
+        say(dist, "compiling: " + ("a minute or more" if device.type == "cuda" else "some minutes")
+            + " of silence before the first step")
         model = sharding.compile_blocks(raw) if shard else compiling.for_training(raw)
     ddp = dist.size > 1 and not shard
     if ddp:
@@ -319,16 +321,18 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
               f"steps {first} to {steps} of {batch_size}, {machine}")
     if checkpoint is None:
         save(0)                                             # from here on --resume works
+    share = slice(dist.rank, None, dist.size)               # of each batch, for this process
     bad_step = torch.full((), steps, device=device)         # the first step whose loss was not finite
     since, timer, saved_at = first, time.perf_counter(), time.perf_counter()
 
     for step in range(first, steps):
-        # One seed per step, so that no state of random numbers needs saving. Every process draws the whole
-        # batch and takes its share, so that n processes see what one would have seen.
+        # One seed per step, so that no state of random numbers needs saving. Every process draws numbers for
+        # the whole batch and takes its share, so that n processes see what one would have seen.
         seed = args.seed * 1_000_003 + 2 * step + stage
         torch.manual_seed(seed)
-        x, cond = source.batch(data.order(len(source), batch_size, step, args.seed))
-        x, cond = x[dist.rank::dist.size], cond[dist.rank::dist.size]
+        x, cond = source.batch(data.order(len(source), batch_size, step, args.seed), share)
+        if step + 1 < steps:
+            data.read_ahead(source, batch_size, step + 1, args.seed, share)
         torch.manual_seed(seed * 4096 + 1 + dist.rank)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)

@@ -45,6 +45,9 @@ SIZES = {
                  z_channels=32, groups=8),
     "medium": dict(image_size=32, vocab_size=1024, code_dim=8, ch=64, ch_mult=(1, 2, 4), n_res=2,
                    z_channels=128, groups=16),
+    # for pictures on a CPU: 8 x 8 tokens, 4 x 4 pixels as channels, and the linear path beside the networks
+    "patches": dict(image_size=32, vocab_size=1024, code_dim=16, l2_norm=False, ema=0.99, stem=4, ch=64,
+                    ch_mult=(1,), n_res=1, z_channels=64, groups=8, linear=True),
 }
 
 
@@ -283,6 +286,90 @@ class Decoder(nn.Sequential):
         super().__init__(*layers)
 
 
+# ---- The linear path -------------------------------------------------------------------------------
+
+class LinearPath(nn.Module):
+    """The best linear autoencoder beside the networks: principal components of patches, and back.
+
+    Of all linear maps to D numbers and back, PCA loses the least squared error (Baldi and Hornik 1989).
+    start() computes it from some images, once. Then it stays as it is, and the networks add what lines
+    cannot.
+
+    Before an image is cut into patches, the difference of two pixels that meet at a border is stretched by
+    the factor `border`. When the patches are put together again it shrinks by as much. A JPEG shows its grid
+    of patches because each is rounded by itself; so would samples, whose tokens never agree to the last
+    digit. (A lapped transform: Malvar and Staelin 1989, Tran et al. 2003.) 1: plain patches.
+    """
+
+    def __init__(self, patch, n_in, n_out, border=2.0):
+        super().__init__()
+        self.patch = patch
+        self.border = border
+        self.register_buffer("mean", torch.zeros(n_in))                    # of a patch's n_in numbers
+        self.register_buffer("basis", torch.zeros(n_in, n_out))            # a component per column
+        self.register_buffer("std", torch.ones(n_out))                     # of each component
+
+    @torch.no_grad()
+    def start(self, images):
+        """PCA of the patches of images (N, channels, H, W). A thousand images will do."""
+        patches = self.cut(images).flatten(0, 1).cpu().double()                       # (N * T, n_in)
+        values, vectors = torch.linalg.eigh(patches.T.cov())                          # ascending
+        n = min(self.basis.shape)
+        self.mean.copy_(patches.mean(0))
+        self.basis[:, :n] = vectors.flip(1)[:, :n].to(self.basis)
+        self.std[:n] = values.flip(0)[:n].clamp(min=1e-6).sqrt().to(self.std)
+
+    def forward(self, images):
+        """images (B, channels, H, W) -> (B, T, n_out), each number of mean 0 and variance 1 over the
+        images.
+        """
+        with torch.autocast(images.device.type, enabled=False):         # bfloat16 would cost decibels
+            return (self.cut(images.float()) - self.mean) @ (self.basis / self.std)
+
+    def inverse(self, z, grid):
+        """z (B, T, n_out) -> images (B, channels, H, W)."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self.join(z.float() @ (self.basis * self.std).T + self.mean, grid)
+
+    def cut(self, images):
+        """images (B, channels, H, W) -> patches (B, T, n_in), row by row."""
+        return F.pixel_unshuffle(self.stretch(images, self.border), self.patch).flatten(2).transpose(1, 2)
+
+    def join(self, patches, grid):
+        """The inverse of cut: patches (B, T, n_in) -> images (B, channels, H, W)."""
+        maps = patches.transpose(1, 2).unflatten(2, grid)                             # (B, n_in, h, w)
+        return self.stretch(F.pixel_shuffle(maps, self.patch), 1 / self.border)
+
+    def stretch(self, x, factor):
+        """Multiply the differences across the borders of patches: x (B, channels, H, W) -> the same shape."""
+        for _ in range(2):                                  # across, then, with the axes swapped, down
+            x = x.transpose(-1, -2).contiguous()
+            last = x[..., self.patch - 1:-1:self.patch]
+            first = x[..., self.patch::self.patch]
+            more = (factor - 1) / 2 * (first - last)
+            x = x.clone()
+            x[..., self.patch - 1:-1:self.patch] = last - more
+            x[..., self.patch::self.patch] = first + more
+        return x
+
+
+def kmeans(z, n, steps=10):
+    """Lloyd's algorithm: each code becomes the mean of the z nearest to it.
+
+    z (N, D) on the CPU -> codes (n, D), their shares of z in the last step (n,). A code that is nobody's
+    nearest moves to a random z.
+    """
+    first = torch.randperm(len(z), device="cpu")[torch.arange(n, device="cpu") % len(z)]
+    codes = z[first]
+    for _ in range(steps):
+        ids = torch.cat([VectorQuantizer.distances(part, codes).argmin(1) for part in z.split(4096)])
+        count = torch.zeros(n, device="cpu").index_add_(0, ids, torch.ones_like(z[:, 0]))
+        total = torch.zeros_like(codes).index_add_(0, ids, z)
+        elsewhere = z[torch.randint(len(z), (n,), device="cpu")]
+        codes = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], elsewhere)
+    return codes, count / len(z)
+
+
 # ---- The tokenizer ---------------------------------------------------------------------------------
 
 class VQ(nn.Module):
@@ -291,27 +378,37 @@ class VQ(nn.Module):
     VQ-VAE's classics are l2_norm=False, code_dim=256, ema=0.99. channels=1: grey. Images still come and go as
     (B, 3, H, W); the network in between sees their average. Any other number: images are (B, channels, H, W),
     such as one-hot label maps.
+
+    stem: the networks see stem x stem pixels as channels of one position. linear: the code of a token is that
+    of z = path(image) + network(image), and what a code e means is path_out(e) + network(codes). Both
+    networks begin at zero, so that after start() this is k-means of patches, and training goes on from there.
+    It needs codes of any length: at unit length a dark patch and a bright one would be the same.
     """
 
     token_dim = None                                        # tokens are ids
 
     def __init__(self, image_size=32, vocab_size=512, code_dim=8, l2_norm=True, beta=0.25, entropy=0.0,
                  ema=0.0, restart=0.1, ch=16, ch_mult=(1, 2, 4), n_res=1, z_channels=32, groups=8,
-                 channels=3):
+                 channels=3, stem=1, linear=False):
         super().__init__()
         lowest = len(ch_mult) - 1                           # the only level with attention
-        side = image_size >> lowest
-        if image_size % (1 << lowest):
-            raise ValueError(f"image_size {image_size} is not a multiple of {1 << lowest}, the stride "
-                             "of this VQ")
+        stride = stem << lowest
+        side = image_size // stride
+        if image_size % stride:
+            raise ValueError(f"image_size {image_size} is not a multiple of {stride}, the stride of this VQ")
         self.grid = (side, side)
         self.seq_len = side * side
         self.vocab_size = vocab_size
         self.channels = channels
-        self.encoder = Encoder(z_channels, ch, ch_mult, n_res, (lowest,), groups, channels)
+        self.stem = stem
+        self.encoder = Encoder(z_channels, ch, ch_mult, n_res, (lowest,), groups, channels * stem**2)
         self.quant_conv = nn.Conv2d(z_channels, code_dim, 1)
         self.post_quant_conv = nn.Conv2d(code_dim, z_channels, 1)
-        self.decoder = Decoder(z_channels, ch, ch_mult, n_res, (lowest,), groups, channels)
+        self.decoder = Decoder(z_channels, ch, ch_mult, n_res, (lowest,), groups, channels * stem**2)
+        self.path = None
+        if linear:
+            self.path = LinearPath(stride, channels * stride**2, code_dim)
+            self.path_out = nn.Linear(code_dim, channels * stride**2)           # codes -> patches
         self.init_weights()
         self.quantizer = VectorQuantizer(vocab_size, code_dim, l2_norm, beta, entropy, ema, restart)
 
@@ -326,6 +423,47 @@ class VQ(nn.Module):
                 nn.init.zeros_(module.conv2.weight)
             if isinstance(module, AttnBlock):
                 nn.init.zeros_(module.proj_out.weight)
+        if self.path is not None:                           # at first, the networks add nothing to the path
+            nn.init.zeros_(self.quant_conv.weight)
+            nn.init.zeros_(self.decoder[-1].weight)
+
+    @torch.no_grad()
+    def start(self, images):
+        """Before training: PCA of the patches of images (N, 3, H, W), then a codebook by k-means of its
+        tokens, then the linear map from codes to patches with the least squared error.
+
+        Random numbers come from torch's seed and sums are made on the CPU: all processes get the same.
+        """
+        if self.path is None:
+            return
+        x = self.pixels(images)
+        self.path.start(x)
+        self.path.std.fill_(self.path.std.square().mean().sqrt())     # distances are those between patches
+        z = self.quantizer.unit(self.path(x))                                         # (N, T, D)
+        flat = z.flatten(0, 1).cpu()
+        every = max(1, len(flat) // max(32_000, 16 * self.vocab_size))
+        codes, share = kmeans(flat[::every], self.vocab_size)
+        self.start_codes(codes, share)
+        q = self.quantizer.codes(self.quantizer.nearest(z)).flatten(0, 1).cpu().double()        # (N * T, D)
+        patches = self.path.cut(x).flatten(0, 1).cpu().double()                       # (N * T, n)
+        mean = q.mean(0)
+        spread = q.T.cov(correction=0) + 1e-6 * torch.eye(len(mean), dtype=q.dtype, device="cpu")
+        weight = torch.linalg.solve(spread, (q - mean).T @ patches / len(q))          # (D, n)
+        self.path_out.weight.copy_(weight.T)
+        self.path_out.bias.copy_(patches.mean(0) - mean @ weight)
+
+    def start_codes(self, codes, share):
+        """The codebook becomes codes (V, D), and moving averages begin as if steps had made them.
+
+        share (V,): of the tokens, per code. A rare code begins at twice the share at which it would restart,
+        and has time to show its use.
+        """
+        quantizer = self.quantizer
+        quantizer.codebook.copy_(codes)
+        if quantizer.ema:                                   # N_k and m_k of steps of 32 images
+            rare = 2 * quantizer.restart / self.vocab_size
+            quantizer.ema_count.copy_(share.clamp(min=rare) * 32 * self.seq_len)
+            quantizer.ema_sum.copy_(quantizer.codebook * quantizer.ema_count[:, None])
 
     def pixels(self, images):
         """What the network sees of images: their average (B, 1, H, W) if channels is 1, else the images."""
@@ -333,12 +471,17 @@ class VQ(nn.Module):
 
     def latents(self, images):
         """images (B, 3, H, W) -> z (B, T, D) float32, not yet rounded and of any length."""
-        return self.quant_conv(self.encoder(self.pixels(images))).float().flatten(2).transpose(1, 2)
+        x = self.pixels(images)
+        z = self.quant_conv(self.encoder(F.pixel_unshuffle(x, self.stem))).float().flatten(2).transpose(1, 2)
+        return z if self.path is None else z + self.path(x)
 
     def decode_raw(self, q):
         """Codes q (B, T, D) -> images (B, 3, H, W), not clamped."""
         z = q.transpose(1, 2).unflatten(2, self.grid)                                 # (B, D, h, w)
-        raw = self.decoder(self.post_quant_conv(z)).float()
+        raw = F.pixel_shuffle(self.decoder(self.post_quant_conv(z)).float(), self.stem)
+        if self.path is not None:
+            with torch.autocast(q.device.type, enabled=False):
+                raw = raw + self.path.join(self.path_out(q.float()), self.grid)
         return raw.expand(-1, 3, -1, -1) if self.channels == 1 else raw
 
     def reconstruct(self, images):

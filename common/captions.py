@@ -8,7 +8,6 @@ Bytes need nothing: the model embeds them and learns to read as it learns to dra
 google/flan-t5-xl, as in LlamaGen) needs the package transformers and a download; its features are kept in a
 file.
 """
-import contextlib
 import functools
 import hashlib
 
@@ -16,7 +15,7 @@ import torch
 
 import ar_transformer
 import data
-from common import runs
+from common import runs, tables
 from data import BadInput
 
 T5_LENGTH = 120                                             # tokens of a caption, as in LlamaGen
@@ -53,25 +52,32 @@ def length_of(args, texts):
 
 
 def encode(args, texts):
-    """Captions -> bytes (N, P) uint8, or T5 features (N, P, E) float16, on the CPU, zeros in front. P:
+    """Captions -> bytes (N, P) uint8, or T5 features (N, P, E) float16, on args.device, zeros in front. P:
     args.text_len.
     """
+    device = getattr(args, "device", torch.device("cpu"))
     if args.text_encoder == "bytes":
         cut = [text.encode()[:args.text_len].decode(errors="ignore") for text in texts]
-        return ar_transformer.bytes_of(cut, args.text_len).to(torch.uint8)
-    tokenizer, encoder = load_t5(args.text_encoder)
-    device = getattr(args, "device", torch.device("cpu"))
-    encoder = encoder.to(device)
-    parts = []
-    for i in range(0, len(texts), 64):
-        words = tokenizer(texts[i:i + 64], padding="max_length", truncation=True, max_length=args.text_len,
+        return ar_transformer.bytes_of(cut, args.text_len).to(device, torch.uint8)
+    features = tables.fill(*features_of(args, texts, device), tables.room_on(device))
+    return features["features"]
+
+
+def features_of(args, texts, device):
+    """How to make T5's features of captions -> n rows, rows at once, make(i, j): see common/tables.py."""
+    def make(i, j):
+        tokenizer, encoder = load_t5(args.text_encoder)
+        encoder = encoder.to(device)
+        words = tokenizer(texts[i:j], padding="max_length", truncation=True, max_length=args.text_len,
                           return_tensors="pt").to(device)
         with torch.no_grad():
             x = encoder(**words).last_hidden_state          # (B, P, E), padding behind
-        lengths = words["attention_mask"].sum(1).tolist()
-        rows = [torch.cat([row[n:] * 0, row[:n]]) for row, n in zip(x, lengths)]      # LlamaGen pads in front
-        parts.append(torch.stack(rows).half().cpu())
-    return torch.cat(parts)
+        # LlamaGen pads in front: row p of the result is row p + n of x, after n rows of padding.
+        lengths = words["attention_mask"].sum(1, keepdim=True)                        # (B, 1)
+        positions = torch.arange(x.shape[1], device=device) + lengths - x.shape[1]                    # (B, P)
+        x = x.gather(1, positions.clamp(min=0)[..., None].expand_as(x))
+        return {"features": torch.where(positions[..., None] < 0, 0, x).half()}
+    return len(texts), 64, make
 
 
 @functools.lru_cache(maxsize=1)
@@ -90,19 +96,14 @@ def load_t5(name):
 
 
 def cached(args, texts, path, dist):
-    """encode(args, texts), kept in `path` where it was T5's work."""
+    """encode(args, texts), kept in `path` where it was T5's work. Large ones stay on the CPU."""
     if args.text_encoder == "bytes":
         return encode(args, texts)
     key = hashlib.sha1(repr((args.text_encoder, args.text_len, texts)).encode()).hexdigest()
-    saved = None
-    if path.exists():
-        with contextlib.suppress(Exception):                # a damaged cache is made anew
-            saved = runs.load_file(path)
-    if not isinstance(saved, dict) or saved.get("key") != key:
-        saved = dict(key=key, features=encode(args, texts))
-        if dist.rank == 0:
-            runs.save_atomically(saved, path)
-    return saved["features"]
+    device = getattr(args, "device", torch.device("cpu"))
+    features = tables.kept(path, key, *features_of(args, texts, device), device, dist)["features"]
+    load_t5.cache_clear()                                   # gigabytes of the device, not needed in training
+    return features
 
 
 def some(run, n):

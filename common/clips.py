@@ -37,13 +37,14 @@ class Stills:
     def __len__(self):
         return len(self.clips)
 
-    def batch(self, index):
-        """index (B,) -> clips (B, 3, F, H, W), or four frames of each (4 B, 3, H, W); labels."""
-        x, labels = self.clips.batch(index)
+    def batch(self, index, share=slice(None)):
+        """index (B,) -> of a share: clips (B, 3, F, H, W), or four frames of each (4 B, 3, H, W); labels."""
+        x, labels = self.clips.batch(index, share)
         if torch.rand((), device="cpu") >= 0.5:             # on the CPU, so all processes decide alike
             return x, labels
-        B, _, n_frames, H, W = x.shape
-        chosen = torch.rand(B, n_frames, device=x.device).argsort(1)[:, :STILLS]      # (B, 4), each once
+        _, _, n_frames, H, W = x.shape
+        score = torch.rand(len(index), n_frames, device=x.device)[share]
+        chosen = score.argsort(1)[:, :STILLS]                                         # (B, 4), each once
         chosen = chosen[:, :, None, None, None].expand(-1, -1, 3, H, W)
         frames = x.transpose(1, 2).gather(1, chosen)                                  # (B, 4, 3, H, W)
         return frames.flatten(0, 1), labels.repeat_interleave(frames.shape[1])

@@ -29,18 +29,29 @@ WORTH_KEEPING = 0.5                                         # seconds of reading
 
 
 class StreamedFiles:
-    """Images decoded when they are asked for, by a few threads: for sets that do not fit into memory."""
+    """Images decoded when they are asked for, by a few threads: for sets that do not fit into memory.
+
+    read_ahead() begins with those that are asked for next, while the device computes.
+    """
 
     def __init__(self, files, image_size):
         self.files = files
         self.image_size = image_size
         self.pool = ThreadPoolExecutor(workers())
+        self.next = []                                      # positions that are being read ...
+        self.reading = []                                   # ... and the results that will come
+
+    def read_ahead(self, index):
+        self.next = index.tolist()
+        self.reading = [self.pool.submit(read_image, *self.files[i], self.image_size) for i in self.next]
 
     def __getitem__(self, index):
         """index (B,) int64 -> (B, 3, H, W) uint8."""
-        def read(i):
-            return read_image(*self.files[i], self.image_size)
-        return torch.stack(list(self.pool.map(read, index.tolist())))
+        if index.tolist() != self.next:
+            self.read_ahead(index)
+        images = torch.stack([result.result() for result in self.reading])
+        self.next = self.reading = []
+        return images
 
 
 def workers():

@@ -66,7 +66,7 @@ def reason(error):
 def free_bytes(device):
     """Free memory in bytes where a set would be held."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        return torch.cuda.mem_get_info(device)[0]           # of this one: to ask another would occupy it
     try:
         text = Path("/proc/meminfo").read_text()
         free = int(text.split("MemAvailable:")[1].split()[0]) * 1024

@@ -67,13 +67,23 @@ DEFAULTS = {
                 grad_clip=1.0, ema=None, optimizer="muon"),
     "cpu": dict(tok_size="small", tok_steps=1000, tok_batch_size=32, tok_lr=4e-3, beta=0.02,
                 size="small", steps=1600, batch_size=64, lr=4e-3),
-    "cuda": dict(tok_size="medium", tok_steps=4000, tok_batch_size=128, tok_lr=1e-3, beta=0.02,
-                 size="medium", steps=8000, batch_size=256, lr=1e-3),
+    # Estimated, until it is measured: vae + ar at these sizes take 16 + 17 PFLOP (torch.utils.flop_counter).
+    # An H100 does a sixth of its 989 TFLOP/s in such convolutions and a quarter in such transformers: 2 + 1
+    # minutes, and 2 to compile both stages, so about 5 in all. A step of stage 2 is 2.1 TFLOP, 8 ms, longer
+    # than its few hundred launches take; at 32 pixels it would be 0.5. Ids have 256 tokens here, four times
+    # as many: AR 5 minutes more, MaskGIT 8. Activations: 7 GB (vae, ar) to 28 GB (ids) in float32, half of
+    # that in bfloat16.
+    "cuda": dict(image_size=64, n_shapes=50_000, tok_size="medium", tok_steps=4000, tok_batch_size=128,
+                 tok_lr=1e-3, beta=0.02, size="medium", steps=8000, batch_size=256, lr=1e-3),
     # beta: of the commitment. l2 leaves half of the codes unused
     "any-vq": dict(beta=0.25, codebook="l2-ema"),
+    "any-vq-patches": dict(codebook="ema"),                 # the linear path: codes of any length
     "any-lfq": dict(beta=0.05),
     "any-titok": dict(beta=0.25, codebook="l2-ema"),
     "any-titok-vae": dict(beta=0.01),
+    "cpu-vae": dict(tok_size="patches", tok_steps=2000),
+    "cuda-vae": dict(tok_size="patches-medium"),
+    "cpu-vq-patches": dict(tok_steps=600, tok_lr=2e-3),
     "cpu-lfq": dict(tok_size="coarse"),
     "cpu-titok": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),
     "cpu-titok-vae": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),
@@ -87,6 +97,7 @@ DEFAULTS = {
     "cuda-clips": dict(image_size=64, n_shapes=20_000, tok_size="clips-medium", tok_batch_size=32,
                        batch_size=128),
 }
+PER_TOKEN = {"drawn shapes": 16, "grey pictures": 16, "colour pictures": 32}        # numbers: see suit()
 LABEL_DROP = 0.1                                            # where there is more than one class, or captions
 STAGE1 = ("data", "image_size", "frames", "frame_step", "flip", "n_shapes", "seed", "tokenizer", "tok_size",
           "tok_steps", "tok_batch_size", "tok_lr", "token_dim", "beta", "vocab_size", "codebook", "tokens",
@@ -104,9 +115,10 @@ GONE = dict(task="class", joint=False, channels=3, likelihood="mse", corrupt=0.0
 
 
 def defaults_of(args, device):
-    """args (tokenizer, generator, head, frames) -> the default of each flag on this machine."""
+    """args (tokenizer, tok_size, generator, head, frames) -> the default of each flag on this machine."""
     machine = "cuda" if device.type == "cuda" else "cpu"
-    kinds = [args.tokenizer, args.generator, f"{args.generator}-{args.head}"]
+    kinds = [args.tokenizer, f"{args.tokenizer}-{getattr(args, 'tok_size', None)}", args.generator,
+             f"{args.generator}-{args.head}"]
     if args.frames not in (None, 1):
         kinds.append("clips")
     defaults = DEFAULTS["any"] | DEFAULTS[machine]
@@ -169,14 +181,18 @@ def resolve(given, tok_folder, folder):
             if name in keep:
                 flags[name] = saved_or_given(given, name, keep[name], path, saved)
     kind = argparse.Namespace(**{name: flags.get(name, getattr(given, name))
-                                 for name in ("tokenizer", "generator", "head", "frames")})
+                                 for name in ("tokenizer", "tok_size", "generator", "head", "frames")})
     defaults = defaults_of(kind, device)
+    by_default = []
     for name in STAGE1 + STAGE2 + BOTH:
         if name not in flags:
-            value = getattr(given, name, None)
-            flags[name] = defaults.get(name) if value is None else value
+            flags[name] = getattr(given, name, None)
+            if flags[name] is None:
+                flags[name] = defaults.get(name)
+                by_default.append(name)
     args = argparse.Namespace(**vars(given) | flags)
     args.device = device
+    args.by_default = by_default
     args.compile = device.type == "cuda" if given.compile is None else given.compile
     args.stage1_done = saved1 is not None and saved1["done"] and saved1["step"] >= args.tok_steps
     args.stage2_done = saved2 is not None and saved2["done"] and saved2["step"] >= args.steps
@@ -184,6 +200,16 @@ def resolve(given, tok_folder, folder):
     args.resume2 = saved2 is not None and not args.stage2_done
     args.begun = [path for path, saved in ((tok_folder, saved1), (folder, saved2)) if saved is not None]
     return args
+
+
+def on_pixels(given, folder):
+    """given, with the VAE whose networks see the pixels, for recipes. A run in folder keeps its own."""
+    if given.tok_size is not None or (not given.overwrite and read_checkpoint(folder) is not None):
+        return given
+    size = dict(tok_size="medium")
+    if pick_device(given.device).type != "cuda":
+        size = dict(tok_size="small", tok_steps=given.tok_steps or 1000)
+    return argparse.Namespace(**vars(given) | size)
 
 
 def read_for(given, folder):
@@ -400,7 +426,10 @@ def open_split(args, split, device=None):
 
 
 def open_data(args):
-    """-> training set, validation set. With --condition text every image must have a caption."""
+    """-> training set, validation set. Sets args.token_dim where it depends on what the images are.
+
+    Raises BadInput where --condition text is given and not every image has a caption.
+    """
     train_set = open_split(args, "train")
     val_set = open_split(args, "val")
     missing = train_set.without_text + val_set.without_text
@@ -408,23 +437,50 @@ def open_data(args):
         first = f", the first is {missing[0]}" if missing else ""
         raise BadInput(f"--condition text: {len(missing) or 'all'} images of --data {args.data} have no "
                        f"caption{first}; write NAME.txt beside NAME.jpg")
+    suit(args, train_set)
     return train_set, val_set
 
 
 def suit(args, train_set):
-    """Numbers per token of a VAE, by what the images are, where no flag says it. Photographs need more."""
-    if args.tokenizer != "vae" or args.token_dim is not None or args.tok_size != "patches":
+    """Where no flag says it, what the images are says it: the numbers per token of a VAE with a linear path,
+    and the size of a vq on a CPU.
+    """
+    path = args.tokenizer == "vae" and vae.SIZES.get(args.tok_size, {}).get("linear")
+    open_size = args.tokenizer == "vq" and "tok_size" in args.by_default and args.device.type != "cuda"
+    if not (path and args.token_dim is None or open_size) or getattr(args, "stage1_done", False):
         return
     kind = "drawn shapes"
-    if args.data != "shapes" and isinstance(train_set.images, torch.Tensor):
-        index = torch.linspace(0, len(train_set) - 1, min(len(train_set), 200), device="cpu").long()
-        images = train_set.images[index.to(train_set.images.device)].float()          # (n, 3, H, W)
-        colour = (images.amax(1) - images.amin(1)).mean() > 2                        # of 255: JPEG tints grey
-        kind = "colour photographs" if colour else "grey pictures"
-    elif args.data != "shapes":
-        kind = "colour photographs"
-    args.token_dim = 32 if kind == "colour photographs" else 16
-    print(f"{kind}: tokens of {args.token_dim} numbers; --token_dim changes it")
+    if args.data != "shapes":
+        kind = "colour pictures" if in_colour(train_set) else "grey pictures"
+    if path:
+        args.token_dim = PER_TOKEN[kind]
+        said = f"tokens of {args.token_dim} numbers; --token_dim changes it"
+    elif kind == "colour pictures":
+        said = take_patches(args)
+    else:
+        return
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{kind}: {said}")
+
+
+def take_patches(args):
+    """A vq with the linear path instead of the default size, with its own defaults -> what to say."""
+    before = build_tokenizer(args).seq_len
+    args.tok_size = "patches"
+    defaults = defaults_of(args, args.device)
+    for name in ("tok_steps", "tok_lr", "codebook"):
+        if name in args.by_default:
+            setattr(args, name, defaults[name])
+    after = build_tokenizer(args)
+    return (f"{after.seq_len} ids of {after.vocab_size:,}; --tok_size small: {before}, "
+            f"and a generator that trains and draws about {after.seq_len // before} times as fast")
+
+
+def in_colour(image_set):
+    """Do red, green and blue differ in 200 images, by more than the tint that JPEG gives to grey?"""
+    index = torch.linspace(0, len(image_set) - 1, min(len(image_set), 200), device="cpu").long()
+    images, _ = image_set.batch(index)                                                # (n, 3, H, W)
+    return (images.amax(1) - images.amin(1)).mean().item() > 2 / 127.5
 
 
 def fingerprint(image_set):
@@ -553,12 +609,17 @@ def save_atomically(state, path):
                        "untouched") from None
 
 
-def load_file(path, map_location="cpu"):
-    """What save_atomically wrote. Raises ValueError for a damaged file: torch.load skips the checksums."""
+def load_file(path, map_location="cpu", mmap=False):
+    """What save_atomically wrote. Raises ValueError for a damaged file: torch.load skips the checksums.
+
+    mmap: tensors stay in the file, on the CPU, and are read where they are looked at.
+    """
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"its part {damaged} has a wrong checksum")
+    if mmap:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     return torch.load(path, map_location=map_location, weights_only=True)
 
 
@@ -670,6 +731,8 @@ def pick_device(name=None):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)                   # so that no process holds memory on another's GPU
     except (RuntimeError, AssertionError, NotImplementedError):
         raise BadInput(f"--device {name}: PyTorch finds no such device on this machine; try "
                        "--device cpu") from None
@@ -699,15 +762,21 @@ def join_processes(given):
     if dist.size > 1:
         device = pick_device(given.device)
         if device.type == "cuda":
-            torch.cuda.set_device(device)                   # so that no process holds memory on another's GPU
             torch.distributed.init_process_group("nccl", device_id=device)
         else:
             torch.distributed.init_process_group("gloo")
     return dist
 
 
-def explain_lost_process(dist, error):
-    """Raises BadInput where an error means that another process is gone. torchrun ends all within seconds."""
+def explain(dist, error):
+    """Raises BadInput where an error means that memory was short, or that another process is gone.
+
+    torchrun ends all within seconds when one of them ends.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        raise BadInput("the memory of the device is full: try --accumulate 2, which computes half a batch at "
+                       "a time, or more, and --recompute; then a smaller --batch_size, --tok_batch_size or "
+                       "--image_size") from None
     lost = "onnection" in str(error) or isinstance(error, torch.distributed.DistBackendError)
     if dist.size > 1 and lost:
         raise BadInput(f"process {dist.rank} of {dist.size} has lost another one, which was killed or has "

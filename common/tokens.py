@@ -8,70 +8,97 @@ generator.
 They are kept in the tokenizer's run folder with a key that stands for the tokenizer and the images, so a file
 of another tokenizer, of other images, or a damaged one is made anew.
 """
-import contextlib
 import hashlib
 
 import torch
 
-from common import runs
+from common import runs, tables
 
 
 class Tokens:
     """A set of images as tokens. arrays: mean, std (N, T, D), or ids (N, T); labels (N,), or captions (N, P[,
-    E]).
+    E]). Batches come on the device; large arrays lie on the CPU (see common/tables.py).
     """
 
-    def __init__(self, tokenizer, arrays, labels):
+    def __init__(self, tokenizer, arrays, labels, device=None):
         self.tokenizer = tokenizer
         self.arrays = arrays
         self.labels = labels
+        self.device = device or labels.device
 
     def __len__(self):
         return len(self.labels)
 
-    def batch(self, index):
-        """index (B,) -> tokens (B, T[, D]), labels (B,). Vectors are a fresh draw each time (GIVT section
-        3.1).
+    def batch(self, index, share=slice(None)):
+        """index (B,) on the CPU -> tokens (B, T[, D]), labels (B,), on the device, of which a share is given.
+
+        Vectors are a fresh draw each time (GIVT section 3.1). Random numbers are drawn for the whole batch.
         """
-        index = index.to(self.labels.device, non_blocking=True)
-        cond = self.labels[index]
+        mine = index[share]
+        cond = tables.take(self.labels, mine, self.device)
         if cond.is_floating_point():                        # T5's features are kept in half precision
             cond = cond.float()
-        row = index
         if "flipped" in self.arrays:                   # the second half of the arrays are the mirrored images
-            mirrored = torch.rand(len(index), device=index.device) < 0.5
-            row = index + mirrored * len(self.labels)
+            mirrored = torch.rand(len(index), device="cpu") < 0.5
+            mine = (index + mirrored * len(self.labels))[share]
         if "ids" in self.arrays:
-            return self.arrays["ids"][row], cond
-        z = self.tokenizer.reparameterise(self.arrays["mean"][row], self.arrays["std"][row])
-        return self.tokenizer.normalise(z), cond
+            return tables.take(self.arrays["ids"], mine, self.device), cond
+        mean, std = (tables.take(self.arrays[name], mine, self.device) for name in ("mean", "std"))
+        noise = torch.randn(len(index), *mean.shape[1:], device=self.device)[share]
+        return self.tokenizer.normalise(mean + std * noise), cond
+
+
+def parts_of(tokenizer, images):
+    """How to make the tokens of a data.ImageSet -> n rows, rows at once, make(i, j): see common/tables.py.
+
+    With --flip the mirrored images are there too, as rows N .. 2 N - 1.
+    """
+    n = len(images)
+    rows = 2 * n if images.flip else n
+    at_once = 250 if images.frames == 1 else max(1, 1000 // images.frames)            # clips take more memory
+
+    @torch.no_grad()
+    def make(i, j):
+        index = torch.arange(i, j, device="cpu")
+        flip, images.flip = images.flip, False
+        x, _ = images.batch(index % n)
+        images.flip = flip
+        if j > n:
+            mirrored = (index >= n).to(x.device).view(-1, *[1] * (x.ndim - 1))
+            x = torch.where(mirrored, x.flip(-1), x)
+        if tokenizer.vocab_size:
+            return {"ids": tokenizer.encode(x)}
+        mean, std = tokenizer.posterior(x)
+        return {"mean": mean, "std": std}
+    return rows, at_once, make
+
+
+def marked(arrays, images):
+    """With --flip, Tokens must know that the second half are mirrored images."""
+    return arrays | {"flipped": torch.ones(1, device="cpu")} if images.flip else arrays
 
 
 @torch.no_grad()
+def encode_some(tokenizer, images, most):
+    """At most so many of a data.ImageSet, spread evenly and not mirrored -> arrays as of encode_all."""
+    chosen = torch.linspace(0, len(images) - 1, min(len(images), most), device="cpu").long().unique()
+    parts = []
+    for index in chosen.split(250 if images.frames == 1 else max(1, 1000 // images.frames)):
+        flip, images.flip = images.flip, False
+        x, _ = images.batch(index)
+        images.flip = flip
+        parts.append([tokenizer.encode(x)] if tokenizer.vocab_size else tokenizer.posterior(x))
+    names = ["ids"] if tokenizer.vocab_size else ["mean", "std"]
+    return {name: torch.cat(arrays) for name, arrays in zip(names, zip(*parts))}
+
+
 def encode_all(tokenizer, images):
-    """A whole data.ImageSet -> dict of arrays on its device: mean, std, or ids; with --flip the mirrored
-    images, too.
+    """A whole data.ImageSet -> dict of arrays: mean, std, or ids; with --flip the mirrored images, too.
+
+    On the device, or on the CPU where they are large.
     """
-    flip = images.flip
-    images.flip = False
-    at_once = 250 if images.frames == 1 else max(1, 1000 // images.frames)            # clips take more memory
-    parts = {}
-    for mirror in ([False, True] if flip else [False]):
-        for i in range(0, len(images), at_once):
-            x, _ = images.batch(torch.arange(i, min(i + at_once, len(images)), device="cpu"))
-            if mirror:
-                x = x.flip(-1)
-            if tokenizer.vocab_size:
-                parts.setdefault("ids", []).append(tokenizer.encode(x))
-            else:
-                mean, std = tokenizer.posterior(x)
-                parts.setdefault("mean", []).append(mean)
-                parts.setdefault("std", []).append(std)
-    images.flip = flip
-    arrays = {name: torch.cat(part) for name, part in parts.items()}
-    if flip:
-        arrays["flipped"] = torch.ones(1, device="cpu")
-    return arrays
+    arrays = tables.fill(*parts_of(tokenizer, images), tables.room_on(images.device))
+    return marked(arrays, images)
 
 
 def key_of(tokenizer, images):
@@ -83,17 +110,9 @@ def key_of(tokenizer, images):
 
 
 def cached(tokenizer, images, path, dist):
-    """The tokens of a set, read from `path` if they are of this tokenizer and these images, else made and
-    saved.
+    """The tokens of a set, read from `path` if they are of this tokenizer and these images, else made by all
+    processes together and saved.
     """
     key = key_of(tokenizer, images)
-    saved = None
-    if path.exists():
-        with contextlib.suppress(Exception):                # a damaged cache is made anew
-            saved = runs.load_file(path, map_location=images.device)
-    if not isinstance(saved, dict) or saved.get("key") != key:
-        saved = dict(encode_all(tokenizer, images), key=key)
-        if dist.rank == 0:
-            runs.save_atomically(saved, path)
-    arrays = {name: value for name, value in saved.items() if name != "key"}
-    return Tokens(tokenizer, arrays, images.labels)
+    arrays = tables.kept(path, key, *parts_of(tokenizer, images), images.device, dist)
+    return Tokens(tokenizer, marked(arrays, images), images.labels)

@@ -32,12 +32,11 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from common import drawing, runs
+from common import averages, compiling, drawing, runs
 from data import BadInput
 
 KL16 = "--tokenizer vae --tok_size kl16 --image_size 256"
@@ -50,6 +49,9 @@ SYSTEMS = [  # name, devices, classes, flags of train.py; --generator none times
     ("givt gpt-b 256px", "cuda", 1000, f"{KL16} --head gmm --n_mix 16 --size gpt-b --batch_size 64"),
 ]
 BATCHES = (1, 64)                                           # images drawn at once
+AT_ONCE = dict(cuda=10, cpu=1)                              # training steps between two looks at the clock
+MATMUL = dict(cuda=8192, cpu=2048)                          # side of the matrices
+COPY = dict(cuda=2**28, cpu=2**26)                          # floats: 1 GiB or 256 MiB
 
 
 def build(entry, device):
@@ -75,10 +77,9 @@ def build(entry, device):
     multiplied = [m for m in raw.modules() if not isinstance(m, nn.Embedding)]
     return SimpleNamespace(
         name=name, args=args, stage=stage, device=device, B=B, T=T, classes=classes, raw=raw,
-        optimizers=optimizers, ema=AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(0.999)),
+        optimizers=optimizers, ema=averages.Averages(raw, 0.999),
         tokenizer=tokenizer.to(device),
-        # dynamic=False: else the second model of a class is compiled for any shape, which train.py never does
-        model=torch.compile(raw, dynamic=False) if device.type == "cuda" else raw,
+        model=compiling.for_training(raw) if device.type == "cuda" else raw,
         bf16=runs.native_bf16(device) and (device.type == "cuda" or stage == 2),
         x=x.to(device), labels=torch.randint(classes, (B,)).to(device),
         P=sum(p.numel() for m in multiplied for p in m.parameters(recurse=False)))
@@ -163,12 +164,12 @@ def interleave(jobs, rounds, device, times=1):
 
 def time_training(systems, device, rounds):
     """-> {system name: seconds per step}, {dtype: FLOP/s of a square matmul}."""
-    n = 8192 if device.type == "cuda" else 2048
+    n = MATMUL[device.type]
     jobs = {s.name: partial(training_step, s) for s in systems}
     dtypes = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if runs.native_bf16(device) else {})
     for name, dtype in dtypes.items():
         jobs[name] = partial(torch.mm, *torch.randn(2, n, n, device=device, dtype=dtype))
-    seconds = interleave(jobs, rounds, device, times=10 if device.type == "cuda" else 1)
+    seconds = interleave(jobs, rounds, device, times=AT_ONCE[device.type])
     return seconds, {name: 2 * n**3 / seconds[name] for name in dtypes}
 
 
@@ -177,12 +178,13 @@ def time_sampling(systems, device, rounds):
     jobs = {}
     for s in (s for s in systems if s.stage == 2):
         s.tokenizer.eval()
-        run = SimpleNamespace(args=s.args, generator=s.ema.module.eval(), device=device)
+        run = SimpleNamespace(args=s.args, generator=s.ema.module.eval(), device=device,
+                              classes=range(s.classes))
         for B in BATCHES:
             index = torch.arange(B)
             jobs[s.name, B, "tokens"] = partial(drawing.draw_tokens, run, index % s.classes)
             jobs[s.name, B, "decoder"] = partial(s.tokenizer.decode, s.x[index % s.B])
-    source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)           # 1 GiB or 256 MiB
+    source = torch.ones(COPY[device.type], device=device)
     jobs["copy"] = partial(torch.empty_like(source).copy_, source)
     seconds = interleave(jobs, rounds, device)
     return seconds, 2 * source.nbytes / seconds["copy"]

@@ -853,8 +853,8 @@ class OnDevice:
     def __len__(self):
         return self.n
 
-    def batch(self, index):
-        return tuple(v.to(self.device) for v in self.source.batch(index))
+    def batch(self, index, share=slice(None)):
+        return tuple(v.to(self.device) for v in self.source.batch(index[share]))
 
 
 def save_nats(path, result):

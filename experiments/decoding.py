@@ -151,6 +151,7 @@ def main():
     p = argparse.ArgumentParser(
         description="Tokens per second of our cached decoding against the published way.")
     p.add_argument("--quick", action="store_true", help="64 tokens, 2 rounds, no JSON")
+    p.add_argument("--out", type=Path, help="JSON to write (default: in experiments/results)")
     p.add_argument("--rounds", type=int, default=5, help="turns of every way at every batch size")
     p.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="images at once")
     args = p.parse_args()
@@ -168,8 +169,9 @@ def main():
         model = build(device, 8 if args.quick else 16, 10, 1024, n_layer=6, n_head=8, n_embd=256,
                       multiple_of=256)
         rows, reads = compare("5.9M", model, args.batches, rounds, device), []
-    if not args.quick:
-        out = Path(__file__).parent / "results" / f"decoding{'-cuda' if device.type == 'cuda' else ''}.json"
+    if args.out or not args.quick:
+        name = f"decoding{'-cuda' if device.type == 'cuda' else ''}.json"
+        out = args.out or Path(__file__).parent / "results" / name
         out.parent.mkdir(exist_ok=True)
         facts = dict(machine=machine_name(device), torch=torch.__version__, date=str(date.today()),
                      rounds=rounds, cfg=CFG)

@@ -73,8 +73,11 @@ def systems_trained(folder, size, device):
     return found
 
 
-def systems_of_paper_size(device):
-    """-> {name: run} with random weights: 24 layers of width 768, ImageNet's 1000 classes at 256 pixels."""
+def systems_of_paper_size(device, quick=False):
+    """-> {name: run} with random weights: 24 layers of width 768, ImageNet's 1000 classes at 256 pixels.
+
+    quick: one layer of width 32 and small tokenizers of as many tokens, to see that all of it runs.
+    """
     def run(generator, tokenizer):
         for model in (generator, tokenizer):
             model.to(device).eval()
@@ -82,7 +85,12 @@ def systems_of_paper_size(device):
         return SimpleNamespace(generator=generator, tokenizer=tokenizer, device=device)
     wide, V = maskgit.SIZES["maskgit"], vq.SIZES["ds16"]["vocab_size"]
     head = lambda V: ar_transformer.CategoricalHead(wide["n_embd"], V)
-    grid, one_d = vq.VQ(**vq.SIZES["ds16"]), titok.TiTok(**titok.SIZES["titok-l-32"])
+    grid_size, one_d_size = vq.SIZES["ds16"], titok.SIZES["titok-l-32"]
+    if quick:
+        wide = dict(n_layer=1, n_head=2, n_embd=32)
+        grid_size = grid_size | dict(image_size=64, ch=8, ch_mult=(1, 1, 1), n_res=1, z_channels=8, groups=4)
+        one_d_size = one_d_size | dict(image_size=32, enc=(32, 1, 2), dec=(32, 1, 2))
+    grid, one_d = vq.VQ(**grid_size), titok.TiTok(**one_d_size)
     same = dict(n_layer=wide["n_layer"], n_head=wide["n_head"], n_embd=wide["n_embd"])
     return {"AR": run(ar_transformer.ARTransformer(head(V), 256, 1000, vocab_size=V, **same), grid),
             "MaskGIT": run(maskgit.MaskGIT(head(V), 256, 1000, vocab_size=V, **wide), grid),
@@ -287,6 +295,8 @@ def main():
                    help="measure the seconds anew and keep the quality that is on file")
     p.add_argument("--paper", action="store_true",
                    help="seconds at the papers' sizes, random weights, batch 1 and 64")
+    p.add_argument("--quick", action="store_true", help="with --paper: tiny sizes, to see that it runs")
+    p.add_argument("--out", type=Path, help="JSON to write (default: in experiments/results, as said above)")
     p.add_argument("--runs", default=ROOT / "runs" / "survey", type=Path, help="where the runs lie")
     p.add_argument("--n", type=int, default=1000, help="samples per measurement")
     p.add_argument("--rounds", type=int, default=7, help="turns of every system")
@@ -294,15 +304,15 @@ def main():
     args = p.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = args.batches or ((1, 64) if args.paper else (1, 16))
-    groups = [systems_of_paper_size(device)
+    groups = [systems_of_paper_size(device, args.quick)
               ] if args.paper else [systems_trained(args.runs, size, device) for size in STEPS]
     passes = {"AR": (256, ), "MaskGIT": (8, 12), "TiTok": (8, )
               } if args.paper else {name: s[2]
                                     for name, s in SYSTEMS.items()}
     facts = dict(machine=machine_name(device), torch=torch.__version__, date=str(date.today()),
                  rounds=args.rounds)
-    out = Path(
-        __file__).parent / "results" / f"survey{'-paper' * args.paper}{'-cuda' * (device.type == 'cuda')}"
+    name = f"survey{'-paper' * args.paper}{'-cuda' * (device.type == 'cuda')}"
+    out = args.out.with_suffix("") if args.out else Path(__file__).parent / "results" / name
     known = json.loads(out.with_suffix(".json").read_text()) if args.speed else {}
     rows = []
     for systems in groups:

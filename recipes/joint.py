@@ -218,6 +218,7 @@ def with_options(own, given, folder):
     beta = given.beta
     if saved is None and beta is None and options["likelihood"] == "logistic":
         beta = 1.0                                          # the bound itself
+    given = runs.on_pixels(given, folder)
     return argparse.Namespace(**vars(given) | dict(tok_options=options, beta=beta))
 
 

@@ -115,7 +115,7 @@ def train_all(own, given, dist, tok_folder, map_folder, folder):
         device = runs.pick_device(given.device)
         given.steps = CPU_STEPS.get(own.task) if device.type == "cpu" else None
     image_args = resolve(given, tok_folder, folder, {})
-    args = resolve(given, map_folder, folder, dict(channels=CHANNELS[own.task]))
+    args = resolve(runs.on_pixels(given, map_folder), map_folder, folder, dict(channels=CHANNELS[own.task]))
     runs.refuse(args, dist)
     if image_args.stage1_done and not runs.stages_to_train(args, map_folder, folder):
         return
@@ -125,6 +125,7 @@ def train_all(own, given, dist, tok_folder, map_folder, folder):
     for path in (map_folder, folder):
         runs.refuse_other_data(args, path, maps[0])
     if not image_args.stage1_done:
+        runs.suit(image_args, images[0])
         train.train_tokenizer(image_args, dist, tok_folder, *images)
     if not args.stage1_done:
         train_map_tokenizer(own, args, dist, map_folder, *maps)
@@ -154,7 +155,7 @@ def train_map_tokenizer(own, args, dist, folder, train_set, val_set):
     tokenizer = runs.build_tokenizer(args)
 
     def finish(model):
-        arrays = tokens.encode_all(model, train_set)
+        arrays = tokens.encode_some(model, train_set, train.MEASURED)
         model.measure(arrays["mean"], arrays["std"])
         if dist.rank == 0:
             torch.manual_seed(args.seed)
@@ -215,10 +216,10 @@ class Pairs:
     def __len__(self):
         return len(self.maps)
 
-    def batch(self, index):
-        """index (B,) -> tokens of the maps (B, T, D), of their images (B, P, E)."""
-        target = self.maps.batch(index)[0]
-        return target, self.images.batch(index)[0]
+    def batch(self, index, share=slice(None)):
+        """index (B,) -> tokens of the maps (B, T, D), of their images (B, P, E), of a share."""
+        target = self.maps.batch(index, share)[0]
+        return target, self.images.batch(index, share)[0]
 
 
 def on_cpu(model):

@@ -306,7 +306,8 @@ def pretend_gpu(root=ROOT):
                    current_device=0, mem_get_info=(80 << 30, 80 << 30), get_device_name="no GPU at all",
                    get_device_capability=(9, 0), manual_seed=None, manual_seed_all=None, synchronize=None,
                    set_device=None, set_rng_state=None, get_rng_state=torch.zeros(16, dtype=torch.uint8),
-                   max_memory_allocated=0, reset_peak_memory_stats=None, empty_cache=None)
+                   max_memory_allocated=0, memory_allocated=0, set_sync_debug_mode=None,
+                   reset_peak_memory_stats=None, empty_cache=None)
     for name, answer in answers.items():
         patch(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
 

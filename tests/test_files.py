@@ -597,3 +597,57 @@ def test_skip_bad_leaves_no_class_empty(tmp_path):
         file.write_bytes(b"")
     refused(root, "without its unreadable images a class is empty", skip_bad=True)
     refused(root, "without its unreadable images a class is empty", skip_bad=True, max_bytes=0)
+
+
+# ---- Sets that are decoded while training ----------------------------------------------------------
+
+def streamed(tmp_path, monkeypatch):
+    """A set of 22 images that is not held in memory, and a list to which every read adds a position."""
+    tree(tmp_path / "t")
+    images = data.load(str(tmp_path / "t"), 8, max_bytes=0)
+    position = {name: i for i, (name, _) in enumerate(images.images.files)}
+    seen = []
+    read_image = files.read_image
+
+    def note(name, *rest):
+        seen.append(position[name])
+        return read_image(name, *rest)
+    monkeypatch.setattr(files, "read_image", note)
+    return images, seen
+
+
+def test_a_process_decodes_its_share_of_a_batch_only(tmp_path, monkeypatch):
+    images, seen = streamed(tmp_path, monkeypatch)
+    images.batch(torch.arange(12), slice(1, None, 4))
+    assert sorted(seen) == [1, 5, 9]
+
+
+def test_the_next_batch_is_decoded_while_this_one_trains(tmp_path, monkeypatch):
+    images, seen = streamed(tmp_path, monkeypatch)
+    share = slice(1, None, 2)
+    index = data.order(22, 6, 7)
+    expected = images.batch(index, share)[0]
+    seen.clear()
+    data.read_ahead(images, 6, 7, 0, share)
+    for result in images.images.reading:
+        result.result(10)
+    assert sorted(seen) == sorted(index[share].tolist()), "before anybody asked"
+    assert torch.equal(images.batch(index, share)[0], expected) and len(seen) == 3, "and not again"
+    assert not images.images.reading, "nor kept"
+
+
+def test_another_batch_than_the_one_read_ahead_is_read_as_well(tmp_path, monkeypatch):
+    images, _ = streamed(tmp_path, monkeypatch)
+    images.images.read_ahead(torch.tensor([1, 2]))
+    index = torch.tensor([7, 8, 9])
+    whole = data.load(str(tmp_path / "t"), 8)
+    assert torch.equal(images.batch(index)[0], whole.batch(index)[0])
+
+
+def test_a_file_that_is_unreadable_ahead_is_a_sentence_when_its_batch_is_asked_for(tmp_path, monkeypatch):
+    images, _ = streamed(tmp_path, monkeypatch)
+    name, _ = images.images.files[4]
+    images.images.files[4] = (name, lambda: b"no picture")
+    images.images.read_ahead(torch.tensor([4]))
+    with pytest.raises(data.BadInput, match="not a readable image"):
+        images.batch(torch.tensor([4]))

@@ -37,6 +37,7 @@ FLOORS = [
     ["official.files"],
     ["official.mar", "official.llamagen", "official.titok", "official.lpips", "official.open_magvit2"],
     ["common.runs"],
+    ["common.tables"],
     ["common.captions", "common.tokens", "common.compiling"],
     ["common.drawing"],
     ["common.classifier"],

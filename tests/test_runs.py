@@ -203,6 +203,49 @@ def test_later_lines_of_the_defaults_override_earlier_ones():
     assert (cuda["tok_size"], cuda["size"], cuda["steps"]) == ("medium", "medium", 16_000)
 
 
+def pretend_set(grey):
+    """What runs.suit asks of a set of images."""
+    images = torch.rand(8, 3, 16, 16)
+    if grey:
+        images = images[:, :1].expand(-1, 3, -1, -1)
+
+    class Pretended:
+        def __len__(self):
+            return 8
+
+        def batch(self, index):
+            return images[index], None
+    return Pretended()
+
+
+@pytest.mark.parametrize("words, grey, size", [
+    (["--data", "mine"], False, "patches"),
+    (["--data", "mine"], True, "small"),
+    (["--data", "mine", "--tok_size", "fine"], False, "fine"),
+    ([], False, "small"),
+])
+def test_a_vq_of_colour_pictures_has_the_linear_path(words, grey, size, tmp_path, capsys):
+    args = args_of(["--tokenizer", "vq", *words], tmp_path)
+    runs.suit(args, pretend_set(grey))
+    assert args.tok_size == size
+    assert (args.codebook, args.tok_steps) == (("ema", 600) if size == "patches" else ("l2-ema", 1000))
+    said = "colour pictures: 64 ids of 1,024; --tok_size small: 16"
+    assert (said in capsys.readouterr().out) == (size == "patches")
+
+
+def test_flags_that_were_given_stay_when_the_pictures_choose_the_size(tmp_path):
+    args = args_of(["--tokenizer", "vq", "--data", "mine", "--tok_steps", "7", "--codebook", "l2"], tmp_path)
+    runs.suit(args, pretend_set(grey=False))
+    assert (args.tok_size, args.tok_steps, args.codebook, args.tok_lr) == ("patches", 7, "l2", 2e-3)
+
+
+@pytest.mark.parametrize("grey, numbers", [(False, 32), (True, 16)])
+def test_a_vae_of_colour_pictures_has_more_numbers_per_token(grey, numbers, tmp_path):
+    args = args_of(["--tokenizer", "vae", "--data", "mine"], tmp_path)
+    runs.suit(args, pretend_set(grey))
+    assert args.token_dim == numbers
+
+
 def test_an_unfinished_run_is_not_overwritten_by_accident(tiny_run, tmp_path):
     folder = tmp_path / "shapes-vae"
     folder.mkdir()
@@ -351,6 +394,7 @@ def test_a_device_has_its_index():
 LEARNERS = [
     *[["--tokenizer", name, "--generator", "none"] for name in ("vae", "lfq", "titok", "titok-vae")],
     *[["--tokenizer", "vq", "--codebook", codebook, "--generator", "none"] for codebook in runs.CODEBOOKS],
+    ["--tokenizer", "vq", "--tok_size", "patches", "--generator", "none"],
     ["--tokenizer", "vae", "--beta", "0", "--generator", "none"],
     ["--tokenizer", "lfq", "--frames", "5", "--generator", "none"],
     *[["--tokenizer", "vae", "--generator", generator, "--head", "gmm", *more]

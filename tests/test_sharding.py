@@ -1,5 +1,4 @@
 """Tests of common/sharding.py: two processes against one, with all weights (DDP) or with shares (FSDP2)."""
-import argparse
 import json
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 import ar_transformer
+import data
 import diffusion_head
 import gmm_head
 import mar
@@ -17,12 +17,12 @@ import maskgit
 import perceptual_gan
 import train
 import vae
-from common import drawing, runs, sharding
+from common import drawing, runs, sharding, tokens
 from tests.helpers import ENV, ROOT, TINY, log_of
 
 # Without noise inside the models, several processes follow one up to rounding.
-SHORT = [*TINY, "--beta", "0", "--label_drop", "0", "--tok_steps", "8", "--steps", "8", "--log_every", "2",
-         "--eval_every", "8", "--size", "nano"]
+SHORT = [*TINY, "--tok_size", "small", "--beta", "0", "--label_drop", "0", "--tok_steps", "8", "--steps", "8",
+         "--log_every", "2", "--eval_every", "8", "--size", "nano"]
 ADAMW = [*SHORT, "--optimizer", "adamw"]
 PARTS = ["--accumulate", "2", "--recompute"]
 PAIRS = {                                                   # name of the run: the flags of two processes
@@ -34,7 +34,7 @@ PAIRS = {                                                   # name of the run: t
 }
 # One launch for all: it takes seconds. Each run is a whole train.main(), within one group of processes.
 WORKER = """
-import json, os, signal, sys
+import json, os, shutil, signal, sys
 import torch
 import data, train
 from common import drawing, pictures, runs, sharding
@@ -45,6 +45,7 @@ drawing.save_reconstructions = pictures.save_curve = lambda *rest: None       # 
 runs.join_processes = lambda given: dist
 runs.leave_processes = lambda dist: None
 train.VALIDATED = 50
+data.DRAWN["val"] = 600
 order = data.order
 
 def stop_at_6(n, batch_size, step, seed):
@@ -81,6 +82,8 @@ for name, words in pairs.items():
     if name == "killed":
         data.order = killed_at_6
     train.main(words)
+    if name == "ddp" and dist.rank == 0:
+        shutil.copy(f"{parent}/shapes-vae/tokens-val.pt", f"{parent}/tokens-of-two.pt")
     if name == "shard":
         with open(f"{parent}/bytes-{dist.rank}", "w") as f:
             f.write(str(bytes_here(seen[-1])))
@@ -125,6 +128,17 @@ def test_two_processes_with_all_weights_follow_one(name, other, twos):
 
 def test_two_processes_with_shares_of_the_weights_follow_one(twos):
     follows(twos, "shard", "one", 5)
+
+
+def test_two_processes_encode_a_set_together(twos):
+    """Of 600 images in parts of 250, process 0 made the first and the last part."""
+    tokenizer = runs.load_run(twos / "shapes-vae").tokenizer
+    images = data.load(image_size=16, split="val", n_shapes=600)
+    saved = runs.load_file(twos / "tokens-of-two.pt")
+    for name, expected in tokens.encode_all(tokenizer, images).items():
+        assert saved[name].shape == (600, 4, 8)
+        assert torch.allclose(saved[name], expected, atol=1e-5)
+    assert not list(twos.rglob("*.tmp")), "nothing is left over"
 
 
 def test_muon_on_shares_follows_muon_on_whole_matrices(twos):
@@ -180,6 +194,14 @@ def test_a_killed_process_ends_the_other_with_a_sentence(twos):
     assert float((twos / "seconds").read_text()) < 30
     assert "process 0 of 2 has lost another one" in said and "--resume goes on" in said
     assert "train.py\", line" not in said, "no traceback of ours"
+
+
+def test_a_full_device_is_a_sentence_with_the_remedies(tmp_path, monkeypatch):
+    def full(*rest):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(vae.VAE, "forward", full)
+    with pytest.raises(SystemExit, match="the memory of the device is full: try --accumulate 2.*--recompute"):
+        train.main([*ADAMW, "--runs", str(tmp_path)])
 
 
 # ---- Parts of a batch, in one process -------------------------------------------------------------
@@ -248,8 +270,9 @@ def test_the_loop_cuts_a_batch_into_parts(twos):
     """In one process; the first loss is that of the same weights, before any rounding adds up."""
     train.main([*ADAMW, "--runs", str(twos), "--name", "one-parts", "--accumulate", "4"])
     follows(twos, "one-parts", "one", 5)
-    one, four = (log_of(twos, name)[1] for name in ("one", "one-parts"))
-    assert one == pytest.approx(four, rel=1e-6)
+    for column in ("loss", "grad_norm"):
+        one, four = (log_of(twos, name, column)[1] for name in ("one", "one-parts"))
+        assert one == pytest.approx(four, rel=1e-6)
 
 
 def test_a_batch_that_cannot_be_cut_is_refused(tmp_path):

@@ -1,11 +1,14 @@
 """Tests of vq."""
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import data
+import train
 import vq
+from common import pictures, runs, yardsticks
 from official import llamagen
 from tests.helpers import close, tokens_of, vq_golden
 
@@ -230,3 +233,148 @@ def test_vq_learns():
         losses.append(logs["mse"].item())
     assert losses[-1] < 0.5 * losses[0], f"squared error {losses[0]:.3f} to {losses[-1]:.3f}"
     assert logs["usage"] > 0.1, "a short code at unit length does not collapse"
+
+
+# ---- The linear path
+
+def with_path(vocab_size=256, n=300, **options):
+    """A started, untrained VQ of 8 x 8 ids, and the n drawn images that it was started from."""
+    images = data.draw(torch.arange(n))[0]
+    model = vq.VQ(**vq.SIZES["patches"] | dict(vocab_size=vocab_size) | options)
+    model.start(images)
+    return model.eval(), images
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_vq_starts_no_worse_than_kmeans_of_patches(channels):
+    """Before any training step, on images that were not seen."""
+    held_out = data.draw(torch.arange(100) + data.VAL_INDEX)[0]
+    model, images = with_path(channels=channels)
+    if channels == 1:
+        images, held_out = (x.mean(1, keepdim=True).expand(-1, 3, -1, -1) for x in (images, held_out))
+    ours = yardsticks.psnr_of(model.decode(model.encode(held_out)), held_out)
+    assert ours > yardsticks.kmeans_psnr(images, held_out, (8, 8), 256) - 0.1
+
+
+def test_vq_starts_with_nearly_all_codes_in_use():
+    model, images = with_path()
+    assert len(model.encode(images).unique()) > 0.9 * 256
+
+
+def test_vq_codes_are_those_of_a_slow_kmeans():
+    z = torch.randn(200, 3)
+    torch.manual_seed(1)
+    codes, share = vq.kmeans(z, 7, steps=4)
+    torch.manual_seed(1)
+    slow = z[torch.randperm(200)[:7]].tolist()
+    for _ in range(4):
+        near = [[] for _ in slow]
+        for v in z.tolist():
+            near[min(range(7), key=lambda k: sum((a - b) ** 2 for a, b in zip(v, slow[k])))].append(v)
+        slow = [[sum(column) / len(mine) for column in zip(*mine)] for mine in near]
+    assert torch.allclose(codes, torch.tensor(slow), atol=1e-5)
+    assert torch.allclose(share, torch.tensor([len(mine) / 200 for mine in near]))
+
+
+def test_vq_kmeans_moves_a_code_that_is_nobodys_nearest():
+    z = torch.tensor([[0.0], [0.0], [0.0], [1.0]])
+    codes, _ = vq.kmeans(z, 4, steps=1)                     # three codes lie on 0, and the first takes all
+    assert all(code in (0, 1) for code in codes.flatten()), "means, or z themselves"
+    assert vq.kmeans(z[:3], 5)[0].shape == (5, 1), "fewer z than codes"
+
+
+def test_vq_way_back_from_codes_is_the_least_squares_one():
+    model, images = with_path(n=100)
+    q = model.quantizer.codes(model.encode(images)).flatten(0, 1).numpy()
+    patches = model.path.cut(images).flatten(0, 1).numpy()
+    best = np.linalg.lstsq(np.c_[q, np.ones(len(q))], patches, rcond=None)[0]
+    with torch.no_grad():
+        close(model.path_out(torch.from_numpy(q)), torch.from_numpy(np.c_[q, np.ones(len(q))] @ best).float())
+
+
+def test_vq_restarts_keep_the_codes_of_kmeans():
+    """A code lives on through steps without a token of its own, and the averages are the codes."""
+    model, images = with_path()
+    quantizer = model.quantizer
+    assert torch.allclose(quantizer.ema_sum / quantizer.ema_count[:, None], quantizer.codebook, atol=1e-5)
+    before = quantizer.codebook.clone()
+    model.train()
+    for step in range(5):
+        with torch.no_grad():
+            model(images[:32])
+    unused = quantizer.count(model.encode(images[:32])) == 0
+    assert unused.sum() > 5
+    moved = (quantizer.codebook - before)[unused].norm(dim=1) / before[unused].norm(dim=1)
+    assert moved.max() < 0.01
+
+
+def test_vq_a_code_that_kmeans_left_unused_has_69_steps_to_show_its_use():
+    model, images = with_path(vocab_size=64, n=50)
+    codes = model.quantizer.codebook.clone()
+    codes[5] = 100.0                                        # nobody's nearest
+    model.start_codes(codes, torch.full((64,), 1 / 63).index_fill(0, torch.tensor(5), 0.0))
+    with torch.no_grad():
+        z = model.train().latents(images[:32])
+        step = next(i for i in range(100) if model.quantizer(z) and model.quantizer.codebook[5].max() < 50)
+    assert 60 < step < 80, f"0.99^69 = 1/2, but the code restarted after {step} steps"
+
+
+def test_vq_start_depends_on_the_seed_alone():
+    torch.manual_seed(3)
+    first, _ = with_path(vocab_size=64, n=50)
+    torch.manual_seed(3)
+    second, _ = with_path(vocab_size=64, n=50)
+    other, _ = with_path(vocab_size=64, n=50)
+    weights = second.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in first.state_dict().items())
+    assert not torch.equal(other.quantizer.codebook, first.quantizer.codebook)
+
+
+def test_vq_never_ends_below_its_linear_path():
+    model, images = with_path(n=200)
+    before = F.mse_loss(model.decode(model.encode(images)), images)
+    vq.fit_vq(model.train(), images, steps=25, batch_size=8, lr=2e-3)
+    model.eval()
+    after = F.mse_loss(model.decode(model.encode(images)), images)
+    assert after < before, (before, after)
+
+
+def test_vq_linear_path_is_in_the_checkpoint_and_in_no_published_one():
+    model, images = with_path(vocab_size=64, n=50)
+    other = vq.VQ(**vq.SIZES["patches"] | dict(vocab_size=64)).eval()
+    other.load_state_dict(model.state_dict())
+    ids = model.encode(images)
+    assert torch.equal(other.encode(images), ids) and torch.equal(other.decode(ids), model.decode(ids))
+    assert not any("path" in name for name in vq.VQ(**vq.SIZES["small"]).state_dict())
+
+
+def test_vq_without_a_linear_path_starts_as_it_was_made():
+    model = vq.VQ()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.start(data.draw(torch.arange(4))[0])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_vq_goes_on_from_its_own_codes_after_a_stop(tmp_path, monkeypatch):
+    """--resume starts nothing anew: bit for bit the run that was not stopped."""
+    words = ["--tokenizer", "vq", "--tok_size", "patches", "--generator", "none", "--n_shapes", "100",
+             "--image_size", "16", "--vocab_size", "64", "--tok_steps", "4", "--tok_batch_size", "4",
+             "--device", "cpu", "--runs", str(tmp_path)]
+    monkeypatch.setattr(pictures, "save_rows", lambda *a, **k: None)
+    monkeypatch.setattr(pictures, "save_curve", lambda *a: None)
+    train.main([*words, "--tok_name", "whole"])
+    order = data.order
+
+    def stop(n, batch_size, step, seed):
+        if step == 2:
+            raise KeyboardInterrupt
+        return order(n, batch_size, step, seed)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "SAVE_SECONDS", -1)
+        patch.setattr(data, "order", stop)
+        with pytest.raises(SystemExit, match="--resume"):
+            train.main([*words, "--tok_name", "stopped"])
+    train.main([*words, "--tok_name", "stopped", "--resume"])
+    whole, stopped = (runs.read_checkpoint(tmp_path / name)["ema"] for name in ("whole", "stopped"))
+    assert whole["module.path.basis"].abs().sum() > 0
+    assert all(torch.equal(value, stopped[name]) for name, value in whole.items())

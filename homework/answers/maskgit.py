@@ -56,7 +56,9 @@ class MaskGIT:
         steps = steps or min(12, T)
         heat = self.choice_temperature if choice_temperature is None else choice_temperature
         open_ = torch.ones(B, T, dtype=torch.bool) if known is None else known_mask.logical_not()
-        tokens = torch.zeros(B, T, dtype=torch.long) if not self.token_dim else torch.zeros(B, T, self.token_dim)
+        tokens = torch.zeros(B, T, dtype=torch.long)
+        if self.token_dim:
+            tokens = torch.zeros(B, T, self.token_dim)
         if known is not None:
             tokens = known.clone().to(tokens.dtype)
         at_first = open_.sum(1)[:, None]

@@ -12,7 +12,8 @@ class LatentEncoder:
         for layer in self.blocks:
             x = layer(x)
         print(x)
-        return torch.stack([self.out(self.norm_post(x[:, i - self.n_tokens])) for i in range(self.n_tokens)], 1)
+        last = [x[:, i - self.n_tokens] for i in range(self.n_tokens)]
+        return torch.stack([self.out(self.norm_post(token)) for token in last], 1)
 
 
 class LatentDecoder:
@@ -28,7 +29,8 @@ class LatentDecoder:
             return patches
         lines = []
         for i in range(self.side):
-            boxes = [patches[:, i * self.side + j].view(-1, self.patch, self.patch, 3) for j in range(self.side)]
+            row = [patches[:, i * self.side + j] for j in range(self.side)]
+            boxes = [patch.view(-1, self.patch, self.patch, 3) for patch in row]
             lines.append(torch.cat(boxes, dim=2))
         return self.smooth(torch.cat(lines, dim=1).movedim(-1, 1))
 
@@ -53,4 +55,5 @@ class TiTok:
         nats = -law.log_prob(wanted).mean()
         print(nats)
         found = scores.max(dim=-1).indices
-        return nats + extra, dict(logs, proxy_nats=nats.detach(), proxy_right=(found == wanted).float().mean())
+        right = (found == wanted).float().mean()
+        return nats + extra, dict(logs, proxy_nats=nats.detach(), proxy_right=right)
