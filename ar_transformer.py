@@ -125,6 +125,9 @@ class Attention(nn.Module):
         """x (B, S, C) -> (B, S, C). mask: bool, broadcast to (B, n_head, S, keys), True where attended; None:
         causal.
 
+        wqkv gives queries, keys, values, each n_head * head_dim wide. rotate() turns queries and keys. Then
+        softmax(q k^T / sqrt(head_dim)) v per head, and wo. (Vaswani et al. 2017, section 3.2)
+
         With cache (2, B, n_head, keys, head_dim), x holds the rows at positions (S,) of a longer sequence.
         Their keys and values are written into the cache, and all of the cache is attended to, as far as the
         mask allows.
@@ -196,7 +199,8 @@ class CategoricalHead(nn.Module):
     def sample(self, h, h_uncond=None, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0):
         """Draw one id per position: h (..., C) -> ids (...) int64, their log p (...) as they were drawn.
 
-        Guidance takes the logits from the unconditional u past the conditional c: u + cfg (c - u).
+        Guidance takes the logits from the unconditional u past the conditional c: u + cfg (c - u). Then they
+        are divided by temperature, and last come top_k and top_p, see truncate().
         """
         if h_uncond is not None:
             h = h_uncond + cfg * (h - h_uncond)             # proj is linear, so this mixes the logits
@@ -349,6 +353,9 @@ class ARTransformer(nn.Module):
     def hidden_states(self, tokens, cond, drop=None):
         """tokens (B, T[, D]), cond as in prefix() -> h (B, T, C). h[:, t] has seen cond and the tokens before
         t only.
+
+        forward_blocks() reads prefix(cond, drop), then embed() of the tokens but the last one; rows that
+        padding_mask() names are not attended to. (Teacher forcing: LlamaGen section 3.2)
         """
         x = torch.cat([self.prefix(cond, drop), self.embed(tokens[:, :-1])], 1)       # (B, P + T - 1, C)
         h = self.forward_blocks(self.dropout(x), padding_mask=self.padding_mask(cond, drop))

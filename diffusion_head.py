@@ -225,8 +225,10 @@ class DiffusionHead(nn.Module):
     def reverse(x, eps, v, row):
         """One step towards the token, from the network's eps, v (..., D) -> mean, log variance, x0 (..., D).
 
-        The variance lies between the two extremes of the schedule (in logs), and v in about -1 .. 1 says
-        where.
+        x0 solves x = a x0 + s eps, and the mean is k0 x0 + kx x. The log variance lies between the two
+        extremes of the schedule: v = -1 is the smallest (log beta~), v = +1 the largest (log beta), on a
+        straight line. (Nichol & Dhariwal 2021, eq. 15.) row: the eight columns of schedule(), each (..., 1)
+        or ().
         """
         a, s, _, _, k0, kx, log_beta, log_tilde = row
         x0 = (x - s * eps) / a
@@ -235,9 +237,12 @@ class DiffusionHead(nn.Module):
     def terms(self, x, h, t, noise):
         """The loss terms for given randomness: x (..., D), h (..., C), t (...), noise (..., D) -> each (...).
 
-        diffusion, t in 0 .. 999: (mse, vb). mse trains eps. vb, in bits, is the part of the likelihood bound
-        that trains the variance v: there eps is detached. In a new model vb is about 700 at t = 999.
-        flow, t in 0 .. 1: (mse,).
+        diffusion, t in 0 .. 999: (mse, vb). The net gives eps, then v. mse, a mean over the D numbers of
+        |noise - eps|^2, trains eps. vb, in bits, is the part of the likelihood bound that trains the variance
+        v: kl_bits of q(x_earlier | x_t, x) against reverse(), in this order, with eps detached; at t = 0
+        pixel_bits(). In a new model vb is about 700 at t = 999. flow, t in 0 .. 1: (mse,) of the velocity
+        noise - x, at x + t (noise - x); the net is told T_TRAIN * t. (MAR eq. 2; Nichol & Dhariwal
+        eq. 14 and 16)
         """
         x = x.float()
         h = h.float()
@@ -268,7 +273,8 @@ class DiffusionHead(nn.Module):
     def predict(self, x, time, c, cfg):
         """The network at x, guided -> eps or velocity (..., D), v (..., D; flow: empty).
 
-        Guidance mixes the first only. c is cond_embed(h) (..., W), or with a cfg both of them, (2, ..., W).
+        Guidance, u + cfg (c - u), mixes the first only; v is that of the condition. c is cond_embed(h)
+        (..., W), or with a cfg both, with the condition first and without it second, (2, ..., W).
         """
         out = self.net.denoise(x, time + c)
         D = self.token_dim
@@ -330,7 +336,11 @@ class DiffusionHead(nn.Module):
     # ---- Extras: a straight flow in place of diffusion
 
     def follow_flow(self, x, c, cfg, steps, sampler, on_step):
-        """Walk along the velocity from noise x (..., D) to tokens (..., D). heun averages two slopes."""
+        """Walk along the velocity from noise x (..., D) to tokens (..., D), in equal steps of t from 1 to 0.
+
+        predict() gives the velocity, d x / d t. euler takes it at the start of a step, heun the mean of it
+        there and where euler would land. on_step(i, x), if there is one, sees x after each step.
+        """
         times = self.net.time_embed(torch.linspace(T_TRAIN, 0, steps + 1, device=x.device))   # (steps + 1, W)
         for i in range(steps):
             velocity, _ = self.predict(x, times[i], c, cfg)

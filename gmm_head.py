@@ -162,8 +162,9 @@ class GMMHead(nn.Module):
     def draw(mixture, temperature=1.0, n=(), top_p=1.0, clip=None):
         """Draw from (log_pi, mu, sigma) -> x (*n, ..., D): choose a component, then add noise to its mean.
 
-        temperature multiplies every sigma. top_p keeps the likeliest components whose weights reach top_p.
-        With clip, every channel stays within clip (tempered) sigmas of its component's mean.
+        All channels of a token share one component, and each of the n draws chooses anew. temperature
+        multiplies every sigma and leaves the weights alone. top_p: nucleus() says which components stay. With
+        clip the noise is a normal truncated to clip (tempered) sigmas around its component's mean.
         """
         log_pi, mu, sigma = mixture
         if top_p < 1:

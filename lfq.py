@@ -71,10 +71,10 @@ def entropy_penalty(z, temperature=0.01, groups=1):
 
     per_sample: mean over tokens of the entropy of p(c | z) = softmax over all 2^bits codes of 2 z.c /
     temperature. It is a product of coins with P(c_i = +1) = sigmoid(4 z_i / temperature), so its entropy is a
-    sum over bits, exactly. batch: entropy of the mean of p over tokens, of all processes of a distributed
-    run; at most bits * ln 2. groups > 1, a divisor of bits: the sum of the entropies of `groups` runs of
-    neighbouring bits, an upper bound for vocabularies beyond 2^22 or so. It does not see how the runs depend
-    on each other. Raises ValueError where groups is no divisor.
+    sum over bits, exactly. batch: entropy_of_mean(), of the mean of p over tokens, of all processes of a
+    distributed run; at most bits * ln 2. groups > 1, a divisor of bits: the sum of the entropies of `groups`
+    runs of neighbouring bits, an upper bound for vocabularies beyond 2^22 or so. It does not see how the runs
+    depend on each other. Raises ValueError where groups is no divisor.
 
     Where |z| > 2 temperature the coin has fallen, and the gradient of both is gone. At 0.01 the commitment
     takes over there.

@@ -66,8 +66,8 @@ def mask_rate(u, low=0.7, std=0.25):
 def masked_counts(n, steps):
     """Sampling: how many of n tokens are masked before each step, 0 at the end -> list of steps + 1 ints.
 
-    n cos(pi/2 k/steps), and at least one token is drawn per step (MaskGIT, MAR). Few are drawn at first, when
-    little is known, and many at last.
+    Before step k: floor(n cos(pi/2 k/steps)), at least one less than before and at least one (MaskGIT section
+    3.2, MAR). Few are drawn at first, when little is known, and many at last.
     """
     counts = [n]
     for k in range(1, steps):
@@ -304,8 +304,10 @@ class MAR(nn.Module):
     def forward(self, tokens, cond):
         """tokens (B, T[, D]), cond (B,) int64 -> mean loss per MASKED token (), logs.
 
-        Masks 70 to 100% of the tokens. The head is computed for these only, and the others have no loss.
-        While training, a tenth of the labels become "no class", which guidance needs.
+        Masked are the last mask_count() positions of an order per row (draw_order). hidden() gives h, and
+        the head is computed for these positions only; the others have no loss. As published, 70 to 100% are
+        masked. While training, a share label_drop of the labels become num_classes, "no class", each by
+        itself: guidance needs it.
         """
         if self.training and self.label_drop > 0:
             drop = torch.rand(cond.shape, device=cond.device) < self.label_drop
@@ -540,7 +542,8 @@ class CategoricalHead(nn.Module):
     def sample(self, h, h_uncond=None, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0):
         """Draw one id per position: h (..., C) -> ids (...) int64, their log p (...) as they were drawn.
 
-        Guidance takes the logits from the unconditional u past the conditional c: u + cfg (c - u).
+        Guidance takes the logits from the unconditional u past the conditional c: u + cfg (c - u). Then they
+        are divided by temperature, and last come top_k and top_p, see truncate().
         """
         if h_uncond is not None:
             h = h_uncond + cfg * (h - h_uncond)             # proj is linear, so this mixes the logits

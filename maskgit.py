@@ -119,7 +119,8 @@ class CategoricalHead(nn.Module):
     def sample(self, h, h_uncond=None, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0):
         """Draw one id per position: h (..., C) -> ids (...) int64, their log p (...) as they were drawn.
 
-        Guidance takes the logits from the unconditional u past the conditional c: u + cfg (c - u).
+        Guidance takes the logits from the unconditional u past the conditional c: u + cfg (c - u). Then they
+        are divided by temperature, and last come top_k and top_p, see truncate().
         """
         if h_uncond is not None:
             h = h_uncond + cfg * (h - h_uncond)             # proj is linear, so this mixes the logits
@@ -138,7 +139,8 @@ def n_masked(u, T):
 def n_still_masked(n_start, step, steps, schedule="cosine"):
     """Sampling: how many of n_start (B, 1) masked tokens stay masked after step 0 .. steps - 1 -> (B, 1).
 
-    With the cosine, few tokens are kept in the first passes, where little is known, and many in the last. In
+    floor(n_start * SCHEDULES[schedule](r)), r = (step + 1) / steps, each row by its own n_start (section
+    3.2). With the cosine, few are kept in the first passes, where little is known, and many in the last. In
     float32 as the authors' code: 127 of 256 at r = 2/3, where exact arithmetic gives 128. There cos(pi / 2)
     is a little below 0, hence the clamp.
     """
@@ -154,7 +156,10 @@ def lowest(score, n):
 
 
 def masked_mean(x, mask, per_image=True):
-    """Mean of x (B, T) over the masked tokens -> (). Per image first (MaskGIT), or over the batch (GIVT)."""
+    """Mean of x (B, T) over the masked tokens -> (). Per image first (MaskGIT), or over the batch (GIVT).
+
+    mask (B, T): bool, or weights of real numbers that count as they are. x may be bool, too.
+    """
     if per_image:                                           # however few are masked, an image counts in full
         return ((x * mask).sum(1) / mask.sum(1)).mean()
     return (x * mask).sum() / mask.sum()
@@ -234,7 +239,10 @@ class MaskGIT(nn.Module):
         return self.head.logits(self.hidden_states(tokens, cond, mask))
 
     def training_mask(self, B, device):
-        """Mask ceil(T cos(pi/2 u)) random tokens of each image, each with its own u -> mask (B, T)."""
+        """Mask ceil(T cos(pi/2 u)) random tokens of each image, each with its own u -> mask (B, T) bool.
+
+        u is uniform in 0 .. u_max. Exactly so many tokens are masked, and all sets of them are as likely.
+        """
         u = torch.rand(B, 1, device=device) * self.u_max
         rank = torch.rand(B, self.seq_len, device=device).argsort(1).argsort(1)       # 0 .. T - 1, shuffled
         return rank < n_masked(u, self.seq_len)

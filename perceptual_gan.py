@@ -148,7 +148,12 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
 
     def forward(self, a, b):
-        """Images a, b (B, 3, H, W) in [-1, 1], at least 16 x 16 -> distance (B,), 0 for equal ones."""
+        """Images a, b (B, 3, H, W) in [-1, 1], at least 16 x 16 -> distance (B,), 0 for equal ones.
+
+        Both are shifted and scaled. taps() gives their features; each map goes through unit_channels(). The
+        squared differences are weighted per channel by the layer's lin and summed over channels, averaged
+        over positions, and summed over layers. (Equation 1)
+        """
         maps_a, maps_b = [taps(self.features, (x - self.shift) / self.scale, self.after) for x in (a, b)]
         return sum((lin.weight * (unit_channels(f) - unit_channels(g)).square()).sum(1).mean((1, 2))
                    for lin, f, g in zip(self.lins, maps_a, maps_b))
@@ -257,8 +262,9 @@ class AdversarialTokenizer(nn.Module):
         """VQGAN's weight |grad others| / (|grad adversarial| + 1e-4) of two losses () -> (), at most 1e4.
 
         The gradients are those of last_layer, a parameter of the tokenizer, by default the weight of the
-        decoder's last layer. So it costs two more passes through that layer only. Without gradients
-        (validation) it is the weight of the last training step.
+        decoder's last layer, and | | is their Euclidean norm. So it costs two more passes through that layer
+        only. The weight is detached, no .grad is touched, and both losses can still be differentiated.
+        Without gradients (validation) it is the weight of the last training step. (VQGAN eq. 7)
         """
         if torch.is_grad_enabled():
             weight = self.tokenizer.get_parameter(self.last_layer)

@@ -7,10 +7,11 @@ torch.distributions, a slow loop, an inverse, the uncached path), and the progra
 
 Some of them are homework. They blank a function, and grade what students write in its place:
 
-    python test_all.py list                          # points, function, test
-    python test_all.py handout gmm_head -o hw1  # hw1/: the project with gmm_head.py's exercise bodies blanked
-    python test_all.py grade gmm_head alice bob ...  # folders holding gmm_head.py -> a table each,
-    grades.csv; see --help
+    python test_all.py list                          # files in reading order: points, minutes, functions
+    python test_all.py handout gmm_head -o hw1       # hw1/: the project, exercise bodies blanked
+    python test_all.py check gmm_head                # for students: one line per question
+    python test_all.py grade gmm_head alice bob ...  # folders, zips, notebooks -> a table each, grades.csv
+    python test_all.py autograder gmm_head           # a zip for Gradescope
 
 This file only collects. The tests of a file are in tests/test_<file>.py and its exercises in
 homework/<file>.py.
@@ -22,11 +23,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent
 FIXTURE = type(pytest.fixture(lambda: None))
-NOT_TESTS = ("__init__", "grading", "mistakes")
-ROOMS = [
-    f"{room}.{path.stem}" for room in ("tests", "homework") for path in sorted((ROOT / room).glob("*.py"))
-    if path.stem not in NOT_TESTS
-]
+ROOMS = [f"tests.{path.stem}" for path in sorted((ROOT / "tests").glob("test_*.py"))]
+ROOMS += [f"homework.{path.stem}" for path in sorted((ROOT / "homework").glob("*.py"))
+          if (ROOT / path.name).exists()]                   # exercises have the name of their file
 
 
 def collect():

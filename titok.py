@@ -239,7 +239,9 @@ class VectorQuantizer(nn.Module):
         return (z**2).sum(1, keepdim=True) + (codes**2).sum(1) - 2 * z @ codes.T
 
     def nearest(self, z):
-        """z (B, T, D) -> ids (B, T) int64."""
+        """The nearest code of each token: z (B, T, D) -> ids (B, T) int64. With l2_norm both are compared at
+        unit length.
+        """
         with torch.autocast(z.device.type, enabled=False), torch.no_grad():
             z = self.unit(z.type_as(self.codebook))
             d = self.distances(z.flatten(0, 1), self.unit(self.codebook))             # (B * T, V)
@@ -252,8 +254,11 @@ class VectorQuantizer(nn.Module):
     def forward(self, z):
         """z (B, T, D) -> q (B, T, D) float32, ids (B, T), loss (), logs.
 
-        The losses are means over tokens and over the D channels. logs: commit (with its weight beta), usage
-        (share of the V codes that occur in this batch), perplexity exp(entropy of their frequencies), 1 .. V.
+        ids come from nearest(). loss = |sg(z) - e|^2 + beta |z - sg(e)|^2 (VQ-VAE eq. 3), means over tokens
+        and over the D channels; with ema the first term is left out, and while training update() is called
+        once. entropy_loss() is added with its weight. q is e in value and z for the gradient. logs: commit
+        (with its weight beta), usage (share of the V codes that occur in this batch), perplexity exp(entropy
+        of their frequencies), 1 .. V, and entropy (with its weight) where it is on.
         """
         with torch.autocast(z.device.type, enabled=False):
             ids = self.nearest(z)
@@ -287,9 +292,9 @@ class VectorQuantizer(nn.Module):
     # ---- Extras: an entropy term, codes as running means
 
     def entropy_loss(self, z, temperature=0.01):
-        """Certain of each token, undecided over all: z (N, D) -> mean H(p) - H(mean p) (). LlamaGen's.
+        """Certain of each token, undecided over all: z (N, D) -> mean H(p) - H(mean p) (), in nats.
 
-        p = softmax(-squared distance / temperature) over the codes.
+        p = softmax(-squared distance / temperature) over the codes. It moves z and codes. (LlamaGen)
         """
         log_p = (-self.distances(z, self.unit(self.codebook)) / temperature).log_softmax(-1)    # (N, V)
         mean = log_p.exp().mean(0)
@@ -297,7 +302,11 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, z, ids):
-        """Move the running averages by one batch: z (N, D), ids (N,).
+        """Move the running averages by one batch: z (N, D), ids (N,). (VQ-VAE, appendix A.1)
+
+        N_k = ema N_k + (1 - ema) (number of z of code k), m_k = ema m_k + (1 - ema) (their sum), and e_k is
+        unit() of m_k / N_k. A code with N_k below restart * mean N gets a random z of the batch as m_k / N_k,
+        each its own, and the mean N as N_k.
 
         All processes of torch.distributed agree. They take the seeds of process 0: the others add zeros.
         Unlike broadcast, all_reduce can be part of a graph of torch.compile.
@@ -446,7 +455,11 @@ class TiTok(nn.Module):
                     getattr(self.proxy, name).requires_grad_(True)
 
     def proxy_loss(self, images):
-        """images (B, 3, H, W) -> loss (), logs: nats per id of the proxy, share of ids named right."""
+        """images (B, 3, H, W) -> loss (), logs: proxy_nats per id, proxy_right, and the bottleneck's.
+
+        The cross-entropy of the decoder's logits against proxy.encode(images), plus the bottleneck's loss.
+        proxy_right is the share of ids whose logit is the largest. (Section 3.3, warm-up with proxy codes)
+        """
         q, auxiliary, logs = self.bottleneck(self.encoder(images))
         logits = self.decoder(q).flatten(0, 1)                                        # (B * P, proxy_vocab)
         target = self.proxy.encode(images).flatten()                                  # (B * P)

@@ -35,7 +35,7 @@ from data import BadInput
 
 VALIDATED = 2000                                            # images, or frames of clips, per validation loss
 STARTED_FROM = 2000                                         # images that a linear path is computed from
-MEASURED = 200_000                                          # images whose tokens say what unit variance is
+MEASURED = 5000                                             # images whose tokens say what unit variance is
 SAVE_SECONDS = 60                                           # between checkpoints
 
 
@@ -201,13 +201,13 @@ def train_tokenizer(args, dist, folder, train_set, val_set, weights=None):
 
     def finish(model):
         tokenizer = getattr(model, "tokenizer", model)      # without the losses around it
-        arrays = tokens.encode_all(tokenizer, train_set)
+        arrays = tokens.encode_some(tokenizer, train_set, MEASURED)
         if tokenizer.vocab_size:
             used = len(arrays["ids"].unique())
-            say(dist, f"{used} of {tokenizer.vocab_size} codes occur in the training images")
+            n = len(arrays["ids"])
+            say(dist, f"{used} of {tokenizer.vocab_size} codes occur in {n} training images")
         else:
-            every = 1 + len(arrays["mean"]) // MEASURED
-            tokenizer.measure(arrays["mean"][::every], arrays["std"][::every])        # for unit variance
+            tokenizer.measure(arrays["mean"], arrays["std"])                          # for unit variance
         if dist.rank == 0:
             drawing.save_reconstructions(folder / "reconstructions.png", args, tokenizer, val_set)
 

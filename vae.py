@@ -310,7 +310,11 @@ class VAE(nn.Module):
 
     @staticmethod
     def reparameterise(mean, std):
-        """Draw z ~ N(mean, std^2) so that gradients reach mean and std: (B, T, D), (B, T, D) -> (B, T, D)."""
+        """Draw z ~ N(mean, std^2) so that gradients reach mean and std: (B, T, D), (B, T, D) -> (B, T, D).
+
+        z = mean + std * noise, N(0, 1) for every number, from torch's global generator. (Kingma & Welling
+        2013, section 2.4)
+        """
         return mean + std * torch.randn_like(std)
 
     def decode_raw(self, z):
@@ -367,8 +371,9 @@ class VAE(nn.Module):
     def measure(self, mean, std):
         """Set latent_mean and latent_scale from the posteriors of the training set, each (N, T, D).
 
-        The variance of the latents is that of the means plus the mean of the variances. In float64, and so on
-        the CPU: Apple's GPUs have no float64.
+        Both are per channel, over images and positions. The variance of the latents is that of the means plus
+        the mean of the variances, and latent_scale is 1 over its root. In float64, and so on the CPU: Apple's
+        GPUs have no float64.
         """
         mean = mean.flatten(0, -2).cpu().double()                                     # (N * T, D)
         std = std.flatten(0, -2).cpu().double()

@@ -78,6 +78,20 @@ def marked(arrays, images):
     return arrays | {"flipped": torch.ones(1, device="cpu")} if images.flip else arrays
 
 
+@torch.no_grad()
+def encode_some(tokenizer, images, most):
+    """At most so many of a data.ImageSet, spread evenly and not mirrored -> arrays as of encode_all."""
+    chosen = torch.linspace(0, len(images) - 1, min(len(images), most), device="cpu").long().unique()
+    parts = []
+    for index in chosen.split(250 if images.frames == 1 else max(1, 1000 // images.frames)):
+        flip, images.flip = images.flip, False
+        x, _ = images.batch(index)
+        images.flip = flip
+        parts.append([tokenizer.encode(x)] if tokenizer.vocab_size else tokenizer.posterior(x))
+    names = ["ids"] if tokenizer.vocab_size else ["mean", "std"]
+    return {name: torch.cat(arrays) for name, arrays in zip(names, zip(*parts))}
+
+
 def encode_all(tokenizer, images):
     """A whole data.ImageSet -> dict of arrays: mean, std, or ids; with --flip the mirrored images, too.
 

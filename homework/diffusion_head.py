@@ -1,104 +1,113 @@
-"""Homework of diffusion_head.py: each test grades one function and says what the mistake may be."""
-import math
-from unittest.mock import patch
-
+"""Homework of diffusion_head.py: each test looks at one function and says what a difference may mean."""
 import torch
-import torch.nn as nn
-from torch import distributions as D
 
 import diffusion_head
-from homework.kit import check, exercise
+from homework.kit import exercise, fit
+
+
+def head_of(look, objective="diffusion"):
+    """A head of 3 numbers per token, h of width 4, whose network says something from the start."""
+    head = diffusion_head.DiffusionHead(4, 3, width=8, depth=1, objective=objective)
+    look.fill(head.net, 0.4)
+    return head
 
 
 @exercise("diffusion_head.DiffusionHead.reverse", points=3)
-def test_homework_diffusion_head_reverse_step():
-    # (4, 1) each
-    row = diffusion_head.schedule(torch.arange(1000))[torch.tensor([5, 100, 500, 900])][:, None].unbind(-1)
-    a, s, a_earlier, s_earlier = (v.double() for v in row[:4])
-    x0, noise = torch.randn(2, 4, 3)
-    x = row[0] * x0 + row[1] * noise
-    step = a / a_earlier                                 # x = step * x_earlier + N(0, beta), and Bayes' rule:
-    beta = 1 - step**2
-    precision = 1 / s_earlier**2 + step**2 / beta
-    mean = (a_earlier * x0 / s_earlier**2 + step * x / beta) / precision
-    ours, log_var, x0_ours = diffusion_head.DiffusionHead.reverse(x, noise, torch.full_like(x, -1.0), row)
-    check("x0", x0_ours, x0, "x = a x0 + s eps, solved for x0.", 1e-3)
-    check("the mean", ours, mean, "That of q(x_earlier | x, x0), by Bayes' rule.", 1e-3)
-    check("log variance at v = -1", log_var, -precision.log().expand(4, 3), "v = -1 is the smallest: beta~.",
-          1e-3)
-    log_var = diffusion_head.DiffusionHead.reverse(x, noise, torch.ones_like(x), row)[1]
-    check("log variance at v = +1", log_var, beta.log().expand(4, 3), "v = +1 is the largest: beta.", 1e-3)
-
-
-class Told(nn.Module):
-    """A network that says what it was told to, and remembers what it saw."""
-
-    def __init__(self, out):
-        super().__init__()
-        self.out = nn.Parameter(out)
-
-    def forward(self, x, t, c):
-        self.x, self.t = x, t
-        return self.out
-
-
-def kl_in_bits(mean, log_var, mean2, log_var2):
-    p, q = (D.Normal(m, (0.5 * v).exp()) for m, v in ((mean, log_var), (mean2, log_var2)))
-    return D.kl_divergence(p, q).mean(-1) / math.log(2)
+def test_homework_diffusion_head_reverse_step(look):
+    table = diffusion_head.schedule(torch.arange(1000))
+    for lead in ((4,), (2, 3)):
+        row = table[look.randint(900, *lead) + 5].unsqueeze(-2).unbind(-1)
+        given = {name: look.randn(*lead, 3) for name in ("x", "eps", "v")}
+        look.call(
+            f"a step of {lead} tokens",
+            lambda x, eps, v: diffusion_head.DiffusionHead.reverse(x, eps, v, row),
+            given, "x = a x0 + s eps, solved for x0; the mean k0 x0 + kx x; log variance from "
+            "log beta~ at v = -1 to log beta at v = +1, on a straight line (Nichol & Dhariwal eq. 15).",
+            1e-3,
+            outputs=["the mean", "log variance", "x0"])
+    row = table[500].unbind()
+    look.call("a step in which all tokens are equally noisy", lambda x, eps, v:
+              diffusion_head.DiffusionHead.reverse(x, eps, v, row),
+              {name: look.randn(5, 3) for name in ("x", "eps", "v")}, "row holds eight numbers there.", 1e-3,
+              outputs=["the mean", "log variance", "x0"])
 
 
 @exercise("diffusion_head.DiffusionHead.terms", points=2)
-def test_homework_diffusion_head_loss():
-    head, (x, noise) = diffusion_head.DiffusionHead(4, 3, width=8, depth=1), torch.randn(2, 5, 3)
-    t = torch.tensor([1, 50, 400, 700, 990])
-    head.net = Told(torch.randn(5, 6))
-    # some mean and variance, not the right ones
-    head.reverse = lambda x, eps, v, row: (x - eps, row[6] + 0.3 * v, None)
-    with patch.object(diffusion_head, "kl_bits", kl_in_bits):
-        mse, vb = head.terms(x, torch.randn(5, 4), t, noise)
-    row = head.table[t].unsqueeze(1).unbind(-1)
-    x_t = row[0] * x + row[1] * noise
-    check("the noisy token that the network sees", head.net.x, x_t, "x_t = a x + s noise.")
-    eps, v = head.net.out.detach()[:, :3], head.net.out.detach()[:, 3:]
-    check("mse", mse, ((eps - noise)**2).mean(-1),
-          "The network predicts the NOISE; the mean is over the token's numbers.")
-    truth = kl_in_bits(row[4] * x + row[5] * x_t, row[7].expand_as(x), x_t - eps, row[6] + 0.3 * v)
-    check("vb", vb, truth, "KL(q(x_earlier | x_t, x) || reverse step), in this order.", 1e-3)
-    vb.sum().backward()
-    assert head.net.out.grad[:, :3].abs().max() == 0, "vb trains the variance only: its eps is detached"
-    assert head.net.out.grad[:, 3:].abs().min() > 0, "vb must train the variance v"
+def test_homework_diffusion_head_loss(look):
+    head = head_of(look)
+    a, s, c = 0.3 + 0.6 * look.rand(1000), 0.2 + 0.6 * look.rand(1000), -look.rand(1000)
+    head.table = torch.stack([a, s, a, s, a, torch.ones(1000), c + 1, c], 1)
+
+    def reverse(x, eps, v, row):                            # what reverse() gives with such a table only
+        return 2 * x - row[1] * eps, row[7] + 0.5 + 0.5 * v, x
+
+    head.reverse = reverse
+    for lead in ((1,), (5,), (2, 3)):
+        t = look.randint(700, *lead) + 50
+        given = {"x": look.randn(*lead, 3), "h": look.randn(*lead, 4), "noise": look.randn(*lead, 3)}
+        look.call(f"{lead} tokens", lambda x, h, noise: head.terms(x, h, t, noise), given,
+                  "x_t = a x + s noise; the network gives eps, then v, and predicts the NOISE; mse is a mean "
+                  "over the token's numbers and trains eps; vb is KL(q(x_earlier | x_t, x) || the step) in "
+                  "bits, in this order, and trains v only: there eps is detached.", 1e-3,
+                  outputs=["mse", "vb"], params=head.net)
+    mse, _ = head.terms(given["x"], given["h"], t, given["noise"])
+    look.gradients("mse alone", [mse], dict(head.net.named_parameters()), "mse trains eps.")
 
 
 @exercise("diffusion_head.DiffusionHead.terms", points=1, hidden=True)
-def test_homework_diffusion_head_flow_loss():
-    head = diffusion_head.DiffusionHead(4, 3, width=8, depth=1, objective="flow")
-    (x, noise), t = torch.randn(2, 5, 3), torch.rand(5)
-    head.net = Told(torch.randn(5, 3))
-    loss, = head.terms(x, torch.randn(5, 4), t, noise)
-    check("the point on the way that the network sees", head.net.x, torch.lerp(x, noise, t[:, None]),
-          "t = 0 is the token.")
-    check("the time that the network is told", head.net.t, 1000 * t, "The network knows times of 0 .. 1000.")
-    check("the loss", loss, ((head.net.out - (noise - x))**2).mean(-1),
-          "The velocity is d x_t / dt = noise - x.")
+def test_homework_diffusion_head_flow_loss(look):
+    head = head_of(look, "flow")
+    for lead in ((1,), (2, 3)):
+        t = look.rand(*lead)
+        given = {"x": look.randn(*lead, 3), "h": look.randn(*lead, 4), "noise": look.randn(*lead, 3)}
+        look.call(f"{lead} tokens, flow", lambda x, h, noise: head.terms(x, h, t, noise), given,
+                  "t = 0 is the token, 1 the noise, with a straight line between; the network knows times of "
+                  "0 .. 1000 and predicts the velocity noise - x.", 1e-3, outputs=["mse"], params=head.net)
 
 
 @exercise("diffusion_head.DiffusionHead.predict", points=2)
-def test_homework_diffusion_head_guidance():
-    head, out = diffusion_head.DiffusionHead(4, 3, width=8, depth=1), torch.randn(2, 5, 6)
-    head.net.denoise = lambda x, y: out if y.ndim == 3 else out[0]
-    eps, v = head.predict(torch.randn(5, 3), torch.randn(8), torch.randn(5, 8), None)
-    check("eps without guidance", eps, out[0, :, :3]), check("v without guidance", v, out[0, :, 3:])
-    eps, v = head.predict(torch.randn(5, 3), torch.randn(8), torch.randn(2, 5, 8), 3.0)
-    check("guided eps", eps, 3 * out[0, :, :3] - 2 * out[1, :, :3],
-          "u + cfg (c - u): beyond the conditional prediction.")
-    check("v under guidance", v, out[0, :, 3:],
-          "Guidance mixes eps only; the variance is the conditional one's.")
+def test_homework_diffusion_head_guidance(look):
+    for objective in ("diffusion", "flow"):
+        head = head_of(look, objective)
+        names = ["eps", "v"] if objective == "diffusion" else ["velocity", "v, empty"]
+        for lead, cfg in (((5,), None), ((5,), 3.0), ((2, 3), 1.5), ((1,), 0.0)):
+            c = look.randn(*(() if cfg is None else (2,)), *lead, 8)
+            look.call(f"{lead} tokens, cfg={cfg}", lambda x, time, c: head.predict(x, time, c, cfg),
+                      {"x": look.randn(*lead, 3), "time": look.randn(8), "c": c},
+                      "u + cfg (c - u), beyond the conditional prediction, which comes first in c. Guidance "
+                      "mixes eps only; v is the conditional one's.", outputs=names, gradients=False)
 
 
-@exercise("diffusion_head.kl_bits", points=2)
-def test_homework_diffusion_head_kl():
-    gaussians = torch.randn(4, 7, 3)
-    check(
-        "KL", diffusion_head.kl_bits(*gaussians), kl_in_bits(*gaussians),
-        "log_var is log sigma^2, not log sigma; the second Gaussian's variance divides; nats / ln 2 are bits."
-    )
+@exercise("diffusion_head.DiffusionHead.follow_flow", points=2)
+def test_homework_diffusion_head_walk_along_the_flow(look):
+    head = head_of(look, "flow")
+    head.predict = lambda x, time, c, cfg: (x.cos() + time[:3] + c[..., :3] * (cfg or 0.5), c[..., :0])
+    for lead, steps, sampler, cfg in (((4,), 3, "euler", None), ((4,), 3, "heun", 2.0), ((2, 1), 1, "heun",
+                                                                                         None)):
+        shown = []
+        look.call(f"{steps} steps of {sampler}", lambda x, c: head.follow_flow(
+            x, c, cfg, steps, sampler, lambda i, x: shown.append((i, x.clone()))),
+            {"x": look.randn(*lead, 3), "c": look.randn(*lead, 8)},
+            "From t = 1 (noise) to 0, x moves against the velocity, 1 / steps each time. heun averages the "
+            "velocity here and where euler would land, at the next time.", gradients=False)
+        look.see("the steps that on_step sees", [i for i, _ in shown])
+        look.see("what on_step sees", torch.stack([x for _, x in shown]) if shown else None)
+        look.call("without on_step", lambda x, c: head.follow_flow(x, c, cfg, steps, sampler, None),
+                  {"x": look.randn(*lead, 3), "c": look.randn(*lead, 8)}, gradients=False)
+
+
+@exercise("diffusion_head", points=3, further=True, goals=[
+    ("the squared error of the noise, for tokens N(0, 1)", 0.4956, (0.1, 0.01), "The mean over t of a_t^2, "
+     "since the best guess of eps is s_t x_t. Below it, the token is seen."),
+    ("the variance of samples", 1.0, (0.3, 0.1), "That of the tokens.")])
+def capstone_diffusion_head(look):
+    """Tokens of two numbers, each N(0, 1): the best denoiser is known."""
+    head = diffusion_head.DiffusionHead(4, 2, width=32, depth=1, batch_mul=8)
+    h = torch.zeros(20_000, 4)
+    fit(head.parameters(), lambda: head.loss(h[:64], torch.randn(64, 2)).mean(), 600, 5e-3)
+    t = torch.arange(1000).repeat(20)
+    with torch.no_grad():
+        mse, _ = head.terms(torch.randn(20_000, 2), h, t, torch.randn(20_000, 2))
+    look.goal("the squared error of the noise, for tokens N(0, 1)", mse.mean(), 0.1, 0.01)
+    x, _ = head.sample(h[:4000], diffusion_steps=50)
+    look.goal("the variance of samples", x.var(), 0.3, 0.1)

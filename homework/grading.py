@@ -1,392 +1,355 @@
-"""Handing out and grading: python test_all.py list | handout | grade."""
+"""Handing out and grading: python test_all.py list | handout | check | grade | autograder."""
 import argparse
-import ast
-import compileall
-import contextlib
-import csv
-import functools
-import importlib
-import io
+import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
+import threading
 import time
-import traceback
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
+from common.reading import BadInput
+from homework import autograder, check, report, sandbox, submissions
+from homework.course import exercises, graded, listing
+from homework.handout import truths, write_handout
+from homework.kit import MODELS, ROOT, judged, truth_file
 
-import data
-from homework.kit import MODELS, ROOT
-
-
-FOR_TEACHERS = ("homework/mistakes.py", "tests/test_homework.py")                     # never handed out
-
-
-def graded(name):
-    """The tests that grade NAME.py, in order."""
-    tests = vars(importlib.import_module(f"homework.{name}")).values()
-    return [t for t in tests if getattr(t, "exercise", "").split(".")[0] == name]
+NEEDED = ("__init__", "kit", "sandbox")                     # of homework/, in a student's process
 
 
-def exercises(name):
-    """The functions of NAME.py that homework asks for, such as "GMMHead.density", in order."""
-    return list(dict.fromkeys(t.exercise.partition(".")[2] for t in graded(name)))
+# ---- Grading ------------------------------------------------------------------------------------------
+
+class Grader:
+    """All that grading NAME.py needs, made once: tests, truths, a clean folder to copy for each student."""
+
+    def __init__(self, name, seed, args, hidden=()):
+        self.name = name
+        self.seed = seed
+        self.args = args
+        self.tests = graded(name, args.further)
+        self.worth = own_points(args.points, self.tests)
+        self.truths = truths(name, seed, args.further)
+        self.reference = (ROOT / f"{name}.py").read_text()
+        self.hidden = hidden
+
+    def write_folder(self, folder, text):
+        """A folder with the student's file, the tests, and nothing else."""
+        (folder / "homework").mkdir(parents=True)
+        for part in (*NEEDED, self.name):
+            shutil.copy(ROOT / "homework" / f"{part}.py", folder / "homework" / f"{part}.py")
+        (folder / f"{self.name}.py").write_bytes(text)
+
+    def grade(self, path):
+        """Grade one student -> dict: student, file, points, of, seconds, remark, seed, digest, source, worth,
+        and tests: [(test, points, what is wrong, share of its checks that are right)].
+        """
+        start = time.perf_counter()
+        found = submissions.find(path, self.name)
+        seen, endings = {}, {}
+        remark = found.remark
+        wrong_file = why_not_python(found.text, self.name) if found.text is not None else remark
+        if wrong_file:
+            remark = wrong_file
+        queue = [] if wrong_file else [t.__name__ for t in self.tests]
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            while queue:  # once more for the rest if a question has killed the process
+                here = Path(folder) / str(len(queue))
+                self.write_folder(here, found.text)
+                done, began, ending = sandbox.run_process(here, self.name, queue, self.seed, self.args,
+                                                          self.hidden)
+                seen |= done
+                queue = [t for t in queue if t not in done]
+                if queue and (not began or ending.startswith("stopped")):
+                    if not began:
+                        remark = f"{self.name}.py {ending}"
+                    endings |= {
+                        t: ending if t in began or not began else "not reached in time" for t in queue
+                    }
+                    break
+                if queue:
+                    endings[queue.pop(0)] = ending
+        rows = []
+        for t in self.tests:
+            what, failed = seen.get(t.__name__, ([], endings.get(t.__name__, wrong_file or "not run")))
+            right, of, wrong = judged(what, failed, self.truths[t.__name__])
+            worth = self.worth[t.__name__]
+            points = check.points_of(worth, right, of, wrong, self.args.partial or t.goals)
+            rows.append((t, points, wrong, right / max(of, 1)))
+        text = found.text or b""
+        return dict(student=found.student,
+                    file=self.name,
+                    points=round(sum(row[1] for row in rows), 1),
+                    of=sum(self.worth.values()),
+                    seconds=time.perf_counter() - start,
+                    remark=remark,
+                    seed=self.seed,
+                    digest=digest(text),
+                    tests=rows,
+                    worth=self.worth,
+                    source=text.decode(errors="replace"), ran=bool(seen or endings))
 
 
-parsed = functools.lru_cache(maxsize=None)(ast.parse)
+def digest(text):
+    """A short name of a file's content, which tells whether it has changed."""
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
-def functions(source):
-    """{"log_normal": node, "GMMHead.density": node, ...}: the functions and methods of a file."""
-    found = {}
-    for node in parsed(source).body:
-        inner = node.body if isinstance(node, ast.ClassDef) else [node]
-        found |= {(f"{node.name}.{n.name}" if n is not node else n.name): n
-                  for n in inner if isinstance(n, ast.FunctionDef)}
-    return found
-
-
-def body(node):
-    """The statements of a function after its docstring."""
-    return node.body[ast.get_docstring(node) is not None:]
-
-
-def blanked(source, name, targets):
-    """The source of NAME.py with the bodies of `targets` cut out, line by line; every other byte stays."""
-    lines, nodes = source.split("\n"), functions(source)
-    for target in sorted(targets, key=lambda t: -nodes[t].lineno):     # from the end: line numbers stay right
-        first, last = body(nodes[target])[0], nodes[target].end_lineno
-        lines[first.lineno -
-              1:last] = [f'{" " * first.col_offset}raise NotImplementedError("homework: {name}.{target}")']
-    return "\n".join(lines)
-
-
-def without(source, cut):
-    """A file of exercises without the tests whose names are in `cut`."""
-    lines = source.split("\n")
-    for node in reversed(parsed(source).body if cut else []):
-        if getattr(node, "name", "") in cut:
-            end = node.end_lineno
-            while end < len(lines) and not lines[end]:
-                end += 1
-            del lines[node.decorator_list[0].lineno - 1:end]
-    return "\n".join(lines)
-
-
-def without_answers(name, hidden=False):
-    """{file: text} of the project's Python files as handed out for NAME.py. Functions of other files with the
-    same name and code as an exercise are blanked, too. hidden: whether the hidden tests stay, as they do
-    while grading.
-    """
-    rooms = ("", "common", "official", "recipes", "homework", "tests")
-    texts = {
-        str(path.relative_to(ROOT)): path.read_text()
-        for room in rooms
-        for path in sorted((ROOT / room).glob("*.py"))
-    }
-    for path in FOR_TEACHERS:
-        texts.pop(path, None)
-    code = lambda node: "".join(map(ast.dump, body(node)))
-    nodes = functions(texts[f"{name}.py"])
-    targets = [target for target in exercises(name) if target in nodes]         # in a handout one may be gone
-    answers = {(target.split(".")[-1], code(nodes[target])) for target in targets}
-    for other in MODELS:
-        same = [
-            t for t, node in functions(texts[f"{other}.py"]).items()
-            if (t.split(".")[-1], code(node)) in answers
-        ]
-        texts[f"{other}.py"] = blanked(texts[f"{other}.py"], other, targets if other == name else same)
-    cut = [] if hidden else [t.__name__ for t in graded(name) if t.hidden]
-    texts[f"homework/{name}.py"] = without(texts[f"homework/{name}.py"], cut)
-    return texts
-
-
-def write_project(folder, name, hidden=False):
-    """The project as handed out for NAME.py, into an existing folder."""
-    for file, text in without_answers(name, hidden).items():
-        (folder / file).parent.mkdir(exist_ok=True)
-        (folder / file).write_text(text)
-    shutil.copytree(ROOT / "golden", folder / "golden")
-
-
-class Stopped(BaseException):
-    """A student's code went on for too long, or printed too much. No Exception: `except Exception` must not
-    catch it.
-    """
-
-
-class Capped(io.StringIO):
-    def write(self, text):
-        if self.tell() > 100_000:
-            raise Stopped("prints without end: more than 100,000 characters")
-        return super().write(text)
-
-
-def trial(test, seconds=0):
-    """Run one graded test -> what is wrong, in a sentence, or "". seconds: of processor time, 0: any
-    number.
-    """
-    def late(*_):
-        raise Stopped(f"not done after {seconds:g} s of processor time: an endless loop?")
-    name = test.exercise.split(".")[0]
-    torch.manual_seed(0)
-    if seconds:
-        signal.signal(signal.SIGPROF, late), signal.setitimer(signal.ITIMER_PROF, seconds)
+def why_not_python(text, name):
+    """Why a file cannot be compiled, in a sentence, or ""."""
     try:
-        with contextlib.redirect_stdout(Capped()), contextlib.redirect_stderr(Capped()):
-            test()
-        return ""
-    except AssertionError as e:
-        text = str(e) or "a check failed"
-    except Stopped as e:
-        text = str(e)
-    except NotImplementedError:
-        text = "not written yet"
-    except BaseException as e:
-        lines = [
-            f.lineno for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).name == f"{name}.py"
-        ]
-        text = f"{type(e).__name__}: {e}" + (f" ({name}.py, line {lines[-1]})" if lines else "")
-        if isinstance(e, MemoryError) or "allocate memory" in text:
-            text = "asks for more memory than it may have: " + text
-    finally:
-        if seconds:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-    return " ".join(text.split())[:600]
-
-
-def run_tests(name, seconds, tests):
-    """The part of grading that runs in a process of its own, in the student's copy of the project: a line to
-    results.jsonl before and after each test, so that the grader knows how far a process has come that
-    dies.
-    """
-    by_name = {t.__name__: t for t in graded(name)}
-    with open("results.jsonl", "a") as f:
-        for test in tests:
-            print("start", test, sep="\t", file=f, flush=True)
-            print("end", test, trial(by_name[test], float(seconds)), sep="\t", file=f, flush=True)
-    os._exit(0)                                             # whatever threads the student's code has left
-
-
-def limits(gigabytes):
-    """For a student's process: memory, the size of a file, no core dumps."""
-    import resource                                 # not on Windows, where the tests run and grading does not
-    for kind, most in (("DATA", int(gigabytes * 2**30)), ("FSIZE", 2**24), ("CORE", 0)):
-        kind = getattr(resource, f"RLIMIT_{kind}")
-        hard = resource.getrlimit(kind)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(kind, (most, most))
-
-
-def run_process(folder, name, tests, args, seconds):
-    """Run `tests` in the student's copy of the project -> {test: what is wrong, or ""} for those that came to
-    an end, the tests that began, and what ended the process, in a sentence.
-    """
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"
-    }
-    # Imported and not run as a script, for its compiled file lies beside it.
-    start = "from homework import grading; grading.main()"
-    words = [sys.executable, "-c", start, "_run", name, str(args.test_seconds), *tests]
-    results, output = folder / "results.jsonl", folder / "output.txt"
-    with open(output, "wb") as f:
-        child = subprocess.Popen(words, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=f,
-                                 start_new_session=True, preexec_fn=lambda: limits(args.gigabytes))
-        try:
-            code = child.wait(max(seconds, 0.1))
-        except subprocess.TimeoutExpired:
-            code = None
-        try:
-            os.killpg(child.pid, signal.SIGKILL)            # with all that it has started
-        except ProcessLookupError:
-            pass
-        child.wait()
-    done, began = {}, []
-    for line in results.read_text(errors="replace").split("\n")[:-1] if results.is_file() else ():
-        key, test, wrong = (line.split("\t") + ["", ""])[:3]
-        began, done = began + [test] * (key == "start"), done | ({test: wrong} if key == "end" else {})
-    if code is None and not began:
-        return done, began, f"is not imported within {args.seconds:g} s: an endless loop?"
-    if code is None:
-        return done, began, f"stopped: all questions together may take {args.seconds:g} s"
-    if code < 0:
-        return done, began, f"crashes the Python interpreter ({signal.Signals(-code).name})"
-    if began:
-        return done, began, f"ends the Python interpreter (exit code {code})"
-    printed = output.read_text(errors="replace")
-    last = [line for line in printed[-5000:].split("\n") if line.strip()] or [f"exit code {code}"]
-    why = "prints without end" if len(printed) > 2**23 else last[-1][:600]
-    return done, began, f"cannot be imported: {why}"
-
-
-def grade_one(name, path, clean, args):
-    """Grade one student -> dict: student, file, points, of, seconds, remark, and tests: [(test, points, what
-    is wrong)].
-    """
-    start, tests, wrong, remark = time.perf_counter(), graded(name), {}, ""
-    file = path if path.suffix == ".py" else path / f"{name}.py"
-    student = file.resolve().parent.name if file.name == f"{name}.py" else file.stem
-    try:
-        text = file.read_bytes()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compile(text, f"{name}.py", "exec", dont_inherit=True)
-    except FileNotFoundError:
-        remark = f"there is no {file}"
-    except OSError as e:
-        remark = f"{file} cannot be read ({e.strerror})"
     except SyntaxError as e:
-        remark = f"{name}.py is no Python: {e.msg}" + (f" (line {e.lineno})" if e.lineno else "")
+        return f"{name}.py is no Python: {e.msg}" + (f" (line {e.lineno})" if e.lineno else "")
     except (ValueError, RecursionError, MemoryError, OverflowError) as e:
-        remark = f"{name}.py is no Python: {e}"
-    queue = [] if remark else [t.__name__ for t in tests]
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        while queue:                             # once more for the rest if a question has killed the process
-            here = Path(folder) / str(len(queue))
-            shutil.copytree(clean, here)
-            (here / f"{name}.py").write_bytes(text)
-            done, began, ending = run_process(here, name, queue, args,
-                                              args.seconds - (time.perf_counter() - start))
-            wrong |= done
-            queue = [t for t in queue if t not in done]
-            if queue and (not began or ending.startswith("stopped")):
-                remark = ending if began else f"{name}.py {ending}"
-                wrong |= {t: ending if t in began else "not reached in time" for t in queue if began}
-                break
-            if queue:
-                wrong[queue.pop(0)] = ending
-    rows = [(t, t.points if wrong.get(t.__name__) == "" else 0, wrong.get(t.__name__, "")) for t in tests]
-    return dict(student=student, file=name, points=sum(points for _, points, _ in rows),
-                of=sum(t.points for t in tests), seconds=time.perf_counter() - start, remark=remark,
-                tests=rows)
+        return f"{name}.py is no Python: {e}"
+    return ""
 
 
-def gradescope(row):
-    """One student's grades as Gradescope's results.json has them. Hidden tests are shown after the due
-    date.
+def own_points(path, tests):
+    """{test: points}: the course's, or those of a file of two lines, names of tests or functions and points.
+
+    The points of a function are shared out among its tests as the course's are.
     """
-    tests = [
-        dict(name=f"{t.exercise}: {t.__name__}", score=points, max_score=t.points, output=wrong or
-             row["remark"], status="passed" if points else "failed",
-             visibility="after_due_date" if t.hidden else "visible") for t, points, wrong in row["tests"]
-    ]
-    return dict(score=row["points"], execution_time=round(row["seconds"], 1), output=row["remark"],
-                tests=tests)
+    worth = {t.__name__: t.points for t in tests}
+    if not path:
+        return worth
+    try:
+        lines = [line for line in Path(path).read_text().split("\n") if line.strip()]
+        names, points = ([word.strip() for word in line.split(",")] for line in lines)
+        given = dict(zip(names, map(float, points), strict=True))
+    except (OSError, ValueError) as e:
+        raise BadInput(f"--points {path}: two lines, names and as many numbers, by commas ({e})") from None
+    for name, value in given.items():
+        own = [t for t in tests if name in (t.__name__, t.exercise, t.exercise.partition(".")[2])]
+        if not own:
+            raise BadInput(f"--points {path}: {name!r} is no test or function of this homework")
+        whole = sum(t.points for t in own)
+        for t in own:
+            worth[t.__name__] = round(value * t.points / whole, 2)
+    return worth
+
+
+def show(row):
+    """Print the table of one student."""
+    print(f"{row['student']:20s} {row['points']:g} of {row['of']:g} points   {row['seconds']:.1f} s"
+          + (f"   {row['remark']}" if row["remark"] else ""))
+    for t, points, wrong, _ in row["tests"] if row["ran"] else []:
+        question = t.exercise.partition(".")[2] or "capstone"
+        print(f"    {points:g} of {row['worth'][t.__name__]:g}  "
+              + (f"{question:40s} {wrong}" if wrong else question), flush=True)
 
 
 def grade(args):
-    """Print a table for each student, write grades.csv and, if asked for, Gradescope's JSON."""
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        clean = Path(folder)
-        write_project(clean, args.file, hidden=True)
-        compileall.compile_dir(clean, maxlevels=1, quiet=2)                       # once, not once per student
-        for old in (clean / "__pycache__").glob(f"{args.file}.*"):
-            old.unlink()
-        for path in args.students:
-            row = grade_one(args.file, Path(path), clean, args)
-            if any(row["student"] == r["student"] for r in rows):
-                row["student"] = str(path).replace("/", "_")                         # two folders of one name
-            rows.append(row)
-            print(f"{row['student']:20s} {row['points']:2d} of {row['of']} points   {row['seconds']:.1f} s"
-                  + (f"   {row['remark']}" if row["remark"] else ""))
-            for t, points, wrong in row["tests"] if row["points"] or not row["remark"] else []:
-                print(
-                    f"    {points} of {t.points}  " + (f"{t.exercise:46s} {wrong}" if wrong else t.exercise),
-                    flush=True)
-    try:
-        with open(args.csv, "w", newline="") as f:
-            out = csv.writer(f)
-            out.writerow([
-                "student", "file", "points", "of", *[t.__name__ for t in graded(args.file)], "seconds",
-                "remark"
-            ])
-            for row in rows:
-                out.writerow([row["student"], row["file"], row["points"], row["of"],
-                              *[points for _, points, _ in row["tests"]],
-                              f"{row['seconds']:.1f}", row["remark"]])
-        print(f"wrote {args.csv}")
-        if args.json:
-            for row in rows:
-                path = Path(args.json) if len(rows) == 1 else Path(args.json) / f"{row['student']}.json"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(gradescope(row), indent=1))
-            print(f"wrote {args.json}")
-    except OSError as e:
-        raise data.BadInput(f"could not write ({e})") from None
+    """Print a table for each student; write a row of the CSV, a page and Gradescope's JSON after each."""
+    if truth_file(args.file).is_file():
+        raise BadInput(f"this is a handout, which holds no answers to grade by: `python test_all.py check "
+                            f"{args.file}` tells how far you are")
+    must_have(args.file)
+    if args.seed is None:
+        args.seed = 1
+    grader = Grader(args.file, args.seed, args, sandbox.to_hide(args.students))
+    if not sandbox.spaces():
+        print("No namespaces on this machine: students' code can look for the project's files. "
+              "Use a container: see docs/teachers.md.")
+    names = name_students(args.students, args.file)
+    waiting = dict(names)
+    if args.resume:
+        old = report.read_csv(args.csv)
+        for path, student in names.items():
+            row = old.get((student, args.file), {})
+            text = submissions.find(path, args.file).text or b""
+            same = row.get("digest") == digest(text) and row.get("seed") == str(args.seed)
+            if same and float(row["of"]) == sum(grader.worth.values()):
+                del waiting[path]
+        if len(waiting) < len(names):
+            print(f"{len(names) - len(waiting)} students are graded already and unchanged")
+    lock = threading.Lock()
 
+    def one(path):
+        row = grader.grade(path)
+        row["student"] = names[path]
+        with lock:
+            show(row)
+            write_all(row, grader, args, alone=len(names) == 1)
+
+    try:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            futures = [pool.submit(one, path) for path in waiting]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    except OSError as e:
+        raise BadInput(f"could not write ({e})") from None
+    except KeyboardInterrupt:
+        raise BadInput(f"stopped; {args.csv} has those that were graded, and --resume goes on") from None
+    print(f"wrote {args.csv}" + (f", {args.json}" if args.json else "") +
+          (f", {args.html}" if args.html else ""))
+
+
+def name_students(paths, file):
+    """{path: student}: names that differ, also where two folders are called the same."""
+    names = {}
+    for path in paths:
+        student = submissions.student_of(path, file)
+        if student in names.values():
+            student = str(path).strip("/").replace("/", "_")
+        names[path] = student
+    return names
+
+
+def write_all(row, grader, args, alone):
+    """A student's row of the CSV and, if asked for, page and JSON."""
+    report.add_row(args.csv, report.csv_row(row))
+    if args.json:
+        path = Path(args.json) if alone else Path(args.json) / f"{row['student']}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report.gradescope(row), indent=1))
+    if args.html:
+        folder = Path(args.html)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = report.page_name(row["student"], row["file"])
+        (folder / name).write_text(report.page(row, grader.reference, row["source"]))
+        (folder / "index.html").write_text(report.overview(report.read_csv(args.csv)))
+
+
+# ---- The other commands -------------------------------------------------------------------------------
 
 def handout(args):
-    """Write the project with one file's exercises blanked."""
-    folder = Path(args.o or f"homework-{args.file}")
+    """Write the project with the exercises of some files blanked."""
+    names = list(MODELS) if "all" in args.files else args.files
+    folder = Path(args.o or f"homework-{'-'.join(args.files)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise data.BadInput(f"-o {folder} is there already and not an empty folder: name another one")
+        raise BadInput(f"-o {folder} is there already and not an empty folder: name another one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_project(folder, args.file)
-        for name in ("requirements.txt", "README.md", "LICENSE", "pictures"):
-            if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, folder / name)
-            elif (ROOT / name).exists():
-                shutil.copy(ROOT / name, folder / name)
+        write_handout(folder, names, args.released, args.further)
     except OSError as e:
-        raise data.BadInput(f"could not write ({e})") from None
-    hidden = sum(t.points for t in graded(args.file) if t.hidden)
+        raise BadInput(f"could not write ({e})") from None
+    for name in names:
+        hidden = sum(t.points for t in graded(name, args.further) if t.hidden)
+        print(
+            f"wrote {folder}: {name}.py with {len(exercises(name, args.further))} functions to write; there, "
+            f"python test_all.py check {name} tells how far one is" +
+            (f". Hidden tests give {hidden} points more." if hidden else "."))
+
+
+def show_check(args):
+    """One line per question."""
+    must_have(args.file)
+    lines, got, most = check.lines(args.file, capstones=args.capstones)
+    print(f"{args.file}.py: {got:g} of {most} points that can be seen here")
+    print("\n".join(lines))
+
+
+def must_have(name):
+    """Refuse a file whose exercises are not here: a handout has those of its own files only."""
+    if not (ROOT / "homework" / f"{name}.py").is_file():
+        raise BadInput(f"this handout has no homework for {name}.py")
+
+
+def show_list(args):
+    if args.file:
+        must_have(args.file)
+    here = [name for name in MODELS if (ROOT / "homework" / f"{name}.py").is_file()]
+    print("\n".join(listing([args.file] if args.file else here, args.further)))
+
+
+def write_autograder(args):
+    path = Path(args.o or "autograder.zip")
+    try:
+        autograder.write(path, args.file, args.further)
+    except OSError as e:
+        raise BadInput(f"could not write ({e})") from None
     print(
-        f"wrote {folder}: {args.file}.py with {len(exercises(args.file))} functions to write: the docstrings say what.\n"
-        f"There, python -m pytest test_all.py -k homework_{args.file} says how far one has come, and "
-        f"python test_all.py grade {args.file} . counts the points" +
-        (f"; hidden tests give {hidden} more." if hidden else "."))
+        f"wrote {path}: upload it in Gradescope under Configure Autograder; students hand in {args.file}.py"
+    )
 
 
-def list_exercises(args):
-    """Points, function and test; the hidden ones are marked."""
-    for name in [args.file] if args.file else MODELS:
-        tests = graded(name)
-        print(f"{name}.py: {sum(t.points for t in tests)} points")
-        for t in tests:
-            print(f"    {t.points}  {t.exercise:52s} {t.__name__}{'   hidden' if t.hidden else ''}")
-
-
-def main():
-    if sys.argv[1:2] == ["_run"]:                           # grading: see run_process
-        return run_tests(sys.argv[2], sys.argv[3], sys.argv[4:])
+def parse_args(argv):
     parser = argparse.ArgumentParser(
         description="The tests as homework: hand a file out, grade what comes back. (The tests "
         "themselves: python -m pytest test_all.py)")
-    commands = parser.add_subparsers(required=True, metavar="list | handout | grade")
-    p = commands.add_parser("list", help="points, functions and tests")
+    commands = parser.add_subparsers(required=True, metavar="list | handout | check | grade | autograder")
+    further = dict(action="store_true", help="the second tier, too: more ideas, and a capstone per file")
+
+    p = commands.add_parser("list", help="files in reading order, with points, minutes and tests")
     p.add_argument("file", nargs="?", choices=MODELS, metavar="FILE",
                    help="one model file, such as vae; default: all")
-    p.set_defaults(run=list_exercises)
-    p = commands.add_parser("handout", help="copy the project with the exercises of one file blanked")
-    p.add_argument("file", choices=MODELS, metavar="FILE", help=" | ".join(MODELS))
+    p.add_argument("--further", **further)
+    p.set_defaults(run=show_list)
+
+    p = commands.add_parser("handout", help="copy the project with the exercises of some files blanked")
+    p.add_argument("files",
+                   nargs="+",
+                   choices=[*MODELS, "all"],
+                   metavar="FILE",
+                   help=" | ".join(MODELS) + " | all")
     p.add_argument("-o", metavar="DIR", help="a new or empty folder (default: homework-FILE)")
+    p.add_argument("--released", nargs="+", default=[], choices=MODELS, metavar="FILE",
+                   help="files whose answers students may have; those of all others are blanked, too")
+    p.add_argument("--further", **further)
     p.set_defaults(run=handout)
-    p = commands.add_parser(
-        "grade", help="run the graded tests on students' files, each in a process of its own",
-        description="Runs students' code with your rights. A time limit, a memory limit and a folder of "
-        "its own stop accidents; nothing stops somebody who wants to read, delete or send your files, "
-        "or to fake results. Grade what you do not trust in a container. Linux, or macOS, where the "
-        "memory limit has no effect.")
+
+    p = commands.add_parser("check", help="how far a file is, one line per question (for students)")
     p.add_argument("file", choices=MODELS, metavar="FILE", help=" | ".join(MODELS))
-    p.add_argument("students", nargs="+", help="folders that hold FILE.py, or Python files by any name")
+    p.add_argument("--capstones", action="store_true", help="train the capstones, too: up to a minute each")
+    p.set_defaults(run=show_check)
+
+    p = commands.add_parser(
+        "grade",
+        help="run the graded tests on students' files, each in a process of its own",
+        description=
+        "Runs students' code. Limits and, on Linux, namespaces stop accidents and keep the teacher's "
+        "files out of sight; nothing stops everybody. Grade what you do not trust in a container: see "
+        "docs/teachers.md.")
+    p.add_argument("file", choices=MODELS, metavar="FILE", help=" | ".join(MODELS))
+    p.add_argument("students",
+                   nargs="+",
+                   help="folders, zips, notebooks or Python files, one for each student")
     p.add_argument("--csv", default="grades.csv", metavar="PATH",
-                   help="a row per student (default: grades.csv)")
+                   help="a row per student and homework, added to those there (default: grades.csv)")
+    p.add_argument("--html", metavar="DIR", help="a page per student, and index.html")
     p.add_argument("--json", metavar="PATH",
                    help="Gradescope's results.json; with several students a folder of one for each")
+    p.add_argument("--jobs", type=int, default=1, help="students graded at once (default: 1)")
+    p.add_argument("--resume", action="store_true", help="leave out whom the CSV has already, if unchanged")
+    add_grading(p, further)
+    p.set_defaults(run=grade)
+
+    p = commands.add_parser("autograder", help="a zip for Gradescope")
+    p.add_argument("file", choices=MODELS, metavar="FILE", help=" | ".join(MODELS))
+    p.add_argument("-o", metavar="PATH", help="default: autograder.zip")
+    p.add_argument("--further", **further)
+    p.set_defaults(run=write_autograder)
+    return parser.parse_args(argv)
+
+
+def add_grading(p, further):
+    """Flags of grading itself, which the autograder has, too."""
+    p.add_argument("--seed", type=int, help="of the tests' random inputs; students have 0 (default: 1)")
+    p.add_argument("--partial",
+                   action="store_true",
+                   help="points for the share of a test's checks that are right")
+    p.add_argument("--points",
+                   metavar="PATH",
+                   help="your own: a line of tests or functions, a line of points")
+    p.add_argument("--further", **further)
     p.add_argument("--seconds", type=float, default=60.0,
-                   help="time limit of one student, for all questions (default: 60)")
+                   help="processor time of one student, for all questions (default: 60)")
     p.add_argument("--test_seconds", type=float, default=10.0,
-                   help="processor time limit of one question (default: 10)")
+                   help="processor time of one question (default: 10); ten times as long on the clock")
     p.add_argument("--gigabytes", type=float, default=4.0,
                    help="memory limit of a student's process (default: 4)")
-    p.set_defaults(run=grade)
-    args = parser.parse_args()
+
+
+def main(argv=None):
+    args = parse_args(sys.argv[1:] if argv is None else argv)
     args.run(args)

@@ -1,84 +1,175 @@
-"""Homework of maskgit.py: each test grades one function and says what the mistake may be."""
+"""Homework of maskgit.py: each test looks at one function and says what a difference may mean."""
 import math
-from unittest.mock import patch
 
 import torch
 import torch.nn as nn
 
 import maskgit
-from homework.kit import check, exercise
+from homework.kit import closed, exercise, fit
 
 
 @exercise("maskgit.n_masked", points=2)
-def test_homework_maskgit_training_masks():
-    u = [0.0, 0.11, 0.3, 0.52, 0.77, 0.93, 1.0]
-    n = maskgit.n_masked(torch.tensor(u)[:, None], 50)
-    check("the number of masked tokens", n.flatten(),
-          torch.tensor([max(1, math.ceil(50 * math.cos(math.pi / 2 * v) - 1e-6)) for v in u]),
-          "ceil(T cos(pi/2 u)), and at least one.")
+def test_homework_maskgit_training_masks(look):
+    for B, T in ((1, 50), (9, 50), (6, 256), (4, 1)):
+        n = maskgit.n_masked(look.rand(B, 1), T)
+        look.see(f"how many of {T} tokens are masked, for {B} u", n.float(),
+                 "ceil(T cos(pi/2 u)), and at least one.", 1e-6)
+    ends = maskgit.n_masked(torch.tensor([[0.0], [1.0]]), 50)
+    look.see("at u = 0 and u = 1", ends.float(), "All of them, and one.", 1e-6)
 
 
 @exercise("maskgit.n_still_masked", points=2)
-def test_homework_maskgit_schedule():
-    starts = torch.tensor([[64], [100], [7]])
-    for step in range(5):
-        truth = torch.tensor([[math.floor(n * math.cos(math.pi / 2 * (step + 1) / 5) + 1e-6)]
-                              for n in (64, 100, 7)])
-        ours = maskgit.n_still_masked(starts, step, 5)
-        check(
-            f"masked after step {step} of 5 (from {starts.flatten().tolist()})", ours, truth,
-            "floor(n cos(pi/2 r)), where r is what is done AFTER this step: (step + 1) / steps, and the last leaves 0."
-        )
-    check("for the linear schedule", maskgit.n_still_masked(starts, 0, 5, "linear"),
-          torch.tensor([[51], [80], [5]]))
+def test_homework_maskgit_schedule(look):
+    hint = ("floor(n cos(pi/2 r)) of each row's own n, where r is what is done AFTER this step: (step + 1) / "
+            "steps, and the last leaves 0. int64.")
+    starts = torch.tensor([[0], [1], [7], *((10 * look.randint(40, 4) + 3)[:, None].tolist())])
+    for schedule in ("cosine", "linear", "square", "arccos"):
+        for step in range(5):                               # no multiples of 5, which rounding might move
+            look.see(f"masked after step {step} of 5 with {schedule}, from {starts.flatten().tolist()}",
+                     maskgit.n_still_masked(starts, step, 5, schedule), hint)
+    look.see("the default", maskgit.n_still_masked(10 * look.randint(40, 1, 1) + 3, 2, 5), "The cosine.")
+    look.see("one step", maskgit.n_still_masked(torch.tensor([[211]]), 0, 1), "Nothing is left.")
 
 
 @exercise("maskgit.lowest", points=2)
-def test_homework_maskgit_confidence():
-    score, n = torch.randn(4, 9), torch.tensor([[0], [3], [8], [9]])
+def test_homework_maskgit_confidence(look):
+    hint = ("The n places of LOWEST score are masked again, exactly n in each row; of equal scores the "
+            "earlier: a stable sort.")
+    score = look.randn(4, 9)
     score[1, 2:6] = -5.0                                    # a tie
-    truth = torch.zeros(4, 9, dtype=torch.bool)
-    for row, s, count in zip(truth, score.tolist(), n.flatten().tolist()):
-        for t in sorted(range(9), key=lambda t: (s[t], t))[:count]:
-            row[t] = True
-    mask = maskgit.lowest(score, n)
-    assert mask.dtype == torch.bool and mask.sum(1).tolist() == [0, 3, 8, 9], \
-        f"{mask.sum(1).tolist()} tokens stay masked where n is [0, 3, 8, 9]: argsort gives positions, of which the first n stay masked"
-    assert torch.equal(
-        mask[2:], truth[2:]), "those of the LOWEST score are masked again; the model is sure of the others"
-    assert torch.equal(mask, truth), "of equal scores the earlier positions are masked: a stable sort"
+    score[2, 3:] = torch.inf                                # these are not masked now
+    look.call("four rows", maskgit.lowest, {"score": score, "n": torch.tensor([[0], [3], [3], [9]])}, hint,
+              gradients=False)
+    look.call("one row", maskgit.lowest, {"score": look.randn(1, 5), "n": torch.tensor([[2]])}, hint,
+              gradients=False)
+    look.call("long rows with ties",
+              maskgit.lowest, {
+                  "score": look.randint(3, 2, 400).float(),
+                  "n": torch.tensor([[40], [250]])
+              },
+              hint,
+              gradients=False)
 
 
 @exercise("maskgit.masked_mean", points=2)
-def test_homework_maskgit_masked_mean():
-    loss, weight = torch.rand(3, 5), torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 1, 1], [0.1, 1, 1, 0.1, 1]])
-    rows = [sum(a * b for a, b in zip(x, w)) / sum(w) for x, w in zip(loss.tolist(), weight.tolist())]
-    check(
-        "the mean per image", maskgit.masked_mean(loss, weight), torch.tensor(sum(rows) / 3),
-        f"Within each image first. Over all T tokens it would be {(loss * weight).mean():.3f}: masked ones alone count."
-    )
-    check("the mean over the batch", maskgit.masked_mean(loss, weight, per_image=False),
-          torch.tensor(sum(r * sum(w) for r, w in zip(rows, weight.tolist()))) / weight.sum(),
-          "Every masked token counts alike.")
+def test_homework_maskgit_masked_mean(look):
+    for B, T in ((1, 4), (3, 5)):
+        mask = look.rand(B, T) < 0.5
+        mask[:, 1] = True
+        for weight, what in ((mask, "a mask"), (mask + 0.1 * ~mask, "weights")):
+            x = look.randn(B, T)
+            look.call(f"the mean per image with {what}", maskgit.masked_mean, {"x": x, "mask": weight},
+                      "Within each image first, over the masked tokens alone. Weights count as they are.",
+                      fixed=("mask",))
+            look.call(f"the mean over the batch with {what}", maskgit.masked_mean, {"x": x, "mask": weight},
+                      "Every masked token counts alike.", fixed=("mask",), per_image=False)
+        look.call("the mean of bools", maskgit.masked_mean, {"x": look.rand(B, T) < 0.5, "mask": mask},
+                  "Accuracy is a mean of bools.", gradients=False)
+
+
+def six_in_all(u, T):
+    """What n_masked(u, 6) gives, read off a table."""
+    return (u <= torch.tensor([0.8935, 0.7837, 0.6667, 0.5354, 0.3729])).sum(-1, keepdim=True) + 1
 
 
 @exercise("maskgit.MaskGIT.training_mask", points=2)
-def test_homework_maskgit_training_mask():
+def test_homework_maskgit_training_mask(look):
     size = dict(token_dim=2, n_layer=1, n_head=2, n_embd=8)
-    model = maskgit.MaskGIT(nn.Identity(), 6, 3, **size, u_max=0.7)
-    n, asked = torch.arange(6000)[:, None] % 6 + 1, []
-    with patch.object(maskgit, "n_masked", lambda u, T: asked.append((u, T)) or n):
-        mask = model.training_mask(6000, torch.device("cpu"))
-    assert asked, "n_masked() says how many to mask"
-    u, T = asked[0]
-    assert u.shape == (6000, 1), f"u has shape {tuple(u.shape)}: each row draws its own, (B, 1)"
-    assert 0 <= u.min(
-    ) and 0.69 < u.max() < 0.7, f"u is in {u.min():.2f} .. {u.max():.2f} and not uniform in 0 .. u_max = 0.7"
-    assert T == 6, "n_masked is asked for the T tokens of the model"
-    assert mask.shape == (
-        6000, 6) and mask.dtype == torch.bool, f"mask {tuple(mask.shape)} {mask.dtype} is not (B, T) bool"
-    right = (mask.sum(1, keepdim=True) == n).float().mean()
-    assert right == 1, f"{100 * right:.0f}% of the rows mask n tokens: exactly n, drawn without replacement, not n on average"
-    check("how often each position is masked",
-          mask.float().mean(0), torch.full((6, ), 3.5 / 6), "All positions alike.", 0.03)
-    assert len(mask[n[:, 0] == 1].unique(dim=0)) == 6, "every row must draw its positions anew"
+    cpu = torch.device("cpu")
+    with closed("maskgit", "n_masked", six_in_all):
+        for u_max in (1.0, 0.7):
+            model = maskgit.MaskGIT(nn.Identity(), 6, 3, **size, u_max=u_max)
+            mask = model.training_mask(20_000, cpu)
+            look.form("the mask", mask)
+            n = mask.sum(1)
+            look.see(f"how often 1 .. 6 tokens are masked with u_max={u_max}",
+                     torch.stack([(n == k).float().mean() for k in range(7)]),
+                     "ceil(T cos(pi/2 u)) tokens, u uniform in 0 .. u_max, drawn for each row.", 0.03)
+            look.see("how often each position is masked", mask.float().mean(0), "All positions alike.", 0.03)
+            look.see("which positions are masked where few are", mask[n == n.min()].float().mean(0),
+                     "Exactly n positions, without replacement.", 0.06)
+    model = maskgit.MaskGIT(nn.Identity(), 6, 3, **size)
+    with closed("maskgit", "n_masked", six_in_all):
+        look.form("the mask of one image", model.training_mask(1, cpu))
+        look.draws("the mask", lambda: model.training_mask(30, cpu))
+        many = torch.stack([model.training_mask(4, cpu) for _ in range(500)]).float()
+        look.independent("the numbers masked in the rows of a batch", many.sum(2), 0.25)
+
+
+class Oracle(nn.Module):
+    """A head that draws ids by a rule, surer of some positions than of others."""
+
+    def sample(self, h, h_uncond=None, cfg=1.0, temperature=1.0, **tricks):
+        score = h.sum(-1) + (0 if h_uncond is None else cfg * h_uncond.cos().sum(-1))
+        score = score + sum(tricks.values()) + temperature
+        return (score.abs() * 100).long() % 9, -score.abs()
+
+
+@exercise("maskgit.MaskGIT.sample", points=4, further=True)
+def test_homework_maskgit_decoding(look):
+    hint = ("Each pass draws all masked tokens, keeps those of highest log p plus noise that fades, at least "
+            "one, and masks the others again; what is kept stays.")
+    size = dict(n_layer=1, n_head=2, n_embd=8)
+    model = look.fill(maskgit.MaskGIT(Oracle(), 6, 3, vocab_size=9, **size).eval(), 0.6)
+    for B, steps, words in ((1, 1, {}), (3, 4, {}), (2, 6, dict(cfg=2.0)),
+                            (2, 3, dict(temperature=0.7, extra=1)), (2, 3, dict(schedule="linear"))):
+        shown = []
+        look.call(f"{B} images in {steps} passes, {words}", lambda cond: model.sample(
+            cond, steps, choice_temperature=0.0, on_step=lambda *told: shown.append(told), **words),
+            {"cond": look.randint(3, B)}, hint, gradients=False)
+        look.see("the passes that on_step sees", [i for i, *_ in shown])
+        for i, tokens, mask in shown:
+            look.see(f"the mask after pass {i}", mask, hint)
+            look.see(f"the tokens kept after pass {i}", tokens.masked_fill(mask, -1), hint)
+    known = look.randint(9, 2, 6)
+    known_mask = torch.tensor([[True, False, False, True, False, False], [False] * 5 + [True]])
+    look.call("the rest of two images", lambda cond: model.sample(
+        cond, 3, choice_temperature=0.0, known=known, known_mask=known_mask), {"cond": look.randint(3, 2)},
+        "Known tokens stay, are seen from the start and do not count among the masked.", gradients=False)
+    look.draws("the noise in the confidence", lambda: torch.stack(
+        [model.sample(torch.zeros(4, dtype=torch.long), 3, choice_temperature=50.0) for _ in range(4)]))
+
+
+@exercise("maskgit.MaskGIT.embed", points=1, further=True)
+def test_homework_maskgit_masked_embedding(look):
+    for options in (dict(vocab_size=9), dict(token_dim=2)):
+        model = look.fill(maskgit.MaskGIT(nn.Identity(), 6, 3, n_layer=1, n_head=2, n_embd=8, **options))
+        for B in (1, 3):
+            given = {"tokens": look.randn(B, 6, 2) if model.token_dim else look.randint(9, B, 6)}
+            mask = look.rand(B, 6) < 0.5
+            look.call(f"embeddings with {options}, {B} at once",
+                      lambda tokens: model.embed(tokens, mask),
+                      given,
+                      "mask_embed where masked, whatever the value there, and the token's own where not.",
+                      params={
+                          k: p for k, p in model.named_parameters() if "tok" in k or "mask" in k
+                      })
+
+
+@exercise("maskgit", points=3, further=True, goals=[
+    ("nats per masked token, all six of an image being alike", 2 / math.pi * math.acos(5 / 6) * math.log(4),
+     (0.2, 0.03), "ln 4 where all six are masked, so for u below 2/pi arccos(5/6), and 0 elsewhere."),
+    ("the share of samples whose six tokens are alike", 1.0, (0.2, 0.05), "One token per pass.")])
+def capstone_maskgit(look):
+    """Images of six tokens that are all the same, one of four."""
+    model = maskgit.MaskGIT(maskgit.CategoricalHead(32, 4),
+                            6,
+                            1,
+                            vocab_size=4,
+                            n_layer=2,
+                            n_head=2,
+                            n_embd=32,
+                            smoothing=0.0,
+                            label_drop=0.0)
+    none = torch.zeros(4000, dtype=torch.long)
+
+    def nats(n):
+        return model(torch.randint(4, (n, 1)).expand(-1, 6), none[:n])[0]
+
+    fit(model.parameters(), lambda: nats(64), 400, 5e-3)
+    model.eval()
+    with torch.no_grad():
+        look.goal("nats per masked token, all six of an image being alike", nats(4000), 0.2, 0.03)
+    drawn = model.sample(none[:300], 6, choice_temperature=0.0)
+    alike = (drawn == drawn[:, :1]).all(1).float().mean()
+    look.goal("the share of samples whose six tokens are alike", alike, 0.2, 0.05)

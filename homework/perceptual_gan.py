@@ -1,96 +1,135 @@
-"""Homework of perceptual_gan.py: each test grades one function and says what the mistake may be."""
-import math
-from unittest.mock import patch
-
+"""Homework of perceptual_gan.py: each test looks at one function and says what a difference may mean."""
 import torch
-import torch.nn.functional as F
+import torch.nn as nn
 
 import perceptual_gan
-from homework.kit import check, exercise
+from homework.kit import closed, exercise, fit
 
 
 @exercise("perceptual_gan.discriminator_loss", points=2)
-def test_homework_perceptual_gan_discriminator_loss():
-    real, fake = torch.randn(2, 1, 3, 3) * 2, torch.randn(4, 1, 2, 2) * 2
-    mean = lambda values: sum(values) / len(values)
-    r, f = real.flatten().tolist(), fake.flatten().tolist()
-    hinge = (mean([max(0, 1 - v) for v in r]) + mean([max(0, 1 + v) for v in f])) / 2
-    check("hinge", perceptual_gan.discriminator_loss(real, fake), torch.tensor(hinge),
-          "Real logits are pushed above +1, fake ones below -1.")
-    nats = -(mean([math.log(1 / (1 + math.exp(-v)))
-                   for v in r]) + mean([math.log(1 / (1 + math.exp(v))) for v in f])) / 2
-    check("non-saturating", perceptual_gan.discriminator_loss(real, fake, "non-saturating"),
-          torch.tensor(nats), "Binary cross-entropy.")
+def test_homework_perceptual_gan_discriminator_loss(look):
+    loss = perceptual_gan.discriminator_loss
+    hints = {
+        "hinge": "Half of relu(1 - real) and relu(1 + fake), each a mean: real logits are pushed above +1.",
+        "non-saturating": "Half of -log sigmoid(real) and -log sigmoid(-fake), also where the "
+                          "discriminator is very sure and wrong."
+    }
+    for kind, hint in hints.items():
+        for scale, shape in ((2, (2, 1, 3, 3)), (2, (1,)), (60, (4, 1, 2, 2))):
+            look.call(f"{kind}, logits of shape {shape} about {scale}",
+                      lambda real, fake: loss(real, fake, kind), {
+                          "real": scale * look.randn(*shape),
+                          "fake": scale * look.randn(3, 1, 2, 5)
+                      }, hint)
+    look.call("the default", loss, {"real": look.randn(4), "fake": look.randn(4)}, "hinge.")
 
 
 @exercise("perceptual_gan.generator_loss", points=1)
-def test_homework_perceptual_gan_generator_loss():
-    fake = torch.randn(4, 1, 2, 2)
-    check("hinge", perceptual_gan.generator_loss(fake), torch.tensor(-sum(fake.flatten().tolist()) / 16),
-          "Raise the discriminator's logit.")
-    nats = -sum(math.log(1 / (1 + math.exp(-v))) for v in fake.flatten().tolist()) / 16
-    check("non-saturating", perceptual_gan.generator_loss(fake, "non-saturating"), torch.tensor(nats),
-          "-log sigmoid(fake).")
+def test_homework_perceptual_gan_generator_loss(look):
+    loss = perceptual_gan.generator_loss
+    for kind, hint in (("hinge", "-fake: raise the discriminator's logit."),
+                       ("non-saturating",
+                        "-log sigmoid(fake), which has a gradient where fake is very low.")):
+        for scale, shape in ((2, (4, 1, 2, 2)), (2, (1,)), (60, (3, 5))):
+            look.call(f"{kind}, logits of shape {shape} about {scale}", lambda fake: loss(fake, kind),
+                      {"fake": scale * look.randn(*shape)}, hint)
+    look.call("the default", loss, {"fake": look.randn(4)}, "hinge.")
 
 
 @exercise("perceptual_gan.unit_channels", points=2)
-def test_homework_perceptual_gan_unit_channels():
-    f = torch.randn(2, 5, 3, 3)
-    truth = torch.stack([
-        torch.stack([
-            f[b, :, i, j] / math.sqrt(sum(v * v for v in f[b, :, i, j].tolist())) for i in range(3)
-            for j in range(3)
-        ], -1) for b in range(2)
-    ]).view(2, 5, 3, 3)
-    check("unit_channels", perceptual_gan.unit_channels(f), truth,
-          "Length 1 over the channels, at each position by itself.")
+def test_homework_perceptual_gan_unit_channels(look):
+    for shape in ((2, 5, 3, 3), (1, 1, 1, 2), (3, 2, 4, 1)):
+        look.call(f"maps of shape {shape}", perceptual_gan.unit_channels, {"f": look.randn(*shape) + 0.1},
+                  "Length 1 over the channels, at each position by itself.")
     zero = torch.zeros(1, 5, 2, 2, requires_grad=True)
     y = perceptual_gan.unit_channels(zero)
-    assert y.abs().max() == 0, "zeros must stay zeros"
+    look.see("zeros", y, "They stay zeros.")
     y.sum().backward()
-    assert torch.isfinite(zero.grad).all(), "the gradient at 0 is nan: the epsilon belongs under the root"
+    look.see("the gradient at 0 is finite", bool(torch.isfinite(zero.grad).all()),
+             "The epsilon belongs under the root.")
+    look.see("the type for bfloat16 maps",
+             str(perceptual_gan.unit_channels(torch.ones(1, 2, 1, 1).bfloat16()).dtype), "float32.")
 
 
 class TinyLPIPS(perceptual_gan.LPIPS):
-    STAGES = ((4, 1), (6, 1))
+    STAGES = ((2, 1), (2, 1))
 
 
-def slow_unit(f):
-    return f / f.norm(dim=1, keepdim=True).clamp(min=1e-10)
+def of_two_channels(f):
+    """What unit_channels() gives for maps of two channels, and of no other number."""
+    there = (f != 0).any(1, keepdim=True)
+    x, y = torch.where(there, f, 1.0).unbind(1)
+    angle = torch.atan2(y, x)
+    return torch.where(there, torch.stack([angle.cos(), angle.sin()], 1), 0.0)
 
 
 @exercise("perceptual_gan.LPIPS.forward", points=3)
-def test_homework_perceptual_gan_lpips():
-    net, a, b = TinyLPIPS(), *(torch.rand(2, 2, 3, 8, 8) * 2 - 1)
-    maps = []
-    for x in (a, b):
-        x = (x - torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor([0.458, 0.448, 0.450
-                                                                                       ]).view(3, 1, 1)
-        first = F.relu(net.features[0](x))
-        maps.append([first, F.relu(net.features[3](F.max_pool2d(first, 2)))])
-    with patch.object(perceptual_gan, "unit_channels", slow_unit):
-        ours = net(a, b)
-    truth = sum(net.lins[k]((slow_unit(maps[0][k]) - slow_unit(maps[1][k]))**2).mean((1, 2, 3))
-                for k in range(2))
-    check("LPIPS", ours, truth,
-          "Shifted and scaled images, features of unit length, squared differences weighted per channel, "
-          "a mean over positions, a sum over layers.", 1e-5)
+def test_homework_perceptual_gan_lpips(look):
+    with closed("perceptual_gan", "unit_channels", of_two_channels):
+        for B, side in ((1, 8), (3, 10)):
+            net = look.fill(TinyLPIPS())
+            look.call(
+                f"the distance of {B} pairs", net,
+                {"a": look.rand(B, 3, side, side) * 2 - 1, "b": look.rand(B, 3, side, side) * 2 - 1},
+                "Shifted and scaled images, unit_channels() of each map of features, squared differences "
+                "weighted per channel, a mean over positions, a sum over layers. Gradients reach the images.",
+                1e-3, params=net)
+        look.see("the distance of an image and itself", net(torch.ones(2, 3, 8, 8), torch.ones(2, 3, 8, 8)),
+                 "0.")
 
 
 @exercise("perceptual_gan.AdversarialTokenizer.adaptive_weight", points=2)
-def test_homework_perceptual_gan_adaptive_weight():
+def test_homework_perceptual_gan_adaptive_weight(look):
     model = perceptual_gan.AdversarialTokenizer(perceptual_gan.TinyAutoencoder(4), adaptive=True)
     weight = model.tokenizer.get_parameter(model.last_layer)
-    a, b = torch.randn(2, *weight.shape)
-    ours = model.adaptive_weight((weight * a).sum(), (weight * b * 0.1).sum())
-    check("the weight", ours,
-          a.norm() / (0.1 * b.norm() + 1e-4), "|grad of the others| / |grad of the adversarial loss|.")
-    assert not ours.requires_grad, "the weight is a number to multiply with: detached"
-    assert torch.is_grad_enabled() and weight.grad is None, \
-        "torch.autograd.grad leaves .grad alone, where backward() fills it"
+    a = look.randn(*weight.shape).pow(3)
+    b = look.rand(*weight.shape)
+    others = lambda: (weight * a).sum()
+    ours = model.adaptive_weight(others(), (weight * b * 0.1).sum())
+    look.see("the weight", ours,
+             "|grad of the others| / (|grad of the adversarial loss| + 1e-4), Euclidean norms.")
+    look.see("the weight is a number to multiply with", bool(ours.requires_grad), "Detached.")
+    look.see("no .grad is filled", weight.grad is None,
+             "torch.autograd.grad leaves it alone; backward() does not.")
+    loss = others() + (weight.sin()).sum()
+    model.adaptive_weight(loss, (weight * b).sum())
+    loss.backward()
+    look.see("the graph can be used afterwards", weight.grad, "retain_graph.")
+    last = model.adaptive_weight(others(), (weight * b).sum())
     with torch.no_grad():
-        check("the weight without gradients", model.adaptive_weight(None, None), ours,
-              "It is that of the last training step.")
-    check("the weight against a loss without gradient",
-          model.adaptive_weight((weight * a * 100).sum(), (weight * 0).sum()), torch.tensor(1e4),
-          "At most 1e4.")
+        look.see("the weight without gradients is the last one",
+                 torch.equal(model.adaptive_weight(None, None), last),
+                 "It is that of the last training step.")
+    look.see("the weight against a loss that is nearly flat",
+             model.adaptive_weight(1000 * others(), (weight * 0).sum()), "At most 1e4.")
+    earlier = model.adaptive_weight(others(), (weight * b).sum())
+    kept = earlier.clone()
+    model.adaptive_weight(others(), (weight * b * 5).sum())
+    look.see("a weight given earlier stays as it was", torch.equal(earlier, kept),
+             "It is no view of the buffer.")
+
+
+@exercise("perceptual_gan", points=3, further=True, goals=[
+    ("the loss of the best discriminator of N(1, 1) and N(-1, 1)", 0.3563, (0.1, 0.01), "ln 2 minus the "
+     "Jensen-Shannon divergence of the two, by numerical integration."),
+    ("the slope of its logit", 2.0, (0.5, 0.15), "The best logit is log p(x) - log q(x) = 2 x."),
+    ("where the generator's loss moves a fake", 0.0, (1.5, 1.05), "To the real mean, 1, until the "
+     "discriminator cannot tell.")])
+def capstone_perceptual_gan(look):
+    """A discriminator with two weights, and then a generator with one."""
+    w = nn.Parameter(torch.zeros(2))
+    shift = nn.Parameter(torch.tensor(-1.0))
+    logit = lambda x: w[0] + w[1] * x
+    loss = lambda n: perceptual_gan.discriminator_loss(
+        logit(1 + torch.randn(n)), logit(shift.detach() + torch.randn(n)), "non-saturating")
+    fit([w], lambda: loss(512), 400, 5e-2)
+    with torch.no_grad():
+        look.goal("the loss of the best discriminator of N(1, 1) and N(-1, 1)", loss(100_000), 0.1, 0.01)
+        look.goal("the slope of its logit", w[1], 0.5, 0.15)
+    opt = torch.optim.SGD([shift], 0.2)
+    for _ in range(200):
+        fit([w], lambda: loss(256), 3, 5e-2)
+        opt.zero_grad()
+        perceptual_gan.generator_loss(logit(shift + torch.randn(256)), "non-saturating").backward()
+        opt.step()
+    look.goal("where the generator's loss moves a fake", shift - 1, 1.5, 1.05)

@@ -1,112 +1,146 @@
-"""Homework of titok.py: each test grades one function and says what the mistake may be."""
+"""Homework of titok.py: each test looks at one function and says what a difference may mean."""
 from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
-from torch import distributions as D
 
 import titok
-from homework.kit import check, exercise, gradient
+from homework.kit import closed, exercise, fit
 
-
-class Stir(nn.Module):
-    """In place of a transformer block: every row sees the mean of all rows, and knows its place."""
-
-    def forward(self, x):
-        return x + x.mean(1, keepdim=True) * torch.linspace(1, 2, x.shape[1])[:, None]
-
-
-def latent_outputs(encoder, images):
-    """What LatentEncoder has before its last layer: (B, T, C), patch by patch."""
-    p = encoder.patch_embed.kernel_size[0]
-    weight, bias, rows = encoder.patch_embed.weight.flatten(1), encoder.patch_embed.bias, []
-    for i in range(0, images.shape[2], p):
-        for j in range(0, images.shape[3], p):
-            rows.append(images[:, :, i:i + p, j:j + p].flatten(1) @ weight.T + bias + encoder.pos[len(rows)])
-    x = torch.stack([encoder.cls[0].expand(len(images), -1), *rows,
-                     *(v.expand(len(images), -1) for v in encoder.latents)], 1)
-    return encoder.norm_post(Stir()(encoder.norm_pre(x)))[:, 1 + len(rows):]
+ENCODER = (
+    "The sequence is cls, patches + pos (row by row), latents; it goes through norm_pre and all blocks; "
+    "the last T rows go through norm_post and out.")
 
 
 @exercise("titok.LatentEncoder.forward", points=2)
-def test_homework_titok_encoder():
-    encoder = titok.LatentEncoder(8, 4, 3, 5, n_embd=8, n_layer=1, n_head=2)
-    images = torch.randn(2, 3, 8, 8)
-    encoder.blocks = nn.ModuleList([Stir()])
-    check("z", encoder(images), encoder.out(latent_outputs(encoder, images)),
-          "Patches (with pos) and latents stand in one sequence, cls in front. "
-          "The last T outputs are the tokens.")
+def test_homework_titok_encoder(look):
+    for B, side, T, n_layer in ((3, 8, 3, 1), (1, 12, 5, 2)):
+        encoder = look.fill(titok.LatentEncoder(side, 4, T, 5, n_embd=8, n_layer=n_layer, n_head=2), 0.5)
+        learned = {k: p for k, p in encoder.named_parameters() if "blocks" not in k}
+        look.call(f"z of {B} images, {T} tokens each",
+                  encoder, {"images": look.randn(B, 3, side, side)},
+                  ENCODER,
+                  1e-3,
+                  params=learned)
 
 
 @exercise("titok.LatentEncoder.forward", points=1, hidden=True)
-def test_homework_titok_encoder_of_one_image_and_one_token():
-    encoder = titok.LatentEncoder(12, 4, 1, 5, n_embd=8, n_layer=1, n_head=2)
-    encoder.blocks = nn.ModuleList([Stir()])
-    images = torch.randn(1, 3, 12, 12)
-    before = images.clone()
-    z = encoder(images)
-    truth = encoder.out(latent_outputs(encoder, images))
-    check("z of one image and one token", z, truth)
-    assert z.dtype == torch.float32, f"z is {z.dtype} and not float32"
-    assert torch.equal(images, before), "the images are changed in place"
-    learned = {"latents": encoder.latents, "pos": encoder.pos, "cls": encoder.cls, "out": encoder.out.weight}
-    for name, weight in learned.items():
-        ours = gradient(z.square().sum(), weight)
-        assert ours is not None, f"no gradient reaches {name}"
-        check(f"the gradient of {name}", ours, gradient(truth.square().sum(), weight))
+def test_homework_titok_encoder_of_one_image_and_one_token(look):
+    encoder = look.fill(titok.LatentEncoder(8, 2, 1, 2, n_embd=4, n_layer=1, n_head=1), 0.8)
+    look.call("z of one image and one token",
+              encoder, {"images": look.randn(1, 3, 8, 8)},
+              ENCODER,
+              params={
+                  k: p for k, p in encoder.named_parameters() if "blocks" not in k
+              })
 
 
 @exercise("titok.LatentDecoder.forward", points=3)
-def test_homework_titok_decoder():
-    decoder = titok.LatentDecoder(8, 4, 3, 5, n_embd=8, n_layer=1, n_head=2)
-    q = torch.randn(2, 3, 5)
-    decoder.blocks = nn.ModuleList([Stir()])
-    canvas = torch.cat([decoder.cls, decoder.canvas]).expand(2, -1, -1)
-    x = torch.cat([canvas, decoder.embed(q) + decoder.pos], 1)
-    x = decoder.out(decoder.norm_post(Stir()(decoder.norm_pre(x)))[:, 1:5])                 # (2, 4, 48)
-    images = torch.zeros(2, 3, 8, 8)
-    for i in range(8):
-        for j in range(8):
-            start = (i % 4 * 4 + j % 4) * 3                 # a patch holds (row, column, colour)
-            images[:, :, i, j] = x[:, i // 4 * 2 + j // 4, start:start + 3]
-    check("images", decoder(q), decoder.smooth(images),
-          "The canvas, not the tokens, becomes the picture. A patch holds (row, column, colour). "
-          "smooth comes last.")
-    proxy = titok.LatentDecoder(8, 4, 3, 5, n_embd=8, n_layer=1, n_head=2, proxy_vocab=11)
-    logits = proxy(q)
-    shape = tuple(logits.shape)
-    assert shape == (2, 4, 11), f"with proxy_vocab: logits (B, P, proxy_vocab), not {shape}"
+def test_homework_titok_decoder(look):
+    hint = ("The sequence is cls, canvas, embed(q) + pos. The canvas, not the tokens, becomes the picture. A "
+            "patch holds (row, column, colour). smooth comes last; with proxy_vocab the logits (B, P, "
+            "proxy_vocab) do.")
+    for B, side, T, vocab in ((3, 8, 3, None), (1, 12, 2, None), (2, 8, 1, 11)):
+        decoder = look.fill(
+            titok.LatentDecoder(side, 4, T, 5, n_embd=8, n_layer=2, n_head=2, proxy_vocab=vocab))
+        learned = {k: p for k, p in decoder.named_parameters() if "blocks" not in k}
+        look.call(f"{T} tokens of {B} images, proxy_vocab={vocab}", decoder, {"q": look.randn(B, T, 5)}, hint,
+                  1e-3, params=learned)
+
+
+class Painter(nn.Module):
+    """A proxy: ids of patches from brightness, and a picture of any codes."""
+
+    vocab_size = 6
+    grid = (2, 2)
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = nn.Parameter(table)
+        self.quantizer = SimpleNamespace(codes=lambda ids: self.table[ids])
+
+    def encode(self, images):
+        patches = images.unfold(2, 4, 4).unfold(3, 4, 4).mean((1, 4, 5)).flatten(1)
+        return (patches * 20).long().abs() % 6
+
+    def decode_raw(self, q):
+        return (q.sin() + q.roll(1, 1)).mean(-1)[:, None, None] * torch.ones(1, 3, 8, 1)
+
+
+def titok_with_proxy(look, vocab=6):
+    """A TiTok of 3 tokens with a proxy, and a decoder that is one Linear."""
+    model = titok.TiTok(8, 3, vocab_size=9, code_dim=5, patch=4, enc=(8, 1, 2), dec=(8, 1, 2), stage="proxy",
+                        proxy=Painter(look.randn(6, 4)))
+    look.fill(model, 0.5)
+    return model
+
+
+def unlike(self, q):
+    """It stands in for LatentDecoder.forward: logits of four patches from the codes."""
+    mixed = self.embed(q).mean(1, keepdim=True) + self.canvas
+    return self.out(mixed.cos())
+
+
+def also_unlike(self, images):
+    """It stands in for LatentEncoder.forward: z of each token."""
+    return self.out(self.latents.expand(len(images), -1, -1) * images.mean((1, 2, 3))[:, None, None].exp())
 
 
 @exercise("titok.TiTok.decode_raw", points=2)
-def test_homework_titok_soft_codes():
-    table, logits = torch.randn(6, 3), torch.randn(2, 4, 6)
-    codes = SimpleNamespace(codes=lambda ids: table[ids])
-    proxy = SimpleNamespace(decode_raw=lambda q: 10 + q, quantizer=codes)
-
-    class Decoder(SimpleNamespace):
-        def __call__(self, q):
-            return logits
-    mixed = sum(logits.softmax(-1)[..., k, None] * table[k] for k in range(6))              # (2, 4, 3)
-    model = SimpleNamespace(decoder=Decoder(proxy_vocab=6), proxy=proxy)
-    ours = titok.TiTok.decode_raw(model, torch.randn(2, 3, 5))
-    check("what the proxy's decoder makes of the mixed codes", ours, 10 + mixed,
-          "Each of the proxy's codes counts with its probability, a softmax over the vocabulary.")
-    model = SimpleNamespace(decoder=Decoder(proxy_vocab=None), proxy=None)
-    ours = titok.TiTok.decode_raw(model, torch.randn(2, 3, 5))
-    check("without a proxy", ours, logits, "There the decoder's output is the image.")
+def test_homework_titok_soft_codes(look):
+    with closed(titok.LatentDecoder, "forward", unlike):
+        model = titok_with_proxy(look)
+        for B in (1, 3):
+            look.call(f"{B} pictures of the proxy", model.decode_raw, {"q": look.randn(B, 3, 5)},
+                      "Each of the proxy's codes counts with its probability, a softmax over the vocabulary; "
+                      "the proxy's decode_raw paints their mean.", params=model.decoder)
+        plain = look.fill(titok.TiTok(8, 3, vocab_size=9, code_dim=5, patch=4, enc=(8, 1, 2), dec=(8, 1, 2)))
+        look.call("without a proxy", plain.decode_raw, {"q": look.randn(2, 3, 5)},
+                  "There the decoder's output is the image.")
 
 
-@exercise("titok.TiTokVAE.bottleneck", points=2)
-def test_homework_titok_vae_bottleneck():
-    model = titok.TiTokVAE(image_size=8, n_tokens=3, token_dim=2, enc=(8, 1, 2), dec=(8, 1, 2), beta=0.5)
-    mean, logvar = torch.randn(2, 4000, 3, 2)
-    mean[:], logvar[:] = mean[:1], logvar[:1]
-    z, loss, logs = model.bottleneck(torch.cat([mean, logvar], -1))
-    kl = D.kl_divergence(D.Normal(mean, (0.5 * logvar).exp()), D.Normal(0.0, 1.0)).sum(-1).mean()
-    check("logs['kl'], nats per token", logs["kl"], kl)
-    check("the loss", loss, 0.5 * kl * 3 / (3 * 8 * 8),
-          "beta * KL summed over the T tokens, divided by the 3 H W pixel values.")
-    check("the mean of 4,000 draws", z.mean(0), mean[0], "The first half of the moments is the mean.", 0.1)
-    check("their std", z.std(0), (0.5 * logvar[0]).exp(),
-          "The second half is log variance; draw with noise, also in training.", 0.1)
+@exercise("titok.TiTok.proxy_loss", points=2)
+def test_homework_titok_proxy_loss(look):
+    hint = (
+        "The cross-entropy, in nats per id, of the decoder's logits against the ids that the proxy gives the "
+        "same images, plus the loss of the bottleneck. logs: proxy_nats, proxy_right, and the bottleneck's."
+    )
+    with (closed(titok.LatentDecoder, "forward", unlike), closed(titok.LatentEncoder, "forward",
+                                                                 also_unlike)):
+        model = titok_with_proxy(look)
+        model.bottleneck = lambda z: (z + z.sin(), z.square().mean(), {"odd": z.detach().mean()})
+        for B in (1, 3):
+            look.call(f"the loss of {B} images",
+                      model.proxy_loss, {"images": look.randn(B, 3, 8, 8)},
+                      hint,
+                      1e-3,
+                      logs=["proxy_nats", "proxy_right", "odd"], outputs=["the loss", "logs"],
+                      fixed=("images",),
+                      params={
+                          k: p
+                          for k, p in model.named_parameters()
+                          if p.requires_grad and k.startswith(("encoder.out", "encoder.latents", "decoder"))
+                      })
+
+
+@exercise("titok", points=3, further=True, goals=[
+    ("nats per id of the proxy, eight images", 0.0, (0.8, 0.4), "Two tokens of eight ids tell eight images "
+     "apart, so all is known."),
+    ("the share of the proxy's ids named right", 1.0, (0.4, 0.15), "The likeliest is the right one.")])
+def capstone_titok(look):
+    """Eight images of four flat patches, in two tokens."""
+    model = titok.TiTok(8,
+                        2,
+                        vocab_size=8,
+                        code_dim=4,
+                        patch=4,
+                        enc=(16, 1, 2),
+                        dec=(16, 1, 2),
+                        stage="proxy",
+                        proxy=Painter(look.randn(6, 4)))
+    images = 0.6 * look.rand(8, 3, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    fit([p for p in model.parameters() if p.requires_grad], lambda: model(images)[0], 500, 5e-3)
+    with torch.no_grad():
+        _, logs = model.proxy_loss(images)
+    look.goal("nats per id of the proxy, eight images", logs["proxy_nats"], 0.8, 0.4)
+    look.goal("the share of the proxy's ids named right", logs["proxy_right"], 0.4, 0.15)

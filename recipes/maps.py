@@ -155,7 +155,7 @@ def train_map_tokenizer(own, args, dist, folder, train_set, val_set):
     tokenizer = runs.build_tokenizer(args)
 
     def finish(model):
-        arrays = tokens.encode_all(model, train_set)
+        arrays = tokens.encode_some(model, train_set, train.MEASURED)
         model.measure(arrays["mean"], arrays["std"])
         if dist.rank == 0:
             torch.manual_seed(args.seed)

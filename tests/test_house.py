@@ -387,9 +387,7 @@ WIDE = {
     "experiments/head_modes.py": 5, "experiments/joint.py": 5, "experiments/mar_ablation.py": 2,
     "experiments/mar_curves.py": 4, "experiments/overview.py": 1, "experiments/same_config.py": 3,
     "experiments/sampling.py": 1, "experiments/survey.py": 6, "experiments/video_designs.py": 3,
-    "experiments/vocabulary.py": 3, "homework/ar_transformer.py": 4, "homework/gmm_head.py": 2,
-    "homework/grading.py": 1, "homework/kit.py": 1, "homework/lfq.py": 1, "homework/mar.py": 2,
-    "homework/maskgit.py": 4, "homework/vae.py": 1, "homework/vq.py": 2, "tests/test_clips.py": 1,
+    "experiments/vocabulary.py": 3, "tests/test_clips.py": 1,
     "tests/test_data.py": 1, "tests/test_drawing.py": 1, "tests/test_experiments.py": 1,
 }
 

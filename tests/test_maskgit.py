@@ -8,6 +8,7 @@ import torch.nn as nn
 import gmm_head
 import mar
 import maskgit
+from common import muon
 from tests.helpers import close, golden
 
 
@@ -154,13 +155,28 @@ def test_maskgit_training_masks_have_the_authors_counts():
 def test_maskgit_one_token_per_pass_comes_close_to_bars_and_stripes():
     model = maskgit.MaskGIT(maskgit.CategoricalHead(64, 2), 16, 1, vocab_size=2, n_layer=2, n_head=4,
                             n_embd=64, label_drop=0, smoothing=0)
-    zeros = torch.zeros(256, dtype=torch.long)
-    mar.fit_ids(model, lambda step: (mar.bars_and_stripes(256, "cpu"), zeros), 400, 3e-3)
+    fit_with_muon(model, 340, 1e-2)
     model.eval()
     few = total_variation(model, 2)
     many = total_variation(model, 16)
     assert many[0] > 0.8
     assert many[1] < few[1]
+
+
+def fit_with_muon(model, steps, lr):
+    """Train on bars-and-stripes. With AdamW alone it takes three times as many multiplications."""
+    zeros = torch.zeros(128, dtype=torch.long)
+    matrices = [p for name, p in model.named_parameters() if "blocks." in name and p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not q for q in matrices)]
+    optimizers = [muon.Muon(matrices, lr=lr, weight_decay=0.0), torch.optim.AdamW(others, lr=lr)]
+    for step in range(steps):
+        loss, _ = model(mar.bars_and_stripes(128, "cpu"), zeros)
+        loss.backward()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1, (step + 1) / 10) * (1 - step / steps)
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def total_variation(model, steps, n=800):

@@ -1,5 +1,4 @@
 """Tests of common/sharding.py: two processes against one, with all weights (DDP) or with shares (FSDP2)."""
-import argparse
 import json
 import shutil
 import subprocess
@@ -22,8 +21,8 @@ from common import drawing, runs, sharding, tokens
 from tests.helpers import ENV, ROOT, TINY, log_of
 
 # Without noise inside the models, several processes follow one up to rounding.
-SHORT = [*TINY, "--beta", "0", "--label_drop", "0", "--tok_steps", "8", "--steps", "8", "--log_every", "2",
-         "--eval_every", "8", "--size", "nano"]
+SHORT = [*TINY, "--tok_size", "small", "--beta", "0", "--label_drop", "0", "--tok_steps", "8", "--steps", "8",
+         "--log_every", "2", "--eval_every", "8", "--size", "nano"]
 ADAMW = [*SHORT, "--optimizer", "adamw"]
 PARTS = ["--accumulate", "2", "--recompute"]
 PAIRS = {                                                   # name of the run: the flags of two processes

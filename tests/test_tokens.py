@@ -2,9 +2,11 @@
 import argparse
 from pathlib import Path
 
+import pytest
 import torch
 
 import data
+import lfq
 import vae
 import vq
 from common import tables, tokens
@@ -195,3 +197,15 @@ def test_arrays_are_filled_in_parts_by_several_processes_without_a_second_copy()
         tables.fill(10, 2, make, shared, argparse.Namespace(rank=rank, size=3))
     assert sorted(made) == [(0, 2), (2, 4), (4, 6), (6, 8), (8, 10)], "each part once"
     assert room["square"].tolist() == [i * i for i in range(10)]
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_some_images_are_encoded_as_all_are(frames):
+    """Those that are chosen lie evenly over the set, and are not mirrored."""
+    tokenizer = lfq.LFQ(image_size=8, frames=frames, bits=4, ch=8, ch_mult=(1, 2), n_res=1, groups=4)
+    tokenizer.eval()
+    images = data.load("shapes", 8, "train", n_shapes=40, frames=frames, flip=True)
+    every = tokens.encode_all(tokenizer, images)["ids"]
+    assert torch.equal(tokens.encode_some(tokenizer, images, 14)["ids"], every[:40:3])
+    assert images.flip == (frames == 1), "clips are never mirrored"
+    assert torch.equal(tokens.encode_some(tokenizer, images, 100)["ids"], every[:40])

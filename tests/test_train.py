@@ -59,7 +59,7 @@ def test_a_run_leaves_its_files_and_samples(tiny_run, tmp_path):
 def test_every_combination_trains_loads_and_samples(words, name, tiny_run, capsys, monkeypatch):
     few = (0, 12, 32, 4e-3)                                 # of --perceptual: 12 steps are enough
     monkeypatch.setattr(classifier.train_classifier, "__defaults__", few)
-    train.main([*TINY, *RARELY, "--runs", str(tiny_run), *words])
+    train.main([*TINY, *RARELY, "--steps", "12", "--runs", str(tiny_run), *words])
     assert (tiny_run / name / "samples.png").stat().st_size > 0 and (tiny_run / name / "curve.png").exists()
     run = runs.load_run(tiny_run / name)
     images = drawing.draw_samples(run, torch.arange(4))
