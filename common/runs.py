@@ -472,8 +472,8 @@ def take_patches(args):
         if name in args.by_default:
             setattr(args, name, defaults[name])
     after = build_tokenizer(args)
-    return (f"{after.seq_len} ids of {after.vocab_size:,}; --tok_size small: {before}, and a generator that is "
-            "three to four times as fast")
+    return (f"{after.seq_len} ids of {after.vocab_size:,}; --tok_size small: {before}, and a generator that "
+            "is three to four times as fast")
 
 
 def in_colour(image_set):
