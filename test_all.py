@@ -23,7 +23,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent
 FIXTURE = type(pytest.fixture(lambda: None))
-ROOMS = [f"tests.{path.stem}" for path in sorted((ROOT / "tests").glob("test_*.py"))]
+ROOMS = [f"tests.{path.stem}" for name in ("conftest", "test_*")                       # fixtures first
+         for path in sorted((ROOT / "tests").glob(f"{name}.py"))]
 ROOMS += [f"homework.{path.stem}" for path in sorted((ROOT / "homework").glob("*.py"))
           if (ROOT / path.name).exists()]                   # exercises have the name of their file
 

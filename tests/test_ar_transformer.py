@@ -127,8 +127,8 @@ def test_categorical_head_filters_like_a_slow_loop():
 def test_ar_reaches_the_exact_optimum_on_bars_and_stripes():
     model = ar_transformer.ARTransformer(ar_transformer.CategoricalHead(64, 2), 16, 1, vocab_size=2,
                                          n_layer=2, n_head=2, n_embd=64, label_drop=0)
-    zeros = torch.zeros(64, dtype=torch.long)
-    ar_transformer.fit_ids(model, lambda step: (ar_transformer.bars_and_stripes(64, "cpu"), zeros), 400, 5e-3)
+    zeros = torch.zeros(96, dtype=torch.long)
+    ar_transformer.fit_ids(model, lambda step: (ar_transformer.bars_and_stripes(96, "cpu"), zeros), 400, 5e-3)
     everything = ar_transformer.bars_and_stripes(5000, "cpu").unique(dim=0)
     assert len(everything) == 30
     with torch.no_grad():
