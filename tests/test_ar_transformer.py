@@ -270,6 +270,7 @@ def test_ar_bytes_are_read_in_order_and_padding_is_not():
     assert "caption.none" in model.state_dict()
 
 
+@pytest.mark.slow
 def test_ar_learns_what_captions_say():
     text = ar_transformer.captions_of(ar_transformer.bars_and_stripes(2000, "cpu").unique(dim=0))
     assert len(set(text)) == 30 and "rows 1 and 3 dark" in text and "column 2 dark" in text

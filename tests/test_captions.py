@@ -15,7 +15,8 @@ from common import captions, drawing, metrics, runs
 from tests.helpers import IDS, RARELY, TINY
 
 
-@pytest.mark.parametrize("words, folder", [(IDS, "shapes-vq-text-ar-categorical"),
+@pytest.mark.parametrize("words, folder", [pytest.param(IDS, "shapes-vq-text-ar-categorical",
+                                                        marks=pytest.mark.slow),
                                            ([], "shapes-vae-text-ar-gmm")])
 def test_captions_are_trained_drawn_and_judged(words, folder, tiny_run, tmp_path, capsys, monkeypatch):
     train.main([*TINY, *RARELY, "--runs", str(tiny_run), "--condition", "text", *words])

@@ -98,6 +98,7 @@ def test_blocks_of_pixels_lose_no_pixel(block, monkeypatch):
             assert bit == image[y, x], f"pixel {y}, {x}"
 
 
+@pytest.mark.slow
 def test_gmm_comes_within_two_percent_of_25_gaussians(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     import claims
@@ -151,6 +152,7 @@ def test_readers_of_clips_see_what_they_should(monkeypatch):
                        model.quantizer.codebook).argmin(-1).equal(ids[0])
 
 
+@pytest.mark.slow
 def test_experiments_on_clips_run(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "experiments")
     import understanding

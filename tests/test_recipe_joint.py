@@ -109,6 +109,7 @@ def test_joint_bound_stays_above_the_true_surprise_found_by_quadrature():
                for p in (model.log_scale, model.quant_conv.weight, prior.head.proj.weight))
 
 
+@pytest.mark.slow
 def test_joint_training_lowers_its_bound():
     model = logistic_vae(image_size=16)
     prior = ar_transformer.ARTransformer(gmm_head.GMMHead(32, 8, 2), 4, 10, token_dim=8, n_layer=1, n_head=2,
@@ -159,6 +160,7 @@ def test_the_bound_of_a_joint_run_is_its_validation_loss(joint_run):
     assert 0 < metrics["bound_bits_per_dim_error"] < 0.1
 
 
+@pytest.mark.slow
 def test_a_stopped_joint_run_goes_on_with_its_own_flags(joint_run, tmp_path, monkeypatch):
     def stop(path, run):
         raise KeyboardInterrupt
@@ -185,6 +187,7 @@ def test_a_longer_joint_run_goes_on_from_a_finished_one(joint_run, tmp_path, cap
     assert runs.read_checkpoint(tmp_path / joint_run.name)["step"] == 26
 
 
+@pytest.mark.slow
 def test_two_stages_are_measured_by_the_same_bound(tmp_path, capsys):
     words = [*WORDS, "--two_stages", "--runs", str(tmp_path)]
     joint_recipe.main([*words, "--channels", "1"])

@@ -121,15 +121,18 @@ def follows(parent, name, other, digits):
 
 
 @pytest.mark.parametrize("name, other", [("ddp", "one"), ("shapes-vae", "one-vae")])
+@pytest.mark.slow
 def test_two_processes_with_all_weights_follow_one(name, other, twos):
     """Which computes each batch at once and keeps all activations; they do neither."""
     follows(twos, name, other, 5 if name == "ddp" else 3)
 
 
+@pytest.mark.slow
 def test_two_processes_with_shares_of_the_weights_follow_one(twos):
     follows(twos, "shard", "one", 5)
 
 
+@pytest.mark.slow
 def test_two_processes_encode_a_set_together(twos):
     """Of 600 images in parts of 250, process 0 made the first and the last part."""
     tokenizer = runs.load_run(twos / "shapes-vae").tokenizer
@@ -141,10 +144,12 @@ def test_two_processes_encode_a_set_together(twos):
     assert not list(twos.rglob("*.tmp")), "nothing is left over"
 
 
+@pytest.mark.slow
 def test_muon_on_shares_follows_muon_on_whole_matrices(twos):
     follows(twos, "muon", "one-muon", 3)                    # it computes in bfloat16
 
 
+@pytest.mark.slow
 def test_a_stopped_and_resumed_sharded_run_equals_the_unbroken_one_bit_for_bit(twos):
     whole, resumed = (runs.read_checkpoint(twos / name) for name in ("shard", "stopped"))
     for part in ("model", "ema"):
@@ -153,12 +158,14 @@ def test_a_stopped_and_resumed_sharded_run_equals_the_unbroken_one_bit_for_bit(t
     assert log_of(twos, "shard") == log_of(twos, "stopped")
 
 
+@pytest.mark.slow
 def test_each_process_holds_half_of_the_weights(twos):
     here = [int((twos / f"bytes-{rank}").read_text()) for rank in (0, 1)]
     total = sum(value.nbytes for value in runs.read_checkpoint(twos / "shard")["model"].values())
     assert sum(here) == total and max(here) < 0.51 * total
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_a_sharded_run_is_like_that_of_one_process(twos):
     """So sample.py and evaluate.py read it, and one process goes on with it."""
     one, shard = (runs.read_checkpoint(twos / name) for name in ("one", "shard"))
@@ -172,6 +179,7 @@ def test_the_checkpoint_of_a_sharded_run_is_like_that_of_one_process(twos):
             assert all(values[name].shape == ours["state"][i][name].shape for name in values)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_draws_and_goes_on_in_one_process(twos, tmp_path):
     images = [drawing.draw_samples(runs.load_run(twos / name), torch.arange(3)) for name in ("one", "shard")]
     assert torch.allclose(*images, atol=1e-2)
@@ -188,6 +196,7 @@ def test_shares_need_several_processes(tmp_path):
         train.main([*TINY, "--runs", str(tmp_path), "--shard"])
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_with_a_sentence(twos):
     """Process 1 killed itself in the last of the runs."""
     said = (twos / "said").read_text().split("process 1 kills itself")[1]
@@ -266,6 +275,7 @@ def test_maskgit_on_vectors_weighs_parts_and_not_tokens_alike(monkeypatch):
     assert 1e-6 < abs(whole - cut) / abs(whole) < 0.1
 
 
+@pytest.mark.slow
 def test_the_loop_cuts_a_batch_into_parts(twos):
     """In one process; the first loss is that of the same weights, before any rounding adds up."""
     train.main([*ADAMW, "--runs", str(twos), "--name", "one-parts", "--accumulate", "4"])

@@ -33,9 +33,7 @@ def test_a_run_leaves_its_files_and_samples(tiny_run, tmp_path):
     assert "trained already" in call("train.py", *TINY, "--runs", tiny_run)
 
 
-@pytest.mark.parametrize(
-    "words, name",
-    [(["--generator", "maskgit"], "shapes-vae-maskgit-gmm"),
+COMBINATIONS = [(["--generator", "maskgit"], "shapes-vae-maskgit-gmm"),
      (["--adapter", "flow"], "shapes-vae-flow-ar-gmm"),
      (["--generator", "maskgit", "--adapter", "flow"], "shapes-vae-flow-maskgit-gmm"),
      (["--generator", "mar", "--head", "diffusion"], "shapes-vae-mar-diffusion"),
@@ -55,7 +53,11 @@ def test_a_run_leaves_its_files_and_samples(tiny_run, tmp_path):
      ([
          *IDS, "--codebook", "ema", "--vocab_size", "32", "--tok_name", "ve", "--generator", "mar",
          "--attention", "causal", "--flip", "--name", "vc"
-     ], "vc")])
+     ], "vc")]
+
+
+@pytest.mark.parametrize("words, name", [pytest.param(*row, marks=[pytest.mark.slow] * (i % 2))
+                                         for i, row in enumerate(COMBINATIONS)])     # each second is slow
 def test_every_combination_trains_loads_and_samples(words, name, tiny_run, capsys, monkeypatch):
     few = (0, 12, 32, 4e-3)                                 # of --perceptual: 12 steps are enough
     monkeypatch.setattr(classifier.train_classifier, "__defaults__", few)
