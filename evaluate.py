@@ -138,12 +138,12 @@ def measure_images(args, run, train_set, val_set):
     torch.manual_seed(args.seed)                            # whether or not the classifier had to be trained
     real, _ = look_at_real(net, val_set, index, args.batch_size)                      # (N, 128)
     floor, _ = look_at_real(net, train_set, others[:args.n], args.batch_size)
-    rows, recon = measure_reconstruction(run.tokenizer, net, val_set, index, args.batch_size)
+    rows, recon, first = measure_reconstruction(run.tokenizer, net, val_set, index, args.batch_size, args.n)
     rows.append(("classifier_accuracy", "class accuracy, real images", 100 * accuracy, "%",
                  "the classifier's limit"))
-    truth = torch.cat([val_set.batch(part)[0] for part in index[:args.n].split(args.batch_size)])
+    truth = torch.cat([val_set.batch(part)[0].cpu() for part in index[:args.n].split(args.batch_size)])
     rows += yardsticks.of_tokenizer(run.tokenizer, train_set, truth)
-    shown = dict(real=truth.cpu(), reconstructions=reconstructed(run, truth, args.batch_size))
+    shown = dict(real=truth, reconstructions=first)
     if run.generator is not None:
         rows += measure_likelihood(run, val_set, index, args.batch_size, args.seed)
         cond, labels = asked_for(run, val_set, args.n)
@@ -165,9 +165,12 @@ def measure_images(args, run, train_set, val_set):
 
 
 @torch.no_grad()
-def measure_reconstruction(tokenizer, net, val_set, index, batch_size):
-    """Encode and decode the validation images at index (N,) -> rows, features of what comes out (N, 128)."""
+def measure_reconstruction(tokenizer, net, val_set, index, batch_size, keep=1):
+    """Encode and decode the validation images at index (N,) -> rows, features of what comes out (N, 128), and
+    the first `keep` of it (keep, 3, H, W), on the CPU.
+    """
     per_batch = []
+    kept = []
     used = torch.zeros(tokenizer.vocab_size or 0, dtype=torch.bool, device=val_set.device)
     for i in index.split(batch_size):
         images, labels = val_set.batch(i)
@@ -182,6 +185,8 @@ def measure_reconstruction(tokenizer, net, val_set, index, batch_size):
             tokens = tokenizer.encode(images)
             used[tokens] = True
         recon = tokenizer.decode(tokens).float().clamp(-1, 1)
+        if len(kept) * batch_size < keep:
+            kept.append(recon.cpu())
         features, predicted = look(net, recon)
         right = (predicted == labels).float()
         per_batch.append((features, psnr(images, recon), ssim(images, recon), right, kl))
@@ -195,25 +200,18 @@ def measure_reconstruction(tokenizer, net, val_set, index, batch_size):
     if len(used):
         rows.append(("codebook_usage", "codes that occur", 100 * used.float().mean().item(), "%",
                      f"of {len(used)}, in {len(index)} validation images"))
-    return [row for row in rows if math.isfinite(row[2])], features       # no KL: not a VAE, or its std is 0
-
-
-@torch.no_grad()
-def reconstructed(run, images, batch_size):
-    """images (N, 3, H, W) -> what the tokenizer makes of them, on the CPU, of a VAE from a token drawn."""
-    with torch.random.fork_rng():
-        parts = [run.tokenizer.decode(run.tokenizer.encode(x)).float() for x in images.split(batch_size)]
-    return torch.cat(parts).clamp(-1, 1).cpu()
+    rows = [row for row in rows if math.isfinite(row[2])]   # no KL: not a VAE, or its std is 0
+    return rows, features, torch.cat(kept)[:keep]
 
 
 def compare_with_training(run, images, truth, train_set):
     """Are samples (N, 3, H, W) copies? -> rows, and nearest.png: samples above their nearest images."""
-    training = yardsticks.some(train_set, yardsticks.COMPARED).cpu()
+    train_set.flip = False                                  # as they are
+    distances, positions = yardsticks.nearest(images, train_set)
     few = torch.linspace(0, len(images) - 1, min(len(images), 12), device="cpu").long()
-    _, found = yardsticks.nearest(images[few], training)
-    rows = [("samples", images[few]), ("nearest training images", training[found])]
+    rows = [("samples", images[few]), ("nearest training images", train_set.batch(positions[few])[0].cpu())]
     pictures.attempt(pictures.save_rows, run.folder / "nearest.png", rows, run.folder.name)
-    return yardsticks.nearest_rows(images, truth, training)
+    return yardsticks.nearest_rows(distances, yardsticks.nearest(truth, train_set)[0])
 
 
 @torch.no_grad()

@@ -426,7 +426,7 @@ def open_split(args, split, device=None):
 
 
 def open_data(args):
-    """-> training set, validation set. Sets args.token_dim where it depends on what the images are.
+    """-> training set, validation set. Sets args.token_dim and args.tok_size where the images decide: suit().
 
     Raises BadInput where --condition text is given and not every image has a caption.
     """

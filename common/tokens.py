@@ -48,29 +48,30 @@ class Tokens:
         return self.tokenizer.normalise(mean + std * noise), cond
 
 
-def parts_of(tokenizer, images):
+def parts_of(tokenizer, images, chosen=None):
     """How to make the tokens of a data.ImageSet -> n rows, rows at once, make(i, j): see common/tables.py.
 
-    With --flip the mirrored images are there too, as rows N .. 2 N - 1.
+    With --flip the mirrored images are there too, as rows N .. 2 N - 1. chosen (M,): only those positions.
     """
     n = len(images)
-    rows = 2 * n if images.flip else n
+    if chosen is None:
+        chosen = torch.arange(2 * n if images.flip else n, device="cpu")
     at_once = 250 if images.frames == 1 else max(1, 1000 // images.frames)            # clips take more memory
 
     @torch.no_grad()
     def make(i, j):
-        index = torch.arange(i, j, device="cpu")
+        index = chosen[i:j]
         flip, images.flip = images.flip, False
         x, _ = images.batch(index % n)
         images.flip = flip
-        if j > n:
+        if (index >= n).any():
             mirrored = (index >= n).to(x.device).view(-1, *[1] * (x.ndim - 1))
             x = torch.where(mirrored, x.flip(-1), x)
         if tokenizer.vocab_size:
             return {"ids": tokenizer.encode(x)}
         mean, std = tokenizer.posterior(x)
         return {"mean": mean, "std": std}
-    return rows, at_once, make
+    return len(chosen), at_once, make
 
 
 def marked(arrays, images):
@@ -78,18 +79,10 @@ def marked(arrays, images):
     return arrays | {"flipped": torch.ones(1, device="cpu")} if images.flip else arrays
 
 
-@torch.no_grad()
 def encode_some(tokenizer, images, most):
     """At most so many of a data.ImageSet, spread evenly and not mirrored -> arrays as of encode_all."""
     chosen = torch.linspace(0, len(images) - 1, min(len(images), most), device="cpu").long().unique()
-    parts = []
-    for index in chosen.split(250 if images.frames == 1 else max(1, 1000 // images.frames)):
-        flip, images.flip = images.flip, False
-        x, _ = images.batch(index)
-        images.flip = flip
-        parts.append([tokenizer.encode(x)] if tokenizer.vocab_size else tokenizer.posterior(x))
-    names = ["ids"] if tokenizer.vocab_size else ["mean", "std"]
-    return {name: torch.cat(arrays) for name, arrays in zip(names, zip(*parts))}
+    return tables.fill(*parts_of(tokenizer, images, chosen), tables.room_on(images.device))
 
 
 def encode_all(tokenizer, images):

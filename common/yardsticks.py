@@ -16,17 +16,27 @@ import math
 import torch
 import torch.nn.functional as F
 
-LEARNT_FROM = 2000                                          # training images for PCA and k-means
+import vq
+from common.metrics import psnr
+
+LEARNT_FROM = 2000                                          # training images for PCA and k-means ...
+MOST_VALUES = 25_000_000                                    # ... or fewer, where they are larger than 64 x 64
 PATCHES = 32_000                                            # for k-means, or 16 per code
 MOST_CODES = 4096                                           # beyond that k-means takes minutes
 COMPARED = 20_000                                           # training images, to find the nearest
 SIDE = 16                                                   # pixels of the images that `nearest` compares
 
 
-def some(image_set, n):
-    """At most n images of a data.ImageSet, spread evenly -> (N, 3, H, W)."""
-    index = torch.linspace(0, len(image_set) - 1, min(n, len(image_set)), device="cpu").long()
-    return torch.cat([image_set.batch(part)[0] for part in index.split(500)])
+def spread(image_set, n):
+    """The positions (N,) of at most n images of a data.ImageSet, spread evenly."""
+    return torch.linspace(0, len(image_set) - 1, min(n, len(image_set)), device="cpu").long().unique()
+
+
+def learnt_from(image_set):
+    """The training images (N, 3, H, W) for PCA and k-means, on the CPU."""
+    values = image_set.batch(torch.zeros(1, dtype=torch.long, device="cpu"))[0].numel()
+    index = spread(image_set, min(LEARNT_FROM, max(100, MOST_VALUES // values)))
+    return torch.cat([image_set.batch(part)[0].cpu() for part in index.split(250)])
 
 
 def square_grid(tokenizer, image_size):
@@ -46,8 +56,8 @@ def to_patches(images, grid):
 
 def psnr_of(recon, truth):
     """Mean PSNR in dB over rows that are images: (N, ...) in [-1, 1], recon cut to that range."""
-    mse = (recon.clamp(-1, 1) - truth).square().flatten(1).mean(1)
-    return (10 * torch.log10(4 / mse.clamp(min=1e-10))).mean().item()
+    rows = (len(truth), 1, 1, -1)
+    return psnr(truth.reshape(rows), recon.clamp(-1, 1).reshape(rows)).mean().item()
 
 
 # ---- What a tokenizer must beat ------------------------------------------------------------------
@@ -82,33 +92,16 @@ def pca_psnr(train_images, images, grid, n):
     return psnr_of((y - mean) @ basis @ basis.T + mean, y)
 
 
-def kmeans(x, n, steps=10):
-    """Rows x (N, P) -> n codes (n, P) by Lloyd's algorithm. An empty code moves to a random row."""
-    codes = x[torch.randperm(len(x), device="cpu")[:n].to(x.device)]
-    for _ in range(steps):
-        ids = nearest_code(x, codes)
-        count = torch.zeros(len(codes), device=x.device).index_add_(0, ids, torch.ones_like(x[:, 0]))
-        total = torch.zeros_like(codes).index_add_(0, ids, x)
-        elsewhere = x[torch.randint(len(x), (len(codes),), device="cpu").to(x.device)]
-        codes = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], elsewhere)
-    return codes
-
-
-def nearest_code(x, codes):
-    """Rows x (N, P), codes (V, P) -> the number of the nearest code of each (N,)."""
-    half = codes.square().sum(1) / 2
-    return torch.cat([(half - part @ codes.T).argmin(1) for part in x.split(8192)])
-
-
 def kmeans_psnr(train_images, images, grid, vocab_size, seed=0):
     """PSNR in dB of images (M, 3, H, W) whose patches are the nearest of vocab_size codes, by k-means."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         x = to_patches(train_images.cpu(), grid).flatten(0, 1)
         chosen = torch.randperm(len(x), device="cpu")[:max(PATCHES, 16 * vocab_size)]
-        codes = kmeans(x[chosen], vocab_size)
+        codes, _ = vq.kmeans(x[chosen], vocab_size)
     y = to_patches(images.cpu(), grid)                                                # (M, T, n)
-    return psnr_of(codes[nearest_code(y.flatten(0, 1), codes)].view_as(y), y)
+    ids = [vq.VectorQuantizer.distances(part, codes).argmin(1) for part in y.flatten(0, 1).split(4096)]
+    return psnr_of(codes[torch.cat(ids)].view_as(y), y)
 
 
 def of_tokenizer(tokenizer, train_set, images):
@@ -117,11 +110,11 @@ def of_tokenizer(tokenizer, train_set, images):
     if not tokenizer.vocab_size:
         placed = grid if len(tokenizer.grid) == 2 else None
         n = tokenizer.token_dim if placed else tokenizer.token_dim * tokenizer.seq_len
-        db = pca_psnr(some(train_set, LEARNT_FROM), images, placed, n)
+        db = pca_psnr(learnt_from(train_set), images, placed, n)
         return [("pca_psnr_db", "PSNR of PCA of the same size", db, "dB", "no network: to be beaten")]
     if grid is None or tokenizer.vocab_size > MOST_CODES:
         return []
-    db = kmeans_psnr(some(train_set, LEARNT_FROM), images, grid, tokenizer.vocab_size)
+    db = kmeans_psnr(learnt_from(train_set), images, grid, tokenizer.vocab_size)
     return [("kmeans_psnr_db", "PSNR of k-means of the same size", db, "dB", "no network: to be beaten")]
 
 
@@ -153,23 +146,27 @@ def seam_rows(tokenizer, **sets):
     return rows
 
 
-def nearest(images, others):
-    """images (N, 3, H, W), others (M, 3, H, W) -> distance (N,) to the nearest of others, its number (N,).
+def small(images):
+    """images (N, 3, H, W) -> (N, 768), on the CPU: averages over parts. Objects count, and noise does not."""
+    return F.interpolate(images.float(), (SIDE, SIDE), mode="area").flatten(1).cpu()
+
+
+def nearest(images, image_set):
+    """images (N, 3, H, W) -> distance (N,) to the nearest of a data.ImageSet, its position in the set (N,).
 
     The distance is the root of the mean squared difference of pixel values, of images averaged to 16 x 16
-    pixels, so that it is the objects that count and not the noise.
+    pixels. Of a large set COMPARED images are looked at, spread evenly.
     """
-    x = F.interpolate(images.float().cpu(), (SIDE, SIDE), mode="area").flatten(1)
-    y = F.interpolate(others.float().cpu(), (SIDE, SIDE), mode="area").flatten(1)
-    found = [torch.cdist(part, y).min(1) for part in x.split(500)]
-    distance = torch.cat([values for values, _ in found]) / x.shape[1] ** 0.5
-    return distance, torch.cat([indices for _, indices in found])
+    index = spread(image_set, COMPARED)
+    others = torch.cat([small(image_set.batch(part)[0]) for part in index.split(250)])
+    found = [torch.cdist(small(part), others).min(1) for part in images.split(500)]
+    distance = torch.cat([values for values, _ in found]) / others.shape[1] ** 0.5
+    return distance, index[torch.cat([indices for _, indices in found])]
 
 
-def nearest_rows(samples, images, training):
-    """Samples, validation images and training images -> rows for evaluate.py: medians."""
-    remark = "below that of validation images: learnt by heart"
+def nearest_rows(of_samples, of_val):
+    """Distances (N,) of samples and of validation images, from nearest() -> rows for evaluate.py: medians."""
     return [("nearest_samples", "distance to the nearest training image, samples",
-             nearest(samples, training)[0].median().item(), "", remark),
+             of_samples.median().item(), "", "below that of validation images: learnt by heart"),
             ("nearest_val", "distance to the nearest training image, validation",
-             nearest(images, training)[0].median().item(), "", "of images that were never seen")]
+             of_val.median().item(), "", "of images that were never seen")]

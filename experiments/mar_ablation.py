@@ -87,7 +87,7 @@ def measure_seed(folder, seed, steps, n):
             rows[head].append(row)
             print(f"seed {seed} {head} {order} {attention} {per_step}: "
                   + "  ".join(f"{k} {v:.2f}" for k, v in row.items()), flush=True)
-        recon, f = evaluate.measure_reconstruction(run.tokenizer, net, val_set, index, 250)
+        recon, f, _ = evaluate.measure_reconstruction(run.tokenizer, net, val_set, index, 250)
         ceiling[head] = {key: value
                          for key, _, value, _, _ in recon} | dict(frechet=metrics.frechet_distance(f, real))
     return dict(rows=rows, ceiling=ceiling, seconds=time.process_time() - start)           # of processor time

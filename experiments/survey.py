@@ -209,7 +209,7 @@ def measure_quality(systems, n):
         net, _ = classifier.classifier_for(run.args, run.folder, run.device)
         index = torch.arange(len(val_set))
         real, _ = classifier.look_at_real(net, val_set, index)
-        rows, f = evaluate.measure_reconstruction(run.tokenizer, net, val_set, index, 250)
+        rows, f, _ = evaluate.measure_reconstruction(run.tokenizer, net, val_set, index, 250)
         ceiling[name] = {key: value
                          for key, _, value, _, _ in rows} | dict(frechet=metrics.frechet_distance(f, real))
         for passes in SYSTEMS[name][2]:

@@ -50,7 +50,7 @@ def arm(kind, bits, args):
     net, _ = classifier.classifier_for(run.args, run.folder, run.device)
     index = torch.arange(len(val_set))
     real, _ = classifier.look_at_real(net, val_set, index)
-    rows, f = evaluate.measure_reconstruction(run.tokenizer, net, val_set, index, 250)
+    rows, f, _ = evaluate.measure_reconstruction(run.tokenizer, net, val_set, index, 250)
     ids = tokens.encode_all(run.tokenizer, runs.open_split(run.args, "train", run.device))["ids"]
     row = dict(kind=kind, bits=bits, used=len(ids.unique()) / (1 << bits),
                recon_frechet=metrics.frechet_distance(f,

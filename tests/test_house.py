@@ -31,7 +31,7 @@ from tests.helpers import MODELS, PROGRAMS, ROOT
 # Rooms from the lowest up: a file imports only what stands in a line above its own.
 FLOORS = [
     ["common.pictures", "common.log", "common.sharding", "common.muon", "common.averages", "common.reading",
-     "common.folders", "common.files", "common.yardsticks"],
+     "common.folders", "common.files"],
     ["data"],
     MODELS,
     ["official.files"],
@@ -42,6 +42,7 @@ FLOORS = [
     ["common.drawing"],
     ["common.classifier"],
     ["common.metrics"],
+    ["common.yardsticks"],
     ["common.clips"],
     PROGRAMS,
     ["recipes.*"],

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import data
+import vq
 from common import metrics, yardsticks
 
 
@@ -32,18 +33,14 @@ def test_pca_with_all_components_is_exact():
     assert yardsticks.pca_psnr(drawn_images(300), drawn_images(20, 500), (4, 4), 48) > 80
 
 
-def test_kmeans_finds_clusters_that_lie_apart():
-    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
-    x = (centres[torch.arange(600) % 3] + 0.1 * torch.randn(600, 2))
-    codes = min((yardsticks.kmeans(x, 3) for _ in range(5)),
-                key=lambda codes: (x - codes[yardsticks.nearest_code(x, codes)]).square().sum())
-    assert torch.cdist(centres, codes).min(1).values.max() < 0.05
-
-
-def test_kmeans_rounds_each_patch_to_the_nearest_code():
-    x = torch.randn(50, 7)
-    codes = torch.randn(9, 7)
-    assert torch.equal(yardsticks.nearest_code(x, codes), torch.cdist(x, codes).argmin(1))
+def test_kmeans_rounds_each_patch_to_the_nearest_code(monkeypatch):
+    images = drawn_images(20)
+    codes = torch.randn(9, 48)
+    monkeypatch.setattr(vq, "kmeans", lambda x, n: (codes, None))
+    y = yardsticks.to_patches(images, (4, 4))
+    slow = codes[torch.cdist(y, codes[None]).argmin(2)]
+    expected = yardsticks.psnr_of(slow, y)
+    assert yardsticks.kmeans_psnr(images, images, (4, 4), 9) == pytest.approx(expected, abs=1e-5)
 
 
 def test_more_codes_are_better_and_the_result_is_a_function_of_the_seed():
@@ -72,12 +69,29 @@ def test_seams_are_steps_at_borders_over_steps_elsewhere():
 
 
 def test_a_copy_has_distance_0_and_is_found():
-    training = drawn_images(60)
-    distance, index = yardsticks.nearest(training[[7, 41]], training)
-    assert index.tolist() == [7, 41] and distance.max() < 5e-3    # float32 of |a|^2 + |b|^2 - 2ab
-    far, _ = yardsticks.nearest(drawn_images(2, 900), training)
-    slow = (drawn_images(2, 900)[:, None] - training[None]).square().flatten(2).mean(2).sqrt().min(1).values
+    training = data.load("shapes", 16, "train", n_shapes=60)
+    images = training.batch(torch.arange(60))[0]
+    distance, position = yardsticks.nearest(images[[7, 41]], training)
+    assert position.tolist() == [7, 41] and distance.max() < 5e-3    # float32 of |a|^2 + |b|^2 - 2ab
+    others = drawn_images(2, 900)
+    far, _ = yardsticks.nearest(others, training)
+    slow = (others[:, None] - images[None]).square().flatten(2).mean(2).sqrt().min(1).values
     assert torch.allclose(far, slow, atol=1e-4)
+
+
+def test_of_a_large_set_some_images_are_compared_and_found_by_their_position(monkeypatch):
+    monkeypatch.setattr(yardsticks, "COMPARED", 20)
+    training = data.load("shapes", 16, "train", n_shapes=58)
+    images = training.batch(torch.tensor([0, 3, 57]))[0]
+    distance, position = yardsticks.nearest(images, training)
+    assert position.tolist() == [0, 3, 57] and distance.max() < 5e-3
+
+
+def test_fewer_images_are_learnt_from_where_they_are_large(monkeypatch):
+    training = data.load("shapes", 16, "train", n_shapes=300)
+    assert len(yardsticks.learnt_from(training)) == 300
+    monkeypatch.setattr(yardsticks, "MOST_VALUES", 150 * 3 * 16 * 16)
+    assert len(yardsticks.learnt_from(training)) == 150
 
 
 def test_rows_suit_the_tokenizer():
