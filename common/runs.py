@@ -67,9 +67,9 @@ DEFAULTS = {
                 grad_clip=1.0, ema=None, optimizer="muon"),
     "cpu": dict(tok_size="small", tok_steps=1000, tok_batch_size=32, tok_lr=4e-3, beta=0.02,
                 size="small", steps=1600, batch_size=64, lr=4e-3),
-    # Estimated, until it is measured: vae + ar at these sizes take 16 + 17 PFLOP (torch.utils.flop_counter).
-    # An H100 does a sixth of its 989 TFLOP/s in such convolutions and a quarter in such transformers: 2 + 1
-    # minutes, and 2 to compile both stages, so about 5 in all. A step of stage 2 is 2.1 TFLOP, 8 ms, longer
+    # Estimated, until it is measured: vae + ar at these sizes take 8 + 17 PFLOP (torch.utils.flop_counter).
+    # An H100 does a sixth of its 989 TFLOP/s in such convolutions and a quarter in such transformers: 1 + 1
+    # minutes, and 2 to compile both stages, so about 4 in all. A step of stage 2 is 2.1 TFLOP, 8 ms, longer
     # than its few hundred launches take; at 32 pixels it would be 0.5. Ids have 256 tokens here, four times
     # as many: AR 5 minutes more, MaskGIT 8. Activations: 7 GB (vae, ar) to 28 GB (ids) in float32, half of
     # that in bfloat16.
