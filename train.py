@@ -191,9 +191,8 @@ def train_tokenizer(args, dist, folder, train_set, val_set, weights=None):
     """Stage 1: images -> tokens -> images. weights: those by name that do not start at random (recipes)."""
     torch.manual_seed(args.seed)
     tokenizer = runs.build_tokenizer(args)
-    if hasattr(tokenizer, "start") and not args.resume1:    # the linear path, from the first look at images
-        index = torch.linspace(0, len(train_set) - 1, min(len(train_set), STARTED_FROM), device="cpu").long()
-        tokenizer.to(args.device).start(train_set.batch(index)[0])
+    if not args.resume1:
+        start_path(tokenizer, args, train_set)
     if weights:
         tokenizer.load_state_dict(weights, strict=False)
     model = add_losses(args, tokenizer, folder, train_set, val_set)                   # --perceptual and --gan
@@ -213,6 +212,13 @@ def train_tokenizer(args, dist, folder, train_set, val_set, weights=None):
 
     extra = dict(classes=train_set.classes, fingerprint=runs.fingerprint(train_set))
     fit(1, model, source, val_set, args, dist, folder, finish, extra)
+
+
+def start_path(tokenizer, args, train_set):
+    """The linear path of a tokenizer that has one, from a first look at images."""
+    if hasattr(tokenizer, "start"):
+        index = torch.linspace(0, len(train_set) - 1, min(len(train_set), STARTED_FROM), device="cpu").long()
+        tokenizer.to(args.device).start(train_set.batch(index)[0])
 
 
 def add_losses(args, tokenizer, folder, train_set, val_set):

@@ -159,6 +159,8 @@ def train_joint(own, given, dist):
     runs.refuse_other_data(args, folder, train_set)
     torch.manual_seed(args.seed)
     tokenizer = runs.build_tokenizer(args)
+    if not args.resume2:
+        train.start_path(tokenizer, args, train_set)
     generator = runs.build_generator(args, tokenizer, len(train_set.classes))
     extra = dict(classes=train_set.classes, fingerprint=runs.fingerprint(train_set),
                  grid=list(tokenizer.grid))

@@ -153,6 +153,8 @@ def train_map_tokenizer(own, args, dist, folder, train_set, val_set):
     """Stage 1 of the maps: a VAE with their channels."""
     torch.manual_seed(args.seed)
     tokenizer = runs.build_tokenizer(args)
+    if not args.resume1:
+        train.start_path(tokenizer, args, train_set)
 
     def finish(model):
         arrays = tokens.encode_some(model, train_set, train.MEASURED)

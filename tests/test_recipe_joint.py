@@ -187,6 +187,13 @@ def test_a_longer_joint_run_goes_on_from_a_finished_one(joint_run, tmp_path, cap
     assert runs.read_checkpoint(tmp_path / joint_run.name)["step"] == 26
 
 
+def test_a_linear_path_is_started_here_too(tmp_path):
+    words = ["--tok_size", "patches", "--steps", "2", "--n_shapes", "60", "--runs", str(tmp_path)]
+    joint_recipe.main([*WORDS, *words])
+    path = runs.load_run(tmp_path / "shapes-vae-joint-ar-gmm").tokenizer.path
+    assert torch.allclose(path.basis.T @ path.basis, torch.eye(path.basis.shape[1]), atol=1e-4)
+
+
 @pytest.mark.slow
 def test_two_stages_are_measured_by_the_same_bound(tmp_path, capsys):
     words = [*WORDS, "--two_stages", "--runs", str(tmp_path)]
