@@ -93,8 +93,6 @@ TOGETHER = [
     (["--tokenizer", "vq", "--tokens", "8"], "--tokens: is for"),
     (["--tokenizer", "vq", "--tok_size", "kl16"], "--tok_size kl16: --tokenizer vq has"),
     (["--tokenizer", "vq", "--generator", "mar", "--size", "gpt-b"], "--size gpt-b: --generator mar has"),
-    (["--tokenizer", "vq", "--condition", "text", "--generator", "mar"],
-     "only --generator ar reads captions"),
     (["--tokenizer", "vq", "--condition", "text", "--flip"], "may say left or right"),
     (["--tokenizer", "vq", "--text_encoder", "t5-small"], "goes with --condition text"),
     (["--tokenizer", "vq", "--frames", "5"], "only --tokenizer lfq reads clips"),
@@ -406,6 +404,8 @@ LEARNERS = [
     *[["--tokenizer", tokenizer, "--generator", "mar", "--attention", "causal", "--order", order]
       for tokenizer in ("vae", "vq") for order in ("random", "raster")],
     *[["--tokenizer", tokenizer, "--condition", "text"] for tokenizer in ("vae", "vq")],
+    *[["--tokenizer", "vq", "--generator", generator, "--condition", "text", *more] for generator, more in
+      (("maskgit", []), ("mar", []), ("mar", ["--attention", "causal"]))],
     ["--tokenizer", "vae", "--condition", "prefix"],
 ]
 
