@@ -290,7 +290,7 @@ def test_mar_in_few_shapes_trains_on_a_gpu(gpu_runs, tmp_path, monkeypatch):
 
 
 def test_a_prefix_of_vectors_is_read_on_a_gpu_without_a_wait():
-    """What recipes/maps.py conditions on: the tokens of another image."""
+    """What recipes/pairs.py conditions on: the tokens of another image."""
     with pretend_gpu() as gpu:
         model = ar_transformer.ARTransformer(gmm_head.GMMHead(32, 4), 4, 1, 4, n_layer=1, n_head=2, n_embd=32,
                                              prefix=(4, 3)).to("cuda")

@@ -420,7 +420,7 @@ def test_every_parameter_gets_a_gradient_in_every_step(words, label_drop, tmp_pa
     """DDP waits for all of them, and stops at one that gets none. Dropped or not, of the rows of a table the
     whole parameter counts.
     """
-    prefix = "prefix" in words                              # no flag, but an option that recipes/maps.py sets
+    prefix = "prefix" in words                              # no flag, but an option that recipes/pairs.py sets
     words = words[:-2] if prefix else words
     size = [] if "none" in words else ["--size", "nano" if "mar" not in words else "tiny"]
     args = args_of([*words, *size, "--label_drop", label_drop, "--image_size", "16", "--device", "cpu"],
