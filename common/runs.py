@@ -291,8 +291,6 @@ REFUSALS = [
     (lambda a: a.head != "categorical", lambda a: a.tokenizer in CONTINUOUS,
      "--head {head} does not fit --tokenizer {tokenizer}, which gives ids: use --head categorical"),
     (lambda a: a.adapter != "none", lambda a: is_kind(a, "vae"), "--adapter: needs --tokenizer vae"),
-    (lambda a: a.condition == "text", lambda a: a.generator in ("ar", "none"),
-     "--condition text: only --generator ar reads captions"),
     (lambda a: a.condition == "text", lambda a: not a.flip,
      "--flip: a caption may say left or right, which a mirrored image contradicts; leave it out"),
     (lambda a: a.text_encoder != "bytes", lambda a: a.condition == "text",

@@ -113,6 +113,8 @@ TRAINING = {
     "--tokenizer vq --generator maskgit --head categorical": 1,
     "--tokenizer vae --generator mar --head gmm": 4,        # the ranges of the number of masked tokens
     "--tokenizer vae --generator mar --attention causal --head gmm": 1,
+    "--tokenizer vq --generator maskgit --head categorical --condition text": 1,
+    "--tokenizer vae --generator mar --head gmm --condition text": 4,
 }
 
 

@@ -237,6 +237,9 @@ VQ_AR = ("vq", "--generator", "ar", "--head", "categorical")
 VQ_MASKGIT = ("vq", "--generator", "maskgit", "--head", "categorical")
 VQ_MAR = ("vq", "--generator", "mar", "--head", "categorical")
 CAPTIONS = ("vq", "--condition", "text")
+CAPTIONS_MASKGIT = (*VQ_MASKGIT, "--condition", "text")
+CAPTIONS_MAR = (*VAE_MAR, "--condition", "text")
+CAPTIONS_CAUSAL = (*VAE_CAUSAL, "--condition", "text")
 CLIPS_MASKGIT = ("clips", "--generator", "maskgit", "--head", "categorical")
 
 
@@ -250,7 +253,8 @@ CLIPS_MASKGIT = ("clips", "--generator", "maskgit", "--head", "categorical")
     (VAE_DIFFUSION, ["--sampler", "ddim"]), (VAE_DIFFUSION, ["--spacing", "official"]),
     (VAE_FLOW, ["--sampler", "euler"]), (VAE_MAR, ["--diffusion_steps", "3:1", "--cfg_schedule", "linear"]),
     (VQ_MASKGIT, ["--order", "halton"]), (VQ_MASKGIT, ["--schedule", "arccos", "--choice_temperature", "1"]),
-    (CAPTIONS, ["--prompt", "a star", "a ring"]), (CLIPS_MASKGIT, ["--gif"]),
+    *[(run, ["--prompt", "a star", "a ring"])
+      for run in (CAPTIONS, CAPTIONS_MASKGIT, CAPTIONS_MAR, CAPTIONS_CAUSAL)], (CLIPS_MASKGIT, ["--gif"]),
     (CLIPS_MASKGIT, ["--known_frames", "1", "--gif"])], ids=lambda value: "-".join(value).replace("--", ""))
 def test_drawing_on_a_gpu_waits_once_for_each_batch(run, words, gpu_runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -286,7 +290,7 @@ def test_mar_in_few_shapes_trains_on_a_gpu(gpu_runs, tmp_path, monkeypatch):
 
 
 def test_a_prefix_of_vectors_is_read_on_a_gpu_without_a_wait():
-    """What recipes/maps.py conditions on: the tokens of another image."""
+    """What recipes/pairs.py conditions on: the tokens of another image."""
     with pretend_gpu() as gpu:
         model = ar_transformer.ARTransformer(gmm_head.GMMHead(32, 4), 4, 1, 4, n_layer=1, n_head=2, n_embd=32,
                                              prefix=(4, 3)).to("cuda")
