@@ -9,6 +9,7 @@ Draw from a trained run: a labelled grid, an .npz batch for evaluators, an anima
 
     python sample.py RUN --image x.png --mask right            # the rest of an image: repaint inside the mask
     python sample.py RUN --prompt "a green star on a red background"          # a run with --condition text
+    python sample.py RUN --image x.png --known_scales 3        # VAR: its coarse scales stay
     python sample.py RUN --diffusion_steps 50:5                # fewer denoising steps for later tokens (MAR)
     python sample.py RUN --top_p 0.9 --clip 2 --guidance closed               # GIVT's tricks
     python sample.py CLIPS --gif                               # a run with --frames: film strips, and moving
@@ -65,6 +66,9 @@ def parse_args(argv=None):
     g.add_argument("--image", help="an image to edit; --mask says where it is repainted")
     g.add_argument("--mask", help="left, right, top, bottom, centre, border, all, a box y0,x0,y1,x1 in "
                                   "fractions, or a .png, white where to repaint")
+    g.add_argument("--known_scales", type=int,
+                   help="var: so many coarse scales of --image stay, the finer ones are drawn (in --mask, "
+                        "default: all)")
     g.add_argument("--known_frames", type=int,
                    help="clips: so many frames of validation clips (or of --image, your own) are given, the "
                         "rest is predicted; --class says how it goes on")
@@ -80,7 +84,8 @@ def parse_args(argv=None):
     g = p.add_argument_group("how tokens are drawn")
     g.add_argument("--steps", type=int, help="maskgit, mar: passes for all tokens (default: 12, mar 64 or T)")
     g.add_argument("--cfg_schedule", choices=["linear", "constant", "power-cosine"],
-                   help="mar, --titok: guidance grows up to --cfg or is constant; power-cosine: --titok only")
+                   help="mar, var, --titok: guidance grows up to --cfg or is constant; power-cosine: --titok "
+                        "only")
     g.add_argument("--cfg_interval", type=int,
                    help="ar: guide only the first so many tokens + 2, as LlamaGen counts; -1: all")
     g.add_argument("--diffusion_steps",
@@ -168,7 +173,8 @@ def draw_classes(run, args, out, gif, options):
     labels = drawing.labels_of(run.classes, args.cls, args.n)
     start = time.perf_counter()
     if args.image:
-        given, images = drawing.edit(run, args.image, args.mask, labels, **options)
+        mask = args.mask or "all"                           # with --known_scales
+        given, images = drawing.edit(run, args.image, mask, labels, known_scales=args.known_scales, **options)
     else:
         images = drawing.draw_samples(run, labels, **options)
     seconds = time.perf_counter() - start
@@ -179,7 +185,7 @@ def draw_classes(run, args, out, gif, options):
         print(f"{out} shows the first {drawing.MOST_ROWS} of {len(classes)} classes")
     if args.image:
         rows = [(str(run.classes[k]), images[labels == k][:12]) for k in classes[:drawing.MOST_ROWS]]
-        title = f"{run.folder.name}: {Path(args.image).name}, repainted {args.mask}"
+        title = f"{run.folder.name}: {Path(args.image).name}, repainted {mask}"
         pictures.save_rows(out, [("given", given)] + rows, title)
     else:
         drawing.save_grid(out, run, images, labels, each=12 if args.cls is None else None)
@@ -233,7 +239,11 @@ REFUSALS = [                                                # what is asked of w
      "--image, --mask: a clip is continued, not repainted; give --known_frames 5, say"),
     (lambda a, run: run.args.frames == 1 and a.known_frames is not None,
      "--known_frames: {a.run} draws images; train a run on clips with --frames 17"),
-    (lambda a, run: run.args.frames == 1 and (a.image is None) != (a.mask is None),
+    (lambda a, run: a.known_scales is not None and (run.args.generator != "var" or not a.image),
+     "--known_scales: goes with --image, and with a run of --generator var"),
+    (lambda a, run: a.known_scales is not None and not 0 <= a.known_scales < len(run.tokenizer.scales),
+     "--known_scales {a.known_scales}: at least 0, and less than the {n_scales} scales of this run"),
+    (lambda a, run: run.args.frames == 1 and a.known_scales is None and (a.image is None) != (a.mask is None),
      "--image and --mask belong together: which image, and where to repaint it"),
     (lambda a, run: run.args.condition == "text" and (a.image or a.cls or a.gif is not None),
      "--image, --class, --gif: this run draws captions; ask with --prompt"),
@@ -261,7 +271,8 @@ def refuse(args, run):
                 raise BadInput(f"--{name} {value}: {sentence}")
     for asked, sentence in REFUSALS:
         if asked(args, run):
-            raise BadInput(sentence.format(a=args, run=run))
+            scales = getattr(run.tokenizer, "scales", ())
+            raise BadInput(sentence.format(a=args, run=run, n_scales=len(scales)))
     if args.known_frames is not None:
         clips.known_tokens(run, args.known_frames)
     tricks = {name: getattr(args, name) for name in TRICKS if getattr(args, name) is not None}
@@ -373,7 +384,8 @@ def save_gif(path, run, labels, columns, cfg, temperature, seed, batch_size, **t
 
     def on_step(i, tokens, mask):
         mask = mask.view(*mask.shape, *[1] * (tokens.ndim - 2))
-        images = run.tokenizer.decode(tokens.masked_fill(mask, 0))
+        coarse = dict(n_scales=i + 1) if hasattr(run.tokenizer, "scales") else {}     # no id means nothing
+        images = run.tokenizer.decode(tokens.masked_fill(mask, 0), **coarse)
         sheet = pictures.tile(images, columns, scale=max(1, 64 // run.args.image_size))
         frames.append(Image.fromarray(sheet))
 

@@ -139,7 +139,7 @@ def plain_model(quantizer, depth, n_embd=None, n_head=None, num_classes=1000, sh
 
 
 NAMES = (("attn.scale_mul_1H11", "log_scale"), ("attn.q_bias", "q_bias"), ("attn.v_bias", "v_bias"),
-         ("attn.mat_qkv", "wqkv"), ("attn.proj", "wo"), ("ffn.", ""))                 # in blocks: theirs, ours
+         ("attn.mat_qkv", "wqkv"), ("attn.proj", "wo"), ("ffn.", ""))             # in blocks: theirs, ours
 OUTSIDE = {"pos_1LC": "pos_embed", "pos_start": "pos_start", "word_embed": "tok_embed",
            "class_emb": "cls_embed", "lvl_embed": "scale_embed", "head_nm.ada_lin.1": "modulate_last",
            "head": "head.proj", "shared_ada_lin.1": "modulate"}

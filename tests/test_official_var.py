@@ -84,9 +84,9 @@ def recipe_weights(recipe):
     """The weights of the tiny tokenizer, which are not stored: noise from a seed that is their name's."""
     found = {}
     for key, shape in recipe.items():
-        noise = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32) * 0.05
+        noise = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
         shift = 1 if len(shape) == 1 and key.endswith("weight") else 0
-        found[key] = torch.from_numpy(noise) + shift
+        found[key] = torch.from_numpy(noise * 0.05) + shift
     return found
 
 
