@@ -91,7 +91,7 @@ class MultiScaleQuantizer(nn.Module):
     as it is).
     ema=0: codes learn by the gradient, as published; those of the coarse scales tend to collapse. ema > 0:
     a code is the running mean of its z, and one that is used less than `restart` times its share gets a
-    random z. All scales weigh the same there, see update().
+    random z. A scale weighs as much as its side there, see update().
     """
 
     def __init__(self, vocab_size, code_dim, scales, n_phi=4, ratio=0.5, beta=0.25, ema=0.0, restart=0.1,
@@ -111,6 +111,8 @@ class MultiScaleQuantizer(nn.Module):
             self.register_buffer("codebook", codes)
             self.register_buffer("ema_count", torch.zeros(vocab_size))
             self.register_buffer("ema_sum", torch.zeros_like(codes))
+        turns = torch.cat([torch.full((side,), k) for k, side in enumerate(self.scales)])
+        self.register_buffer("turns", turns, persistent=False)        # scale k as often as its side
         self.phi = nn.ModuleList(nn.Conv2d(code_dim, code_dim, 3, padding=1) for _ in range(n_phi))
         for phi in self.phi:                                # at first, nothing is smoothed
             nn.init.dirac_(phi.weight)
@@ -210,15 +212,17 @@ class MultiScaleQuantizer(nn.Module):
         """Move the running averages by one batch: zs, ids of K scales, as decompose() gives them.
 
         N = ema N + (1 - ema) (sum of the weights of the z of a code), m alike for their weighted sum, and the
-        code is m / N. A z of scale k weighs 1 / p_k^2. If each weighed 1, the 1 x 1 scale were one of T
-        tokens, and its codes would count as unused. A code with N below restart * mean N gets a random z of a
-        random scale. All processes of torch.distributed agree and take the seeds of process 0.
+        code is m / N. A z of scale k weighs 1 / p_k, so the scale weighs p_k per image. If each z weighed 1,
+        the 1 x 1 scale were one of T tokens, and its codes would count as unused. A code with N below restart
+        * mean N gets a random z of a random scale, also drawn by p_k. All processes of torch.distributed
+        agree and take the seeds of process 0.
         """
-        V, K = self.vocab_size, len(zs)
+        V = self.vocab_size
         device = zs[0].device
         drawn = [z.flatten(0, 1)[torch.randint(z[..., 0].numel(), (V,), device=device)] for z in zs]
-        seeds = torch.stack(drawn)[torch.randint(K, (V,), device=device), torch.arange(V, device=device)]
-        weights = torch.cat([z.new_full((z[..., 0].numel(),), 1 / z.shape[1]) for z in zs])
+        scale = self.turns[torch.randint(len(self.turns), (V,), device=device)]
+        seeds = torch.stack(drawn)[scale, torch.arange(V, device=device)]
+        weights = torch.cat([z.new_full((z[..., 0].numel(),), z.shape[1] ** -0.5) for z in zs])
         flat = torch.cat([part.flatten() for part in ids])
         z = torch.cat([z.flatten(0, 1) for z in zs]) * weights[:, None]
         count = self.count(flat, weights)
@@ -238,23 +242,25 @@ class MultiScaleQuantizer(nn.Module):
 
     @torch.no_grad()
     def start(self, f):
-        """Before training: each scale gets an equal part of the codes, by k-means of its z. f (N, D, S, S).
+        """Before training: the codes are shared out to the scales by their sides and set by k-means.
 
+        f (N, D, S, S). Equal shares cost 0.5 dB: what a coarse scale gets wrong, the finer ones mend.
         Random numbers come from torch's seed and sums are made on the CPU: all processes get the same.
         """
-        K = len(self.scales)
+        total = sum(self.scales)
         rest = f.cpu()
         own = copy.deepcopy(self).cpu()
-        for k in range(K):
-            part = slice(self.vocab_size * k // K, self.vocab_size * (k + 1) // K)
+        for k, side in enumerate(self.scales):
+            before = sum(self.scales[:k])
+            part = slice(self.vocab_size * before // total, self.vocab_size * (before + side) // total)
             z = own.shrink(rest, k)
             flat = z.flatten(0, 1)
             codes, share = kmeans_of(flat[::max(1, len(flat) // 32_000)], part.stop - part.start)
             rest = rest - own.enlarge(codes[nearest(z, codes)], k)
             self.codebook[part] = codes.to(self.codebook)
             if self.ema:                                    # N and m as if steps of 32 images had made them
-                rare = 2 * self.restart * K / self.vocab_size         # a rare code has time to show its use
-                self.ema_count[part] = 32 * share.clamp(min=rare).to(self.codebook)
+                rare = 2 * self.restart * total / self.vocab_size     # a rare code has time to show its use
+                self.ema_count[part] = 32 * (side * share).clamp(min=rare).to(self.codebook)
                 self.ema_sum[part] = self.codebook[part] * self.ema_count[part, None]
 
 

@@ -247,7 +247,7 @@ MISTAKES = [
      "shift1, scale1, gate1, shift2, scale2, gate2 ="),
     ("var.AdaLNBlock.forward", ", mask, cache, start)", ", mask)"),
     # The second tier.
-    ("var.MultiScaleQuantizer.update", "1 / z.shape[1]", "1.0"),
+    ("var.MultiScaleQuantizer.update", "z.shape[1] ** -0.5", "1.0"),
     ("var.MultiScaleQuantizer.update", " * weights[:, None]", ""),
     ("var.MultiScaleQuantizer.update", "self.restart * share", "0 * share"),
     ("var.MultiScaleQuantizer.update", "self.ema_count.lerp_(count, 1 - self.ema)",

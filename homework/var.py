@@ -90,7 +90,7 @@ def test_homework_var_block_is_modulated_by_the_class(look):
 
 @exercise("var.MultiScaleQuantizer.update", points=3, further=True)
 def test_homework_var_running_averages(look):
-    hint = ("N and m move by 1 - ema towards the batch's sums, in which a z of scale k weighs 1 / p_k^2. A "
+    hint = ("N and m move by 1 - ema towards the batch's sums, in which a z of scale k weighs 1 / p_k. A "
             "code is m / N.")
     quantizer = book(look, (1, 2), ema=0.8, restart=0.0)
     quantizer.ema_count.fill_(1.0)
@@ -116,7 +116,7 @@ def test_homework_var_running_averages(look):
         quantizer.update(zs, [torch.arange(40)[:, None] % 7, torch.arange(160).view(40, 4) % 7])
         own.append((quantizer.codebook[7:, None] - zs[0].flatten(0, 1)).abs().amax(-1).amin(1) < 1e-3)
     look.see("how often a dead code gets a z of the 1 x 1 scale", torch.stack(own).float().mean(),
-             "A random scale first, then a random z of it: half of them.", 0.25)
+             "A random scale first, drawn by p_k, then a random z of it: a third.", 0.2)
 
 
 @exercise("var.VAR.sample", points=4, further=True)

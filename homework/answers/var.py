@@ -49,7 +49,7 @@ class MultiScaleQuantizer:
         N = torch.zeros(V)
         m = torch.zeros(V, D)
         for z, part in zip(zs, ids):
-            n = z.shape[1]
+            n = z.shape[1] ** 0.5
             for row, codes in zip(z, part):
                 for v, code in zip(row, codes.tolist()):
                     N[code] += 1 / n
@@ -59,7 +59,8 @@ class MultiScaleQuantizer:
         fair = self.ema_count.mean().item()
         for code in range(V):
             if self.ema_count[code] < self.restart * fair:
-                z = zs[int(torch.randint(len(zs), ()))].flatten(0, 1)
+                lot = torch.multinomial(torch.tensor([float(side) for side in self.scales]), 1)
+                z = zs[int(lot)].flatten(0, 1)
                 self.ema_count[code] = fair
                 self.ema_sum[code] = fair * z[int(torch.randint(len(z), ()))]
             self.codebook[code] = self.ema_sum[code] / self.ema_count[code]
