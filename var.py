@@ -114,6 +114,7 @@ class MultiScaleQuantizer(nn.Module):
         turns = torch.cat([torch.full((side,), k) for k, side in enumerate(self.scales)])
         self.register_buffer("turns", turns, persistent=False)        # scale k as often as its side
         self.phi = nn.ModuleList(nn.Conv2d(code_dim, code_dim, 3, padding=1) for _ in range(n_phi))
+        self.which = [phi_of(k, len(self.scales), n_phi) for k in range(len(self.scales))] if n_phi else []
         for phi in self.phi:                                # at first, nothing is smoothed
             nn.init.dirac_(phi.weight)
             nn.init.zeros_(phi.bias)
@@ -131,8 +132,7 @@ class MultiScaleQuantizer(nn.Module):
             h = F.interpolate(h, self.scales[-1], mode="bicubic")
         if not self.phi:
             return h
-        phi = self.phi[phi_of(k, len(self.scales), len(self.phi))]
-        return (1 - self.ratio) * h + self.ratio * phi(h)
+        return (1 - self.ratio) * h + self.ratio * self.phi[self.which[k]](h)
 
     def nearest(self, z):
         """z (B, n, D) -> ids (B, n) int64."""
@@ -546,7 +546,7 @@ def attention(q, k, v, mask=None, causal=False, dropout=0.0):
     return F.dropout(score.softmax(-1), dropout).type_as(v) @ v
 
 
-class AdaLNBlock(nn.Module):
+class VARBlock(nn.Module):
     """A transformer block whose norms are scaled, shifted and gated by the class (DiT, arxiv.org/abs/
     2212.09748).
 
@@ -664,7 +664,7 @@ class VAR(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(self.seq_len, n_embd))
         self.scale_embed = nn.Embedding(len(sizes), n_embd)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(AdaLNBlock(n_embd, n_head, n_mlp, dropout) for _ in range(n_layer))
+        self.blocks = nn.ModuleList(VARBlock(n_embd, n_head, n_mlp, dropout) for _ in range(n_layer))
         self.modulate = nn.ModuleList(nn.Linear(n_embd, 6 * n_embd) for _ in range(n_layer))
         self.norm = nn.LayerNorm(n_embd, eps=1e-6, elementwise_affine=False)
         self.modulate_last = nn.Linear(n_embd, 2 * n_embd)

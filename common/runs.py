@@ -83,7 +83,7 @@ DEFAULTS = {
     "any-vq-patches": dict(codebook="ema"),                 # the linear path: codes of any length
     "any-lfq": dict(beta=0.05),
     "any-titok": dict(beta=0.25, codebook="l2-ema"),
-    "any-msvq": dict(beta=0.25, codebook="ema"),
+    "any-msvq": dict(beta=0.02, codebook="ema"),            # of sums of scales: 0.25 pulls detail out of f
     "any-titok-vae": dict(beta=0.01),
     "cpu-vae": dict(tok_size="patches", tok_steps=2000),
     "cuda-vae": dict(tok_size="patches-medium"),

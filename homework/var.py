@@ -72,16 +72,16 @@ def test_homework_var_teacher_forcing(look):
               "It has no scale before it: (B, 0, D).", gradients=False)
 
 
-@exercise("var.AdaLNBlock.forward", points=2)
+@exercise("var.VARBlock.forward", points=2)
 def test_homework_var_block_is_modulated_by_the_class(look):
     hint = ("x + gate * f(norm(x) * (1 + scale) + shift), first for attention, then for the MLP. The six "
             "rows are two gates, two scales, two shifts.")
     mask = torch.tensor([[1, 0, 0], [1, 1, 1], [1, 1, 1]]).bool()
     for B, S, words in ((1, 1, {}), (2, 3, {}), (2, 3, dict(mask=mask))):
-        block = look.fill(var.AdaLNBlock(8, 2))
+        block = look.fill(var.VARBlock(8, 2))
         look.call(f"{B} x {S} rows, {list(words)}", block,
                   {"x": look.randn(B, S, 8), "modulation": look.randn(B, 6, 8)}, hint, params=block, **words)
-    block = look.fill(var.AdaLNBlock(8, 2))
+    block = look.fill(var.VARBlock(8, 2))
     cache = look.randn(2, 2, 2, 5, 4)
     look.call("two rows with a cache", lambda x, modulation: block(x, modulation, None, cache, 1),
               {"x": look.randn(2, 2, 8), "modulation": look.randn(2, 6, 8)}, "The cache and where the rows "

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 
 from official.files import fit_keys, load_weights
-from var import MSVQ, VAR, AdaLNBlock, CategoricalHead, MultiScaleQuantizer
+from var import MSVQ, VAR, VARBlock, CategoricalHead, MultiScaleQuantizer
 
 SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)                  # 512 pixels: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 BUFFERS = ("quantize.ema_vocab_hit_SV", "lvl_1L", "attn_bias_for_masking", "zero_k_bias")       # not weights
@@ -100,7 +100,7 @@ def layer_names(levels, n_res, decoder=False):
 
 # ---- The transformer -------------------------------------------------------------------------------
 
-class PlainBlock(AdaLNBlock):
+class PlainBlock(VARBlock):
     """Queries and keys of any length: q k^T times 0.25 / sqrt(d), and not 1 / sqrt(d)."""
 
     def __init__(self, *sizes):

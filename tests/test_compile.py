@@ -105,7 +105,6 @@ TRAINING = {
     "--tokenizer titok --generator none": 1,
     "--tokenizer titok-vae --generator none": 1,
     "--tokenizer msvq --generator none": 1,
-    "--tokenizer msvq --generator none --codebook plain": 1,
     "--tokenizer vae --head gmm": 1,
     "--tokenizer vae --head diffusion": 1,
     "--tokenizer vae --head diffusion --objective flow": 1,

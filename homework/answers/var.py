@@ -67,7 +67,7 @@ class MultiScaleQuantizer:
         print(self.ema_count)
 
 
-class AdaLNBlock:
+class VARBlock:
     def forward(self, x, modulation, mask=None, cache=None, start=0):
         rows = [row[:, None] for row in modulation.unbind(dim=1)]
         normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
