@@ -1,7 +1,7 @@
 """
 The authors' weights of VAR (Tian et al. 2024, arxiv.org/abs/2404.02905; FoundationVision/VAR).
 
-    tokenizer = load_vqvae("vae_ch160v4096z32.pth")             # var.MSVQ
+    tokenizer = load_vqvae("vae_ch160v4096z32.pth")             # var.MSVQ; image_size=512 for d36-s
     model = load_var("var_d16.pth", tokenizer)                  # var.VAR: d16, d20, d24, d30, d36-s
     images = tokenizer.decode(model.sample(torch.tensor([207]), cfg=2.5, top_k=900, top_p=0.96))
 
@@ -18,14 +18,23 @@ import torch.nn as nn
 from official.files import fit_keys, load_weights
 from var import MSVQ, VAR, VARBlock, CategoricalHead, MultiScaleQuantizer
 
-SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)                  # 512 pixels: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+SCALES = {256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),           # of images of so many pixels a side
+          512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
 BUFFERS = ("quantize.ema_vocab_hit_SV", "lvl_1L", "attn_bias_for_masking", "zero_k_bias")       # not weights
 
 # ---- The tokenizer ---------------------------------------------------------------------------------
 
 
-def load_vqvae(x, scales=SCALES, groups=32):
-    """vae_ch160v4096z32.pth -> var.MSVQ in eval mode. scales: not to be read off the shapes."""
+def load_vqvae(x, image_size=256, scales=None, groups=32):
+    """vae_ch160v4096z32.pth -> var.MSVQ in eval mode.
+
+    The scales are not to be read off the shapes: image_size 256 or 512 says which the authors have, or give
+    scales.
+    """
+    if scales is None and image_size not in SCALES:
+        raise ValueError(f"image_size {image_size}: the authors have {', '.join(map(str, SCALES))} pixels; "
+                         "for others give scales=")
+    scales = scales or SCALES[image_size]
     state = load_weights(x)
     sd = {key: value.float() for key, value in state.items() if not key.endswith(BUFFERS)}
     levels = count(sd, "encoder.down.")

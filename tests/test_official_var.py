@@ -94,7 +94,8 @@ def test_official_var_tokenizer_has_the_authors_numbers():
     g, sd, cfg = var_golden("var_vqvae_tiny")
     with np.load(ROOT / "golden" / "beyond" / "var_vqvae_tiny.npz") as f:
         sd |= recipe_weights(json.loads(str(f["recipe_names"])))
-    model = official.load_vqvae(sd | {"quantize.ema_vocab_hit_SV": torch.zeros(3, 64)}, cfg["patch_nums"])
+    hits = {"quantize.ema_vocab_hit_SV": torch.zeros(3, 64)}          # their usage meter
+    model = official.load_vqvae(sd | hits, scales=cfg["patch_nums"])
     x = g["in/image_u8"].float() / 127.5 - 1
     with torch.no_grad():
         close(model.encoder(x), g["out/enc"])
@@ -106,9 +107,11 @@ def test_official_var_tokenizer_has_the_authors_numbers():
     assert torch.equal(model.decode(ids), model.decode_raw(model.quantizer.sums(ids)[-1]).clamp(-1, 1))
     for key in ("decoder.mid.attn_1.qkv.weight", "quantize.quant_resi.qresi_ls.1.bias"):
         with pytest.raises(ValueError, match="missing.*" + key.replace("qkv", "q")):
-            official.load_vqvae({k: v for k, v in sd.items() if k != key}, cfg["patch_nums"])
+            official.load_vqvae({k: v for k, v in sd.items() if k != key}, scales=cfg["patch_nums"])
     with pytest.raises(ValueError, match="unknown.*decoder.extra"):
-        official.load_vqvae(sd | {"decoder.extra": torch.zeros(1)}, cfg["patch_nums"])
+        official.load_vqvae(sd | {"decoder.extra": torch.zeros(1)}, scales=cfg["patch_nums"])
+    with pytest.raises(ValueError, match="image_size 384: the authors have 256, 512 pixels"):
+        official.load_vqvae(sd, image_size=384)
 
 
 def test_official_var_reads_files_and_names_keys(tmp_path):
@@ -130,9 +133,9 @@ def test_official_var_reads_files_and_names_keys(tmp_path):
 
 
 @pytest.mark.parametrize("depth, scales, shared, n", [
-    (16, official.SCALES, False, 310_283_520), (20, official.SCALES, False, 600_917_136),
-    (24, official.SCALES, False, 1_033_399_360), (30, official.SCALES, False, 2_010_020_356),
-    (36, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32), True, 2_353_893_904)])
+    (16, official.SCALES[256], False, 310_283_520), (20, official.SCALES[256], False, 600_917_136),
+    (24, official.SCALES[256], False, 1_033_399_360), (30, official.SCALES[256], False, 2_010_020_356),
+    (36, official.SCALES[512], True, 2_353_893_904)])
 def test_var_of_the_paper_has_its_parameter_count(depth, scales, shared, n):
     with torch.device("meta"):
         quantizer = var.MultiScaleQuantizer(4096, 32, scales)
@@ -149,4 +152,4 @@ def test_var_tokenizer_of_the_paper_has_its_parameter_count():
     count = [sum(p.numel() for p in part.parameters()) for part in
              (model, model.encoder, model.decoder, model.quantizer.phi, model.quant_conv)]
     assert count == [108_948_355, 44_107_872, 64_653_923, 36_992, 9_248]
-    assert model.seq_len == 680 and model.scales == official.SCALES
+    assert model.seq_len == 680 and model.scales == official.SCALES[256]
