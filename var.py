@@ -582,7 +582,8 @@ class VARBlock(nn.Module):
         """
         B, S, C = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        q, k, v = (self.wqkv(x) + bias).view(B, S, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        qkv = F.linear(x, self.wqkv.weight, bias)
+        q, k, v = qkv.view(B, S, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         q, k = self.directions(q, k)                                                  # (B, n_head, S, d) each
         if cache is not None:
             cache[0, :, :, start:start + S] = k
