@@ -38,11 +38,11 @@ SIZES = {
     "medium": dict(image_size=32, token_dim=8, ch=64, ch_mult=(1, 2, 2, 4), n_res=2, groups=16),
     "mnist28": dict(image_size=28, token_dim=4, ch=16, ch_mult=(1, 2, 2), n_res=1, groups=8),
     "kl16": dict(image_size=256, token_dim=16, ch=128, ch_mult=(1, 1, 2, 2, 4), n_res=2, groups=32),
-    # The defaults of train.py, on a CPU and a GPU: 4 x 4 pixels as channels, and the linear path beside the
+    # The defaults of train.py, on a CPU and a GPU: 2 x 2 pixels as channels, and the linear path beside the
     # networks.
-    "patches": dict(image_size=32, token_dim=32, stem=4, ch=64, ch_mult=(1, 1), n_res=1, groups=8,
+    "patches": dict(image_size=32, token_dim=32, stem=2, ch=32, ch_mult=(1, 2, 2), n_res=1, groups=8,
                     linear=True),
-    "patches-medium": dict(image_size=32, token_dim=32, stem=4, ch=256, ch_mult=(1, 1), n_res=2, groups=32,
+    "patches-medium": dict(image_size=32, token_dim=32, stem=2, ch=128, ch_mult=(1, 2, 2), n_res=2, groups=32,
                            linear=True),
 }
 

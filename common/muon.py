@@ -1,5 +1,6 @@
 """
-Muon for the matrices inside transformer blocks, with matrices of equal shape in one stack.
+Muon for the matrices inside transformer blocks and the kernels of convolutions, with all of equal shape in
+one stack.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest
 matrix with orthonormal rows, so that every direction is learnt at the same speed. A Newton-Schulz iteration
@@ -10,6 +11,8 @@ finds it nearly:
 The numbers are those of torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), which treats one matrix after the
 other: 23 small kernels for each. A GPU spends most of that time on launches. Here there are 23 for each
 shape.
+
+A kernel (c_out, c_in, k, k) counts as the matrix (c_out, c_in * k * k), as in the post above.
 
 Parameters may be shared out over processes (--shard): the momentum is, too. The orthogonal matrix needs whole
 rows and columns, so each process collects it, computes all of it and keeps its share.
@@ -36,7 +39,7 @@ def orthogonalise(x, n_steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """params: matrices. lr and weight_decay mean what they mean to AdamW, whose update size the update is
+    """params: matrices, or kernels. lr and weight_decay mean what they mean to AdamW, whose update size the update is
     scaled to.
     """
 
@@ -54,7 +57,7 @@ class Muon(torch.optim.Optimizer):
                 self.update(params, group)
 
     def update(self, params, group):
-        """One step for parameters of equal shape (rows, cols)."""
+        """One step for parameters of equal shape (rows, cols) or (c_out, c_in, k, k)."""
         grads = [p.grad for p in params]
         buffers = []
         for p in params:
@@ -64,9 +67,9 @@ class Muon(torch.optim.Optimizer):
             buffers.append(state["momentum_buffer"])
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
-        stack = torch.stack([whole(x) for x in nesterov])
+        stack = torch.stack([whole(x).flatten(1) for x in nesterov])                  # (n, rows, cols)
         update = orthogonalise(stack, group["n_steps"]).to(params[0].dtype)
-        updates = [share_of(x, p) for x, p in zip(update.unbind(), params)]
-        scale = 0.2 * max(params[0].shape) ** 0.5       # the root mean square of AdamW's updates is about 0.2
+        updates = [share_of(x.view(p.shape), p) for x, p in zip(update.unbind(), params)]
+        scale = 0.2 * max(stack.shape[1:]) ** 0.5       # the root mean square of AdamW's updates is about 0.2
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)

@@ -29,6 +29,19 @@ def test_muon_in_stacks_equals_torch_optim_muon_over_20_steps():
         assert torch.allclose(p, q, atol=1e-6)
 
 
+@torch.no_grad()
+def test_muon_treats_a_kernel_as_the_matrix_of_its_rows():
+    torch.manual_seed(0)
+    kernel = nn.Parameter(torch.randn(6, 4, 3, 3).contiguous(memory_format=torch.channels_last))
+    matrix = nn.Parameter(kernel.flatten(1).clone())
+    kernel.grad = torch.randn_like(kernel)
+    matrix.grad = kernel.grad.flatten(1)
+    for p in (kernel, matrix):
+        muon.Muon([p], lr=1e-2, weight_decay=0.1).step()
+    assert torch.equal(kernel.flatten(1), matrix)
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_muon_brings_singular_values_near_one():
     x = torch.randn(3, 16, 40)
     values = torch.linalg.svdvals(muon.orthogonalise(x).float())

@@ -8,6 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from PIL import Image
 
 import data
@@ -130,14 +131,31 @@ def test_learning_rate_rises_then_falls_to_zero():
 
 @pytest.mark.parametrize("tokenizer", ["titok", "vae"])
 def test_adamw_is_used_alone_where_it_is_asked_for(tokenizer):
-    """TiTok's first stage has transformer blocks, which --optimizer muon trains with Muon."""
+    """TiTok's blocks and a VAE's kernels are trained with Muon where --optimizer adamw is not given."""
     given = argparse.Namespace(tokenizer=tokenizer, generator="none", head=None, frames=None)
     args = argparse.Namespace(**runs.defaults_of(given, torch.device("cpu")), tokenizer=tokenizer)
     model = runs.build_tokenizer(args)
     args.optimizer = "adamw"
     assert len(train.make_optimizers(model, args, 1e-3)) == 1
     args.optimizer = "muon"
-    assert len(train.make_optimizers(model, args, 1e-3)) == (2 if tokenizer == "titok" else 1)
+    assert len(train.make_optimizers(model, args, 1e-3)) == 2
+
+
+def test_muon_takes_kernels_but_none_of_a_discriminator():
+    model = nn.ModuleDict(dict(net=nn.Conv2d(3, 4, 3), discriminator=nn.Conv2d(3, 4, 3)))
+    _, optimizer = train.make_optimizers(model, argparse.Namespace(optimizer="muon", weight_decay=0.0), 1e-3)
+    [kernel] = optimizer.param_groups[0]["params"]
+    assert kernel is model["net"].weight
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tiny_run, tmp_path):
+    folder = tmp_path / "runs" / "shapes-vae"
+    shutil.copytree(tiny_run / "shapes-vae", folder)
+    checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
+    checkpoint["optimizers"] = checkpoint["optimizers"][:1]                           # AdamW's alone
+    torch.save(checkpoint | dict(done=False, step=12), folder / "ckpt.pt")
+    with pytest.raises(SystemExit, match="shapes-vae: begun by an earlier version.*--overwrite"):
+        train.main([*TINY, "--runs", str(tmp_path / "runs"), "--generator", "none", "--resume"])
 
 
 def test_steps_may_be_raised_with_resume(tiny_run, tmp_path, capsys):
