@@ -839,7 +839,7 @@ def kmeans_of(z, n, steps=10):
 
 # ---- Demo: passes against quality ------------------------------------------------------------------
 
-SCHEDULES = [(8,), (2, 8), (1, 2, 4, 8), (1, 2, 3, 4, 6, 8)]
+SCHEDULES = [(8,), (2, 8), (1, 3, 8), (1, 2, 3, 5, 8)]
 
 
 def fit(model, tokens, labels, steps, lr=3e-3):
@@ -890,7 +890,7 @@ def show(rows, curves, path):
 
 def main():
     parser = argparse.ArgumentParser(description="VAR on small drawn shapes: how many scales are enough?")
-    parser.add_argument("--steps", type=int, default=250, help="training steps of each of the models")
+    parser.add_argument("--steps", type=int, default=200, help="training steps of each of the four models")
     parser.add_argument("--vocab", type=int, default=128, help="codes, shared by all scales")
     args = parser.parse_args()
     import data
