@@ -44,7 +44,8 @@ SAVE_SECONDS = 60                                           # between checkpoint
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Train a tokenizer, then a generator on its tokens.")
     p.add_argument("--tokenizer", choices=list(runs.TOKENIZERS), required=True,
-                   help="stage 1: images to tokens. vae, titok-vae: real vectors; vq, lfq, titok: ids")
+                   help="stage 1: images to tokens. vae, titok-vae, patches (pixels, nothing trained): real "
+                        "vectors; vq, lfq, titok: ids")
     p.add_argument("--generator", choices=[*runs.GENERATORS, "none"], default="ar",
                    help="stage 2: one token after another (ar), masked tokens in parallel (maskgit), sets "
                         "of tokens in random order (mar), or stop after stage 1 (none)")
@@ -322,7 +323,7 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
         say(dist, "compiling: " + ("a minute or more" if device.type == "cuda" else "some minutes")
             + " of silence before the first step")
         model = sharding.compile_blocks(raw) if shard else compiling.for_training(raw)
-    ddp = dist.size > 1 and not shard
+    ddp = dist.size > 1 and not shard and steps > first     # patches have no step, and no weights
     if ddp:
         model = DistributedDataParallel(model)
     bf16 = runs.use_bf16(args, stage)
@@ -392,7 +393,7 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
 
     averaged = sharding.filled(unshared, ema.module) if shard else ema.module         # what is used
     finish(averaged.eval())
-    if dist.rank == 0:
+    if dist.rank == 0 and rows:
         pictures.attempt(pictures.save_curve, folder / "curve.png", rows, runs.unit_of_loss(args, stage))
     save(steps, done=True)                                  # last: if killed before, --resume goes on
     runs.wait_for_all(dist)                                 # until process 0 has written the checkpoint

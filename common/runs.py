@@ -40,8 +40,9 @@ TOKENIZERS = {
     "lfq": (lfq.LFQ, lfq.SIZES),
     "titok": (titok.TiTok, titok.SIZES),
     "titok-vae": (titok.TiTokVAE, titok.SIZES),
+    "patches": (vae.Patches, vae.PATCHES),
 }
-CONTINUOUS = ("vae", "titok-vae")                           # their tokens are real vectors
+CONTINUOUS = ("vae", "titok-vae", "patches")                         # their tokens are real vectors
 GENERATORS = {
     "ar": (ar_transformer.ARTransformer, ar_transformer.SIZES),
     "maskgit": (maskgit.MaskGIT, maskgit.SIZES),
@@ -81,6 +82,7 @@ DEFAULTS = {
     "any-lfq": dict(beta=0.05),
     "any-titok": dict(beta=0.25, codebook="l2-ema"),
     "any-titok-vae": dict(beta=0.01),
+    "any-patches": dict(tok_size="4", tok_steps=0, beta=None),            # pixels: nothing is trained
     "cpu-vae": dict(tok_size="patches", tok_steps=2000),
     "cuda-vae": dict(tok_size="patches-medium"),
     "cpu-vq-patches": dict(tok_steps=600, tok_lr=2e-3),
@@ -290,7 +292,8 @@ REFUSALS = [
      "--head {head} does not fit --tokenizer {tokenizer}, which gives real vectors: use --head gmm"),
     (lambda a: a.head != "categorical", lambda a: a.tokenizer in CONTINUOUS,
      "--head {head} does not fit --tokenizer {tokenizer}, which gives ids: use --head categorical"),
-    (lambda a: a.adapter != "none", lambda a: is_kind(a, "vae"), "--adapter: needs --tokenizer vae"),
+    (lambda a: a.adapter != "none", lambda a: is_kind(a, "vae", "patches"),
+     "--adapter: needs --tokenizer vae or patches"),
     (lambda a: a.condition == "text", lambda a: a.generator in ("ar", "none"),
      "--condition text: only --generator ar reads captions"),
     (lambda a: a.condition == "text", lambda a: not a.flip,
@@ -324,13 +327,23 @@ REFUSALS = [
      "--tok_size {tok_size}: --tokenizer {tokenizer} has {tok_sizes}"),
     (lambda a: a.generator != "none", lambda a: a.size in GENERATORS[a.generator][1],
      "--size {size}: --generator {generator} has {sizes}"),
+    (lambda a: a.tokenizer == "patches" and a.token_dim,
+     lambda a: a.token_dim in (vae.PATCHES[a.tok_size]["patch"]**2, 3 * vae.PATCHES[a.tok_size]["patch"]**2),
+     "--token_dim {token_dim}: patches of --tok_size {tok_size} have 3 x {tok_size}^2 numbers, or "
+     "{tok_size}^2 in grey; leave it out, and the images decide"),
+    (lambda a: a.tokenizer == "patches",
+     lambda a: not (a.tok_steps or a.beta or a.perceptual or a.gan),
+     "--tokenizer patches: nothing is trained in stage 1; leave --tok_steps, --beta, --perceptual and --gan "
+     "out"),
+    (lambda a: a.tokenizer != "patches", lambda a: a.tok_steps >= 1,
+     "--tok_steps {tok_steps}: must be at least 1"),
     (lambda a: a.groups != 1, lambda a: a.head == "categorical",
      "--groups: cuts ids into sub-tokens, so it goes with --head categorical"),
     (lambda a: a.head == "diffusion", lambda a: a.generator != "maskgit",
      "--head diffusion gives no density, and --generator maskgit keeps the tokens of highest density: use "
      "--generator mar, or --head gmm"),
 ]
-AT_LEAST_ONE = ("frames", "frame_step", "image_size", "n_shapes", "tok_steps", "tok_batch_size", "steps",
+AT_LEAST_ONE = ("frames", "frame_step", "image_size", "n_shapes", "tok_batch_size", "steps",
                 "batch_size", "n_mix", "token_dim", "vocab_size", "tokens", "groups", "log_every",
                 "eval_every", "accumulate")
 ABOVE_ZERO = ("tok_lr", "lr", "grad_clip")
@@ -445,14 +458,19 @@ def suit(args, train_set):
     """Where no flag says it, what the images are says it: the numbers per token of a VAE with a linear path,
     and the size of a vq on a CPU.
     """
-    path = args.tokenizer == "vae" and vae.SIZES.get(args.tok_size, {}).get("linear")
+    pixels = args.tokenizer == "patches"
+    path = pixels or args.tokenizer == "vae" and vae.SIZES.get(args.tok_size, {}).get("linear")
     open_size = args.tokenizer == "vq" and "tok_size" in args.by_default and args.device.type != "cuda"
     if not (path and args.token_dim is None or open_size) or getattr(args, "stage1_done", False):
         return
     kind = "drawn shapes"
     if args.data != "shapes":
-        kind = "colour pictures" if in_colour(train_set) else "grey pictures"
-    if path:
+        tint = 0 if pixels else 2 / 127.5                   # of JPEG; to lose it would be no inverse
+        kind = "colour pictures" if in_colour(train_set, tint) else "grey pictures"
+    if pixels:
+        args.token_dim = vae.PATCHES[args.tok_size]["patch"]**2 * (1 if kind == "grey pictures" else 3)
+        said = f"tokens of {args.token_dim} numbers, which are pixels"
+    elif path:
         args.token_dim = PER_TOKEN[kind]
         said = f"tokens of {args.token_dim} numbers; --token_dim changes it"
     elif kind == "colour pictures":
@@ -476,11 +494,11 @@ def take_patches(args):
             "is three to four times as fast")
 
 
-def in_colour(image_set):
-    """Do red, green and blue differ in 200 images, by more than the tint that JPEG gives to grey?"""
+def in_colour(image_set, tint):
+    """Do red, green and blue differ in 200 images by more than the tint, on average?"""
     index = torch.linspace(0, len(image_set) - 1, min(len(image_set), 200), device="cpu").long()
     images, _ = image_set.batch(index)                                                # (n, 3, H, W)
-    return (images.amax(1) - images.amin(1)).mean().item() > 2 / 127.5
+    return (images.amax(1) - images.amin(1)).mean().item() > tint
 
 
 def fingerprint(image_set):
@@ -515,8 +533,8 @@ def given_only(**options):
 def build_tokenizer(args):
     """The tokenizer that the flags name, with fresh weights."""
     model_class, sizes = TOKENIZERS[args.tokenizer]
-    options = sizes[args.tok_size] | dict(image_size=args.image_size, beta=args.beta)
-    if args.tokenizer == "vae":
+    options = sizes[args.tok_size] | dict(image_size=args.image_size) | given_only(beta=args.beta)
+    if args.tokenizer in ("vae", "patches"):
         options |= given_only(token_dim=args.token_dim)
     elif args.tokenizer == "lfq":
         bits = args.vocab_size.bit_length() - 1 if args.vocab_size else None

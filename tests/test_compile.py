@@ -60,10 +60,11 @@ def resolved(*words):
     """Words of train.py -> args with every default, of the small world where they say nothing."""
     given = train.parse_args([*words, "--device", "cpu"])
     titok = given.tokenizer.startswith("titok")
+    beta = None if given.tokenizer == "patches" else 0.1
     small = dict(tok_size="dot-vae" if given.tokenizer == "titok-vae" else "dot", size="dot", image_size=SIDE,
                  tokens=4 if titok else None, text_len=9)
     named = {name: value for name, value in vars(given).items() if value is not None}
-    return argparse.Namespace(**runs.DEFAULTS["any"] | dict(codebook="l2-ema", beta=0.1) | small | named)
+    return argparse.Namespace(**runs.DEFAULTS["any"] | dict(codebook="l2-ema", beta=beta) | small | named)
 
 
 def built(*words):
@@ -102,6 +103,7 @@ TRAINING = {
     "--tokenizer lfq --generator none": 1,
     "--tokenizer titok --generator none": 1,
     "--tokenizer titok-vae --generator none": 1,
+    "--tokenizer patches --head gmm": 1,
     "--tokenizer vae --head gmm": 1,
     "--tokenizer vae --head diffusion": 1,
     "--tokenizer vae --head diffusion --objective flow": 1,

@@ -92,10 +92,12 @@ def trained(folder, *words):
     """train.main on the pretended GPU -> its counters. Each of the training steps waits for nothing."""
     with watched() as gpu:
         size = "dot-vae" if "titok-vae" in words else "dot"
+        tok_steps = [] if "patches" in words else ["--tok_steps", str(STEPS)]         # without a stage 1
         train.main(["--runs", str(folder), "--device", "cuda", "--no-compile", "--tok_size", size, "--size",
-                    "dot", "--image_size", "8", "--n_shapes", "24", "--tok_steps", str(STEPS), "--steps",
-                    str(STEPS), "--tok_batch_size", "4", "--batch_size", "4", *words])
-    assert len(gpu.steps) == STEPS - 2, "no stage, or more than one, was trained"
+                    "dot", "--image_size", "8", "--n_shapes", "24", *tok_steps, "--steps", str(STEPS),
+                    "--tok_batch_size", "4", "--batch_size", "4", *words])
+    expected = 0 if "patches" in words and "none" in words else STEPS - 2
+    assert len(gpu.steps) == expected, "no stage, or more than one, was trained"
     for waits in gpu.steps:
         assert not waits, f"a training step waits for the GPU: {dict(waits)}"
     check_drawing(gpu)
@@ -139,6 +141,7 @@ TOKENIZERS = {
     "lfq": ["--tokenizer", "lfq", "--head", "categorical"],
     "titok": ["--tokenizer", "titok", "--tokens", "4", "--head", "categorical"],
     "titok-vae": ["--tokenizer", "titok-vae", "--tokens", "4"],
+    "patches": ["--tokenizer", "patches"],
     "clips": ["--tokenizer", "lfq", "--frames", "5", "--head", "categorical"],
 }
 
@@ -214,7 +217,7 @@ def pairs():
 def goes_together(tokenizer, words):
     given = train.parse_args([*TOKENIZERS[tokenizer], *words])
     tok_size = next(iter(runs.TOKENIZERS[given.tokenizer][1]))
-    default = runs.DEFAULTS["any"] | dict(size="small", tok_size=tok_size)
+    default = runs.defaults_of(given, torch.device("cpu")) | dict(size="small", tok_size=tok_size)
     args = SimpleNamespace(**default | {name: v for name, v in vars(given).items() if v is not None})
     return not any(asked(args) and not needed(args) for asked, needed, _ in runs.REFUSALS)
 
