@@ -83,8 +83,9 @@ def add_tokenizer_flags(p):
     g.add_argument("--token_dim", type=int, help="numbers in a token, or in a code (default: of the size)")
     g.add_argument("--vocab_size", type=int, help="vq, titok, lfq: number of codes (default: of the size)")
     g.add_argument("--tokens", type=int, help="tokens per image of titok, titok-vae (default: of the size)")
-    g.add_argument("--codebook", choices=list(runs.CODEBOOKS),
-                   help="vq, titok: codes of unit length (l2) or any (plain), or as moving averages (-ema)")
+    g.add_argument("--codebook", choices=[*runs.CODEBOOKS, *runs.QUANTISERS],
+                   help="vq, titok: codes of unit length (l2) or any (plain), or as moving averages (-ema). "
+                        "lfq: signs, with entropies (lfq) or on the sphere (bsq), or rounded numbers (fsq)")
     g.add_argument("--beta", type=float,
                    help="vae: weight of the KL; vq, titok: of the commitment loss; lfq: of its penalty")
     g.add_argument("--perceptual", type=float,

@@ -55,6 +55,7 @@ CODEBOOKS = {                                               # of unit length or 
     "plain": dict(l2_norm=False),                           # VQGAN's
     "ema": dict(l2_norm=False, ema=0.99),                   # VQ-VAE's
 }
+QUANTISERS = ("lfq", "fsq", "bsq")                          # without a table: lfq's
 
 # ---- Defaults: later lines override earlier ones, see defaults_of ----------------------------------
 
@@ -79,7 +80,9 @@ DEFAULTS = {
     # beta: of the commitment. l2 leaves half of the codes unused
     "any-vq": dict(beta=0.25, codebook="l2-ema"),
     "any-vq-patches": dict(codebook="ema"),                 # the linear path: codes of any length
-    "any-lfq": dict(beta=0.05),
+    "any-lfq": dict(beta=0.05, codebook="lfq"),
+    "any-lfq-fsq": dict(beta=None),
+    "any-lfq-bsq": dict(beta=0.0),
     "any-titok": dict(beta=0.25, codebook="l2-ema"),
     "any-titok-vae": dict(beta=0.01),
     "any-patches": dict(tok_size="4", tok_steps=0, beta=None),            # pixels: nothing is trained
@@ -119,7 +122,8 @@ GONE = dict(task="class", joint=False, channels=3, likelihood="mse", corrupt=0.0
 def defaults_of(args, device):
     """args (tokenizer, tok_size, generator, head, frames) -> the default of each flag on this machine."""
     machine = "cuda" if device.type == "cuda" else "cpu"
-    kinds = [args.tokenizer, f"{args.tokenizer}-{getattr(args, 'tok_size', None)}", args.generator,
+    kinds = [args.tokenizer, f"{args.tokenizer}-{getattr(args, 'tok_size', None)}",
+             f"{args.tokenizer}-{getattr(args, 'codebook', None)}", args.generator,
              f"{args.generator}-{args.head}"]
     if args.frames not in (None, 1):
         kinds.append("clips")
@@ -183,7 +187,8 @@ def resolve(given, tok_folder, folder):
             if name in keep:
                 flags[name] = saved_or_given(given, name, keep[name], path, saved)
     kind = argparse.Namespace(**{name: flags.get(name, getattr(given, name))
-                                 for name in ("tokenizer", "tok_size", "generator", "head", "frames")})
+                                 for name in ("tokenizer", "tok_size", "codebook", "generator", "head",
+                                              "frames")})
     defaults = defaults_of(kind, device)
     by_default = []
     for name in STAGE1 + STAGE2 + BOTH:
@@ -302,11 +307,18 @@ REFUSALS = [
      "--text_encoder: goes with --condition text"),
     (lambda a: a.vocab_size is not None, lambda a: is_kind(a, "vq", "lfq", "titok"),
      "--vocab_size: is for --tokenizer vq or lfq or titok"),
-    (lambda a: a.codebook is not None, lambda a: is_kind(a, "vq", "titok"),
-     "--codebook: is for --tokenizer vq or titok"),
+    (lambda a: a.codebook in CODEBOOKS, lambda a: is_kind(a, "vq", "titok"),
+     "--codebook: is for --tokenizer vq or titok, or, of lfq, one of lfq, fsq, bsq"),
+    (lambda a: a.codebook in QUANTISERS, lambda a: is_kind(a, "lfq"),
+     "--codebook {codebook}: is for --tokenizer lfq; vq and titok have l2, l2-ema, plain, ema"),
+    (lambda a: a.codebook == "fsq", lambda a: a.beta is None,
+     "--beta: weighs the penalty of lfq, and --codebook fsq has none; leave it out"),
+    (lambda a: a.codebook == "fsq" and a.vocab_size, lambda a: a.vocab_size in lfq.FSQ_LEVELS,
+     "--vocab_size {vocab_size}: fsq has {fsq_sizes} codes, the products of its levels; nearest is "
+     "{fsq_nearest}"),
     (lambda a: a.tokens is not None, lambda a: is_kind(a, "titok", "titok-vae"),
      "--tokens: is for --tokenizer titok or titok-vae"),
-    (lambda a: a.tokenizer == "lfq" and a.vocab_size,
+    (lambda a: a.tokenizer == "lfq" and a.vocab_size and a.codebook != "fsq",
      lambda a: a.vocab_size >= 2 and a.vocab_size & (a.vocab_size - 1) == 0,
      "--vocab_size {vocab_size}: lfq has one bit per dimension, so a power of 2 from 2 on, such as 1024"),
     (lambda a: a.tokenizer == "lfq", lambda a: not a.token_dim,
@@ -361,7 +373,9 @@ NUMBERS = (                                                 # (flags, what holds
 def refuse(args, dist=SimpleNamespace(rank=0, size=1)):
     """Raises BadInput, in one sentence that names the flag to change, for what cannot work."""
     words = vars(args) | dict(tok_sizes=", ".join(TOKENIZERS[args.tokenizer][1]),
-                              sizes=", ".join(GENERATORS.get(args.generator, (None, {}))[1]))
+                              sizes=", ".join(GENERATORS.get(args.generator, (None, {}))[1]),
+                              fsq_sizes=", ".join(map(str, lfq.FSQ_LEVELS)),
+                              fsq_nearest=lfq.nearest_size(max(1, args.vocab_size or 1)))
     for asked, needed, sentence in REFUSALS:
         if asked(args) and not needed(args):
             raise BadInput(sentence.format(**words))
@@ -537,8 +551,11 @@ def build_tokenizer(args):
     if args.tokenizer in ("vae", "patches"):
         options |= given_only(token_dim=args.token_dim)
     elif args.tokenizer == "lfq":
-        bits = args.vocab_size.bit_length() - 1 if args.vocab_size else None
-        options |= dict(frames=args.frames) | given_only(bits=bits)
+        if args.codebook == "fsq":
+            options |= dict(levels=lfq.FSQ_LEVELS.get(args.vocab_size))
+        elif args.vocab_size:
+            options |= dict(bits=args.vocab_size.bit_length() - 1)
+        options |= dict(frames=args.frames) | given_only(codebook=args.codebook)
     elif args.tokenizer == "titok-vae":
         options |= given_only(token_dim=args.token_dim, n_tokens=args.tokens)
     else:

@@ -60,7 +60,7 @@ def resolved(*words):
     """Words of train.py -> args with every default, of the small world where they say nothing."""
     given = train.parse_args([*words, "--device", "cpu"])
     titok = given.tokenizer.startswith("titok")
-    beta = None if given.tokenizer == "patches" else 0.1
+    beta = None if given.tokenizer == "patches" or given.codebook == "fsq" else 0.1
     small = dict(tok_size="dot-vae" if given.tokenizer == "titok-vae" else "dot", size="dot", image_size=SIDE,
                  tokens=4 if titok else None, text_len=9)
     named = {name: value for name, value in vars(given).items() if value is not None}
@@ -101,6 +101,8 @@ TRAINING = {
     "--tokenizer vq --generator none": 1,
     "--tokenizer vq --generator none --tok_size patches": 1,
     "--tokenizer lfq --generator none": 1,
+    "--tokenizer lfq --codebook fsq --generator none": 1,
+    "--tokenizer lfq --codebook bsq --generator none": 1,
     "--tokenizer titok --generator none": 1,
     "--tokenizer titok-vae --generator none": 1,
     "--tokenizer patches --head gmm": 1,

@@ -173,7 +173,8 @@ def test_a_tokenizer_trains_on_a_gpu(name, gpu_runs):
 
 
 @pytest.mark.parametrize("words", [
-    ["--tokenizer", "vq", "--codebook", "plain"],
+    ["--tokenizer", "vq", "--codebook", "plain"], ["--tokenizer", "lfq", "--codebook", "fsq"],
+    ["--tokenizer", "lfq", "--codebook", "bsq"],
     ["--tokenizer", "vae", "--gan", "0.5", "--perceptual", "1", "--flip"]], ids=" ".join)
 def test_an_option_of_a_tokenizer_trains_on_a_gpu(words, tmp_path):
     trained(tmp_path, *words, "--generator", "none")
