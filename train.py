@@ -107,7 +107,9 @@ def add_generator_flags(p):
     g.add_argument("--groups", type=int,
                    help="categorical head: sub-tokens that an id is cut into, drawn side by side "
                         "(MAGVIT-v2: 2)")
-    g.add_argument("--order", choices=["random", "raster"], help="mar: order of the tokens")
+    g.add_argument("--order", choices=["random", "raster", "annealed"],
+                   help="mar: order of the tokens; annealed: random first, raster at last (--attention "
+                        "causal)")
     g.add_argument("--attention", choices=["bidirectional", "causal"],
                    help="mar: an encoder and a decoder, or one causal transformer")
     g.add_argument("--condition", choices=["class", "text"],
@@ -334,6 +336,7 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
               f"steps {first} to {steps} of {batch_size}, {machine}")
     if checkpoint is None:
         save(0)                                             # from here on --resume works
+    annealed = [module for module in raw.modules() if hasattr(module, "anneal")]      # mar.CausalMAR
     share = slice(dist.rank, None, dist.size)               # of each batch, for this process
     bad_step = torch.full((), steps, device=device)         # the first step whose loss was not finite
     since, timer, saved_at = first, time.perf_counter(), time.perf_counter()
@@ -347,6 +350,8 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
         if step + 1 < steps:
             data.read_ahead(source, batch_size, step + 1, args.seed, share)
         torch.manual_seed(seed * 4096 + 1 + dist.rank)
+        for module in annealed:
+            module.anneal(step / steps)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:

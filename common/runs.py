@@ -299,6 +299,8 @@ REFUSALS = [
      "--head {head} does not fit --tokenizer {tokenizer}, which gives ids: use --head categorical"),
     (lambda a: a.adapter != "none", lambda a: is_kind(a, "vae", "patches"),
      "--adapter: needs --tokenizer vae or patches"),
+    (lambda a: a.order == "annealed", lambda a: a.generator == "mar" and a.attention == "causal",
+     "--order annealed: needs --generator mar --attention causal, whose orders can become raster"),
     (lambda a: a.condition == "text", lambda a: a.generator in ("ar", "none"),
      "--condition text: only --generator ar reads captions"),
     (lambda a: a.condition == "text", lambda a: not a.flip,

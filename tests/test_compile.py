@@ -117,6 +117,7 @@ TRAINING = {
     "--tokenizer vq --generator maskgit --head categorical": 1,
     "--tokenizer vae --generator mar --head gmm": 4,        # the ranges of the number of masked tokens
     "--tokenizer vae --generator mar --attention causal --head gmm": 1,
+    "--tokenizer vae --generator mar --attention causal --order annealed --head gmm": 1,
 }
 
 
@@ -128,6 +129,8 @@ def test_twelve_training_steps_and_a_validation_make_as_many_graphs_as_listed(wo
     model = compiling.for_training(raw, backend=graphs)
     for step in range(12):
         torch.manual_seed(step)
+        if hasattr(raw, "anneal"):
+            raw.anneal(step / 12)
         loss, logs = model(*batch_of(tokenizer, generator, 4, "--condition text" in words))
         loss.backward()
         for value in logs.values():
