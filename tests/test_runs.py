@@ -397,6 +397,7 @@ def test_a_device_has_its_index():
 LEARNERS = [
     *[["--tokenizer", name, "--generator", "none"] for name in ("vae", "lfq", "titok", "titok-vae")],
     *[["--tokenizer", "vq", "--codebook", codebook, "--generator", "none"] for codebook in runs.CODEBOOKS],
+    *[["--tokenizer", "lfq", "--codebook", codebook, "--generator", "none"] for codebook in ("fsq", "bsq")],
     ["--tokenizer", "vq", "--tok_size", "patches", "--generator", "none"],
     ["--tokenizer", "vae", "--beta", "0", "--generator", "none"],
     *[["--tokenizer", "msvq", "--codebook", codebook, "--generator", "none"] for codebook in ("ema", "plain")],
