@@ -32,7 +32,7 @@ import time
 import torch
 
 from common import files, pictures
-from common.reading import BadInput, clips_of, free_bytes, read_clip, read_image     # names that programs use
+from common.reading import BadInput, free_bytes             # programs raise data.BadInput
 
 SHAPES = ("disc", "triangle", "square", "pentagon", "star", "trefoil", "ring", "cross", "bar", "crescent")
 ACTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "shrinks",

@@ -130,12 +130,11 @@ class Adapted(nn.Module):
         The values of known tokens are bent together with zeros where the others are masked, so near the
         border of the mask they are approximate. At the end the given values are put back.
         """
-        bent, step = None, None
-        if known is not None:
-            bent = self.adapter(known * known_mask[..., None])
-        if on_step is not None:
-            def step(i, u, mask):
-                on_step(i, self.adapter.inverse(u), mask)
+        def unbend(i, u, mask):
+            on_step(i, self.adapter.inverse(u), mask)
+
+        bent = None if known is None else self.adapter(known * known_mask[..., None])
+        step = None if on_step is None else unbend
         u = self.generator.sample(cond, known=bent, known_mask=known_mask, on_step=step, **options)
         x = self.adapter.inverse(u)
         return x if known is None else torch.where(known_mask[..., None], known, x)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from common import drawing, pictures, runs
+from common import drawing, pictures, reading, runs
 from common.classifier import look
 from common.metrics import psnr, ssim
 from data import BadInput
@@ -103,10 +103,10 @@ def own_clip(path, image_size, frames):
     if not path.exists():
         raise BadInput(f"--image {path}: there is no such file or folder")
     files = path.iterdir() if path.is_dir() else [path]
-    found = data.clips_of([(file.as_posix(), file.read_bytes) for file in files])
+    found = reading.clips_of([(file.as_posix(), file.read_bytes) for file in files])
     if not found:
         raise BadInput(f"--image {path}: neither an animation, nor a film, nor a folder of pictures")
-    clip = data.read_clip(*found[0], image_size, frames)[0]
+    clip = reading.read_clip(*found[0], image_size, frames)[0]
     return clip[None].float() / 127.5 - 1
 
 

@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import data
-from common import captions, pictures
+from common import captions, pictures, reading
 from data import BadInput
 
 DEFAULTS = {                                                # keywords of sample, for each generator-head
@@ -242,7 +241,7 @@ def edit(run, path, mask, labels, seed=0, known_scales=None, **options):
     if not path.is_file():
         raise BadInput(f"--image {path}: there is no such file")
     side = run.args.image_size
-    image = data.read_image(str(path), path.read_bytes, side)[None].float() / 127.5 - 1
+    image = reading.read_image(str(path), path.read_bytes, side)[None].float() / 127.5 - 1
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         known = run.tokenizer.encode(image.to(run.device))                            # (1, T[, D])

@@ -170,7 +170,7 @@ class HybridDecoder(nn.Module):                             # (B, bits, f, h, w)
                                  nn.SiLU(), nn.Conv3d(c, 3, 3, padding=1))
 
     def forward(self, q):
-        B, f, (h, w) = len(q), q.shape[2], q.shape[3:]
+        B, _, f = q.shape[:3]
         # (B*f, 4c, 1, h, w)
         x = self.body(q.permute(0, 2, 3, 4, 1)).flatten(0, 1).permute(0, 3, 1, 2).unsqueeze(2)
         x = self.cnn(x).unflatten(0, (B, f)).transpose(1, 2).flatten(2, 3)                  # (B, 3, 4f, H, W)

@@ -2,7 +2,7 @@
 import torch
 
 import vq
-from homework.kit import exercise, fit
+from homework.kit import exercise
 
 
 def book(look, l2_norm, **options):

@@ -20,7 +20,7 @@ import sample
 import train
 from common import classifier, drawing, pictures, runs
 from common import clips as clips_room
-from tests.helpers import CLIPS, close
+from tests.helpers import close
 
 
 def grey_clip(path, n, first=0):

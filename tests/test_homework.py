@@ -20,7 +20,7 @@ from common.reading import BadInput
 from homework import answers, check, course, grading, half, kit, report, sandbox, submissions
 from homework.answers import lines_of
 from homework.course import exercises, graded
-from homework.handout import HALF, MAIN, blanked, body, code, functions, parsed, truths, without_answers
+from homework.handout import HALF, MAIN, blanked, body, functions, parsed, truths, without_answers
 from homework.kit import MODELS, ROOT, judged, looked
 from homework.mistakes import MISTAKES
 

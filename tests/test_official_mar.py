@@ -103,7 +103,7 @@ def test_mar_sampling_replays_the_authors_runs(name, monkeypatch):
     steps.
     """
     (model, _), g = official_mar(), golden(f"mar/sample_tokens_{name}")
-    steps, guided, scales = int(g["num_iter"]), float(g["cfg"]) != 1, []
+    steps, scales = int(g["num_iter"]), []
     counts = mar.masked_counts(16, steps)
     order = g["orders"].flip(1)                             # they write from the end of `orders`
     order = torch.cat([order[:, 16 - a:16 - b].sort(1).values for a, b in zip(counts, counts[1:])], 1)

@@ -383,7 +383,7 @@ def test_adversarial_tokenizer_takes_clips_and_grey_images():
     clips = torch.rand(2, 3, 5, 16, 16)
     frames = torch.stack([clips[b, :, f] for b in range(2) for f in range(5)])              # (10, 3, 16, 16)
     assert torch.equal(perceptual_gan.as_frames(clips), frames)
-    (ours, logs), (theirs, _) = model(clips), model(frames)
+    (ours, _), (theirs, _) = model(clips), model(frames)
     assert torch.allclose(ours, theirs, atol=1e-6)
     grey = perceptual_gan.AdversarialTokenizer(vae.VAE(image_size=16, ch_mult=(1, 2), channels=1, beta=0),
                                                perceptual_gan.PatchDiscriminator(4, 1), start=0)
