@@ -127,12 +127,12 @@ def attention(q, k, v, mask=None, causal=False, dropout=0.0):
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu" or not q.requires_grad:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
-    score = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5                             # (B, n_head, S, S)
+    score = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                           # (B, n_head, S, S)
     if causal:
         mask = torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        score = score.masked_fill(~mask, -math.inf)
-    return F.dropout(score.softmax(-1), dropout).type_as(v) @ v
+    if mask is not None:                                    # to add needs no pass of its own backwards
+        score = score + torch.where(mask, 0.0, -math.inf).type_as(score)
+    return F.dropout(score.softmax(-1, dtype=torch.float32), dropout).type_as(v) @ v
 
 
 class ViTAttention(nn.Module):
@@ -202,14 +202,14 @@ def vit_init(model):
         nn.init.normal_(p, std=0.02)
 
 
-def check_sizes(seq_len, grid, n_head, n_embd, order):
+def check_sizes(seq_len, grid, n_head, n_embd, order, orders=("random", "raster")):
     """Refuse what cannot be built. Positions are learned one by one: the grid only has to hold them."""
     if grid is not None and math.prod(grid) != seq_len:
         raise ValueError(f"grid {grid} holds {math.prod(grid)} tokens, not seq_len = {seq_len}")
     if n_embd % n_head:
         raise ValueError(f"n_embd {n_embd} must be a multiple of n_head {n_head}")
-    if order not in ("random", "raster"):
-        raise ValueError(f"order {order!r} is neither 'random' nor 'raster'")
+    if order not in orders:
+        raise ValueError(f"order {order!r} is none of {', '.join(orders)}")
 
 
 # ---- MAR -------------------------------------------------------------------------------------------
@@ -421,6 +421,18 @@ def twice(x, guided):
 
 # ---- Extras: the other side of the ablation, patches of latents, a head for ids, captions -----------
 
+def random_share(step, first, last):
+    """RAR: the share of images whose order is random: 1 up to step `first`, then falling to 0 at `last`."""
+    return 1.0 if step < first else 0.0 if step > last else 1 - (step - first) / (last - first)
+
+
+def annealed_order(B, T, device, share):
+    """Each row by itself a random order with probability `share`, a number or (), else raster -> (B, T)."""
+    raster = torch.arange(T, device=device) / T
+    random = torch.rand(B, 1, device=device) < share
+    return torch.where(random, torch.rand(B, T, device=device), raster).argsort(1)
+
+
 class CausalMAR(nn.Module):
     """The same blocks as one causal decoder with a KV cache: a token per step, in raster or random order.
 
@@ -428,12 +440,16 @@ class CausalMAR(nn.Module):
     class), the position where that token stands (pos_here) and the position of the next one (pos_ahead):
     without pos_ahead it would have to predict a token without knowing which. Unlike in MAR, h never sees
     tokens that come later in the order. text: as in MAR; the last row of a caption stands for the class.
+
+    order="annealed" (RAR, Yu et al. 2024, arxiv.org/abs/2411.00776): random orders in the first half of the
+    training, then fewer and fewer, and raster alone from three quarters on. A training loop tells the
+    progress by anneal(). What is drawn and validated is in raster order.
     """
 
     def __init__(self, head, seq_len, num_classes, token_dim=None, vocab_size=None, grid=None, n_layer=6,
                  n_head=4, n_embd=192, dropout=0.1, label_drop=0.1, order="random", text=None):
         super().__init__()
-        check_sizes(seq_len, grid, n_head, n_embd, order)
+        check_sizes(seq_len, grid, n_head, n_embd, order, ("random", "raster", "annealed"))
         caption = CaptionEmbedder(*text, n_embd) if text else None
         self.seq_len = seq_len
         self.num_classes = num_classes
@@ -456,6 +472,14 @@ class CausalMAR(nn.Module):
         vit_init(self)
         self.caption = caption                              # last, so that they keep their own initialisation
         self.head = head
+        self.register_buffer("random_share", torch.ones(()), persistent=False)
+
+    def anneal(self, progress):
+        """Before a training step: progress is its number divided by that of all steps, in 0 .. 1.
+
+        The share goes to the device. Nothing is read back, and a graph finds it in the same place.
+        """
+        self.random_share.fill_(random_share(progress, 0.5, 0.75))
 
     def hidden(self, tokens, cond, order):
         """tokens (B, T[, D]), cond (B,), order (B, T) -> h (B, T, C): h[:, i] predicts token order[:, i]."""
@@ -474,7 +498,10 @@ class CausalMAR(nn.Module):
         """tokens (B, T[, D]), cond (B,) or captions -> mean loss per token (), logs; an order per row."""
         if self.training and self.label_drop > 0:
             cond = drop_conditions(self, cond)
-        order = draw_order(self.order, len(tokens), self.seq_len, tokens.device)
+        if self.order == "annealed" and self.training:
+            order = annealed_order(len(tokens), self.seq_len, tokens.device, self.random_share)
+        else:
+            order = draw_order(self.order, len(tokens), self.seq_len, tokens.device)
         loss = self.head.loss(self.hidden(tokens, cond, order), take(tokens, order)).mean()
         return loss, {}
 
@@ -483,8 +510,8 @@ class CausalMAR(nn.Module):
                cfg_schedule="linear", **tricks):
         """cond (B,) int64 labels -> tokens (B, T[, D]), one per step. Arguments as in MAR.sample.
 
-        Known tokens come first in a random order, so all others see them. In raster order they are kept, and
-        only later tokens see them.
+        Known tokens come first in a random order, so all others see them. In raster order (and "annealed",
+        which ends as that) they are kept, and only later tokens see them.
         """
         B, T, device = len(cond), self.seq_len, cond.device
         if steps not in (None, T):

@@ -5,6 +5,7 @@ Train a tokenizer, then a generator on its tokens.
     python train.py --tokenizer vae --head gmm --data PATH           # the same on your images
     python train.py --tokenizer vq --generator maskgit               # MaskGIT: ids, many tokens in each pass
     python train.py --tokenizer vae --generator mar --head diffusion # MAR: random order, a diffusion loss
+    python train.py --tokenizer msvq --generator var                 # VAR: from coarse to fine
     torchrun --standalone --nproc_per_node=2 train.py ...            # two GPUs, still the same batch
 
 Stage 1 trains the tokenizer (images -> tokens -> images), unless its run folder is there already. Then all
@@ -44,10 +45,12 @@ SAVE_SECONDS = 60                                           # between checkpoint
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Train a tokenizer, then a generator on its tokens.")
     p.add_argument("--tokenizer", choices=list(runs.TOKENIZERS), required=True,
-                   help="stage 1: images to tokens. vae, titok-vae: real vectors; vq, lfq, titok: ids")
-    p.add_argument("--generator", choices=[*runs.GENERATORS, "none"], default="ar",
-                   help="stage 2: one token after another (ar), masked tokens in parallel (maskgit), sets "
-                        "of tokens in random order (mar), or stop after stage 1 (none)")
+                   help="stage 1: images to tokens. vae, titok-vae, patches (pixels, nothing trained): real "
+                        "vectors; vq, lfq, titok, msvq: ids")
+    p.add_argument("--generator", choices=[*runs.GENERATORS, "none"],
+                   help="stage 2: one token after another (ar, the default), masked tokens in parallel "
+                        "(maskgit), sets of tokens in random order (mar), from coarse to fine (var, the "
+                        "default for msvq), or stop after stage 1 (none)")
     p.add_argument("--head", choices=runs.HEADS,
                    help="the distribution of one token (default: gmm for vectors, categorical for ids)")
     add_data_flags(p)
@@ -55,6 +58,8 @@ def parse_args(argv=None):
     add_generator_flags(p)
     add_run_flags(p)
     args = p.parse_args(argv)
+    if args.generator is None:
+        args.generator = "var" if args.tokenizer == "msvq" else "ar"
     if args.head is None:
         args.head = "gmm" if args.tokenizer in runs.CONTINUOUS else "categorical"
     return args
@@ -80,12 +85,15 @@ def add_tokenizer_flags(p):
     g.add_argument("--tok_batch_size", type=int, help="images per step, over all processes")
     g.add_argument("--tok_lr", type=float, help="highest learning rate")
     g.add_argument("--token_dim", type=int, help="numbers in a token, or in a code (default: of the size)")
-    g.add_argument("--vocab_size", type=int, help="vq, titok, lfq: number of codes (default: of the size)")
+    g.add_argument("--vocab_size", type=int,
+                   help="vq, titok, lfq, msvq: number of codes (default: of the size)")
     g.add_argument("--tokens", type=int, help="tokens per image of titok, titok-vae (default: of the size)")
-    g.add_argument("--codebook", choices=list(runs.CODEBOOKS),
-                   help="vq, titok: codes of unit length (l2) or any (plain), or as moving averages (-ema)")
+    g.add_argument("--codebook", choices=[*runs.CODEBOOKS, *runs.QUANTISERS],
+                   help="vq, titok: codes of unit length (l2) or any (plain), or as moving averages (-ema). "
+                        "msvq: ema or plain. lfq: signs, with entropies (lfq) or on the sphere (bsq), or "
+                        "rounded numbers (fsq)")
     g.add_argument("--beta", type=float,
-                   help="vae: weight of the KL; vq, titok: of the commitment loss; lfq: of its penalty")
+                   help="vae: weight of the KL; vq, titok, msvq: of the commitment loss; lfq: of its penalty")
     g.add_argument("--perceptual", type=float,
                    help="weight of a perceptual loss, by a small classifier of the data (0: none)")
     g.add_argument("--gan", type=float, help="weight of a patch discriminator (0: none; LlamaGen has 0.5)")
@@ -105,7 +113,9 @@ def add_generator_flags(p):
     g.add_argument("--groups", type=int,
                    help="categorical head: sub-tokens that an id is cut into, drawn side by side "
                         "(MAGVIT-v2: 2)")
-    g.add_argument("--order", choices=["random", "raster"], help="mar: order of the tokens")
+    g.add_argument("--order", choices=["random", "raster", "annealed"],
+                   help="mar: order of the tokens; annealed: random first, raster at last (--attention "
+                        "causal)")
     g.add_argument("--attention", choices=["bidirectional", "causal"],
                    help="mar: an encoder and a decoder, or one causal transformer")
     g.add_argument("--condition", choices=["class", "text"],
@@ -206,6 +216,10 @@ def train_tokenizer(args, dist, folder, train_set, val_set, weights=None):
             used = len(arrays["ids"].unique())
             n = len(arrays["ids"])
             say(dist, f"{used} of {tokenizer.vocab_size} codes occur in {n} training images")
+            if hasattr(tokenizer, "scales"):
+                parts = arrays["ids"].split([side * side for side in tokenizer.scales], 1)
+                found = [f"{len(part.unique())} at {p} x {p}" for p, part in zip(tokenizer.scales, parts)]
+                say(dist, "on each scale: " + ", ".join(found))
         else:
             tokenizer.measure(arrays["mean"], arrays["std"])                          # for unit variance
         if dist.rank == 0:
@@ -322,7 +336,7 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
         say(dist, "compiling: " + ("a minute or more" if device.type == "cuda" else "some minutes")
             + " of silence before the first step")
         model = sharding.compile_blocks(raw) if shard else compiling.for_training(raw)
-    ddp = dist.size > 1 and not shard
+    ddp = dist.size > 1 and not shard and steps > first     # patches have no step, and no weights
     if ddp:
         model = DistributedDataParallel(model)
     bf16 = runs.use_bf16(args, stage)
@@ -332,6 +346,7 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
               f"steps {first} to {steps} of {batch_size}, {machine}")
     if checkpoint is None:
         save(0)                                             # from here on --resume works
+    annealed = [module for module in raw.modules() if hasattr(module, "anneal")]      # mar.CausalMAR
     share = slice(dist.rank, None, dist.size)               # of each batch, for this process
     bad_step = torch.full((), steps, device=device)         # the first step whose loss was not finite
     since, timer, saved_at = first, time.perf_counter(), time.perf_counter()
@@ -345,6 +360,8 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
         if step + 1 < steps:
             data.read_ahead(source, batch_size, step + 1, args.seed, share)
         torch.manual_seed(seed * 4096 + 1 + dist.rank)
+        for module in annealed:
+            module.anneal(step / steps)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
@@ -392,7 +409,7 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
 
     averaged = sharding.filled(unshared, ema.module) if shard else ema.module         # what is used
     finish(averaged.eval())
-    if dist.rank == 0:
+    if dist.rank == 0 and rows:
         pictures.attempt(pictures.save_curve, folder / "curve.png", rows, runs.unit_of_loss(args, stage))
     save(steps, done=True)                                  # last: if killed before, --resume goes on
     runs.wait_for_all(dist)                                 # until process 0 has written the checkpoint

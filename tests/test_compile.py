@@ -21,6 +21,7 @@ import maskgit
 import sample
 import train
 import vae
+import var
 import vq
 from common import averages, compiling, drawing, runs
 from data import BadInput
@@ -60,18 +61,20 @@ def resolved(*words):
     """Words of train.py -> args with every default, of the small world where they say nothing."""
     given = train.parse_args([*words, "--device", "cpu"])
     titok = given.tokenizer.startswith("titok")
+    beta = None if given.tokenizer == "patches" or given.codebook == "fsq" else 0.1
     small = dict(tok_size="dot-vae" if given.tokenizer == "titok-vae" else "dot", size="dot", image_size=SIDE,
                  tokens=4 if titok else None, text_len=9)
     named = {name: value for name, value in vars(given).items() if value is not None}
-    return argparse.Namespace(**runs.DEFAULTS["any"] | dict(codebook="l2-ema", beta=0.1) | small | named)
+    codebook = "ema" if given.tokenizer == "msvq" else "l2-ema"
+    return argparse.Namespace(**runs.DEFAULTS["any"] | dict(codebook=codebook, beta=beta) | small | named)
 
 
 def built(*words):
     """-> tokenizer, generator or None, as train.py builds them of these words, with random weights."""
     with small_world() as patch:
-        for module in (vae, vq, lfq):
-            patch.setitem(module.SIZES, "dot", module.SIZES["dot"] | dict(ch_mult=(1, 1)))
-        for module in (ar_transformer, maskgit):
+        for sizes in (vae.SIZES, vq.SIZES, lfq.SIZES, var.TOK_SIZES):
+            patch.setitem(sizes, "dot", sizes["dot"] | dict(ch_mult=(1, 1)))
+        for module in (ar_transformer, maskgit, var):
             patch.setitem(module.SIZES, "dot", dict(n_layer=1, n_head=2, n_embd=32))
         patch.setitem(mar.SIZES, "dot", mar.SIZES["dot"] | dict(mask_min=0.0, mask_std=9.0))
         args = resolved(*words)
@@ -100,8 +103,12 @@ TRAINING = {
     "--tokenizer vq --generator none": 1,
     "--tokenizer vq --generator none --tok_size patches": 1,
     "--tokenizer lfq --generator none": 1,
+    "--tokenizer lfq --codebook fsq --generator none": 1,
+    "--tokenizer lfq --codebook bsq --generator none": 1,
     "--tokenizer titok --generator none": 1,
     "--tokenizer titok-vae --generator none": 1,
+    "--tokenizer msvq --generator none": 1,
+    "--tokenizer patches --head gmm": 1,
     "--tokenizer vae --head gmm": 1,
     "--tokenizer vae --head diffusion": 1,
     "--tokenizer vae --head diffusion --objective flow": 1,
@@ -115,6 +122,8 @@ TRAINING = {
     "--tokenizer vae --generator mar --attention causal --head gmm": 1,
     "--tokenizer vq --generator maskgit --head categorical --condition text": 1,
     "--tokenizer vae --generator mar --head gmm --condition text": 4,
+    "--tokenizer msvq --generator var": 1,
+    "--tokenizer vae --generator mar --attention causal --order annealed --head gmm": 1,
 }
 
 
@@ -126,6 +135,8 @@ def test_twelve_training_steps_and_a_validation_make_as_many_graphs_as_listed(wo
     model = compiling.for_training(raw, backend=graphs)
     for step in range(12):
         torch.manual_seed(step)
+        if hasattr(raw, "anneal"):
+            raw.anneal(step / 12)
         loss, logs = model(*batch_of(tokenizer, generator, 4, "--condition text" in words))
         loss.backward()
         for value in logs.values():
@@ -190,6 +201,7 @@ def run_of(*words):
 DRAWING = {
     "--tokenizer vae --head gmm": (3, 2),                   # batches of 3, 3, 2: a graph per number of rows
     "--tokenizer vq --generator maskgit --head categorical": (4, 1),
+    "--tokenizer msvq --generator var": (4, 2),             # scales of 1 x 1 and 2 x 2
     "--tokenizer vae --generator mar --head gmm": (4, 3),   # 4 tokens are 3 ranges, more of them 4
     "--tokenizer vae --head diffusion": (3, 2 + 2),         # in the head 4 and 2 rows
     "--tokenizer vae --head diffusion --objective flow": (4, 1 + 1),

@@ -92,10 +92,12 @@ def trained(folder, *words):
     """train.main on the pretended GPU -> its counters. Each of the training steps waits for nothing."""
     with watched() as gpu:
         size = "dot-vae" if "titok-vae" in words else "dot"
+        tok_steps = [] if "patches" in words else ["--tok_steps", str(STEPS)]         # without a stage 1
         train.main(["--runs", str(folder), "--device", "cuda", "--no-compile", "--tok_size", size, "--size",
-                    "dot", "--image_size", "8", "--n_shapes", "24", "--tok_steps", str(STEPS), "--steps",
-                    str(STEPS), "--tok_batch_size", "4", "--batch_size", "4", *words])
-    assert len(gpu.steps) == STEPS - 2, "no stage, or more than one, was trained"
+                    "dot", "--image_size", "8", "--n_shapes", "24", *tok_steps, "--steps", str(STEPS),
+                    "--tok_batch_size", "4", "--batch_size", "4", *words])
+    expected = 0 if "patches" in words and "none" in words else STEPS - 2
+    assert len(gpu.steps) == expected, "no stage, or more than one, was trained"
     for waits in gpu.steps:
         assert not waits, f"a training step waits for the GPU: {dict(waits)}"
     check_drawing(gpu)
@@ -139,6 +141,8 @@ TOKENIZERS = {
     "lfq": ["--tokenizer", "lfq", "--head", "categorical"],
     "titok": ["--tokenizer", "titok", "--tokens", "4", "--head", "categorical"],
     "titok-vae": ["--tokenizer", "titok-vae", "--tokens", "4"],
+    "msvq": ["--tokenizer", "msvq", "--head", "categorical"],
+    "patches": ["--tokenizer", "patches"],
     "clips": ["--tokenizer", "lfq", "--frames", "5", "--head", "categorical"],
 }
 
@@ -170,7 +174,8 @@ def test_a_tokenizer_trains_on_a_gpu(name, gpu_runs):
 
 
 @pytest.mark.parametrize("words", [
-    ["--tokenizer", "vq", "--codebook", "plain"],
+    ["--tokenizer", "vq", "--codebook", "plain"], ["--tokenizer", "lfq", "--codebook", "fsq"],
+    ["--tokenizer", "lfq", "--codebook", "bsq"],
     ["--tokenizer", "vae", "--gan", "0.5", "--perceptual", "1", "--flip"]], ids=" ".join)
 def test_an_option_of_a_tokenizer_trains_on_a_gpu(words, tmp_path):
     trained(tmp_path, *words, "--generator", "none")
@@ -197,11 +202,14 @@ def pairs():
     """(tokenizer, words): with vae and vq all generators and heads that runs.REFUSALS lets pass, with the
     others each generator and each head once, for a generator sees of a tokenizer only T and D or V.
     """
-    found = [("vae", ["--adapter", "flow"]), ("vae", ["--generator", "mar", "--order", "raster"])]
+    found = [("vae", ["--adapter", "flow"]), ("vae", ["--generator", "mar", "--order", "raster"]),
+             ("vae", ["--generator", "mar", "--attention", "causal", "--order", "annealed"])]
     for tokenizer in TOKENIZERS:
         whole = [(generator, head) for generator in GENERATORS for head in HEADS]
         once = [(generator, head) for generator in GENERATORS[:3] for head in (HEADS[0], HEADS[3])]
         once += [(["ar"], HEADS[1]), (["ar"], HEADS[4])]
+        if tokenizer == "msvq":
+            once = [(["var"], HEADS[3])]
         if tokenizer == "clips":
             once = once[1:4:2]                              # ar and maskgit
         for generator, head in whole if tokenizer in ("vae", "vq") else once:
@@ -214,7 +222,7 @@ def pairs():
 def goes_together(tokenizer, words):
     given = train.parse_args([*TOKENIZERS[tokenizer], *words])
     tok_size = next(iter(runs.TOKENIZERS[given.tokenizer][1]))
-    default = runs.DEFAULTS["any"] | dict(size="small", tok_size=tok_size)
+    default = runs.defaults_of(given, torch.device("cpu")) | dict(size="small", tok_size=tok_size)
     args = SimpleNamespace(**default | {name: v for name, v in vars(given).items() if v is not None})
     return not any(asked(args) and not needed(args) for asked, needed, _ in runs.REFUSALS)
 
@@ -236,6 +244,7 @@ VAE_CAUSAL = ("vae", "--generator", "mar", "--attention", "causal", "--head", "g
 VQ_AR = ("vq", "--generator", "ar", "--head", "categorical")
 VQ_MASKGIT = ("vq", "--generator", "maskgit", "--head", "categorical")
 VQ_MAR = ("vq", "--generator", "mar", "--head", "categorical")
+MSVQ_VAR = ("msvq", "--generator", "var", "--head", "categorical")
 CAPTIONS = ("vq", "--condition", "text")
 CAPTIONS_MASKGIT = (*VQ_MASKGIT, "--condition", "text")
 CAPTIONS_MAR = (*VAE_MAR, "--condition", "text")
@@ -252,6 +261,7 @@ CLIPS_MASKGIT = ("clips", "--generator", "maskgit", "--head", "categorical")
     (VQ_AR, ["--top_k", "3", "--top_p", "0.9"]), (VQ_AR, ["--beam", "2", "--fan", "3"]),
     (VAE_DIFFUSION, ["--sampler", "ddim"]), (VAE_DIFFUSION, ["--spacing", "official"]),
     (VAE_FLOW, ["--sampler", "euler"]), (VAE_MAR, ["--diffusion_steps", "3:1", "--cfg_schedule", "linear"]),
+    (MSVQ_VAR, ["--gif", "--top_k", "3", "--cfg_schedule", "constant"]),
     (VQ_MASKGIT, ["--order", "halton"]), (VQ_MASKGIT, ["--schedule", "arccos", "--choice_temperature", "1"]),
     *[(run, ["--prompt", "a star", "a ring"])
       for run in (CAPTIONS, CAPTIONS_MASKGIT, CAPTIONS_MAR, CAPTIONS_CAUSAL)], (CLIPS_MASKGIT, ["--gif"]),
@@ -261,21 +271,23 @@ def test_drawing_on_a_gpu_waits_once_for_each_batch(run, words, gpu_runs, tmp_pa
     drew(gpu_runs(*run), *words)
 
 
-@pytest.mark.parametrize("run", [VAE_AR, VAE_DIFFUSION, VAE_MAR, VAE_CAUSAL, VQ_AR, VQ_MASKGIT, VQ_MAR],
+@pytest.mark.parametrize("run", [VAE_AR, VAE_DIFFUSION, VAE_MAR, VAE_CAUSAL, VQ_AR, VQ_MASKGIT, VQ_MAR,
+                                 MSVQ_VAR],
                          ids="-".join)
 def test_editing_on_a_gpu_waits_once_for_each_batch(run, gpu_runs, tmp_path):
     Image.new("RGB", (20, 12), (200, 30, 30)).save(tmp_path / "p.png")
     drew(gpu_runs(*run), "--image", tmp_path / "p.png", "--mask", "right")
 
 
-@pytest.mark.parametrize("run", [("vq",), VAE_AR, VAE_MAR, VQ_MASKGIT, CAPTIONS, CLIPS_MASKGIT], ids="-".join)
+@pytest.mark.parametrize("run", [("vq",), VAE_AR, VAE_MAR, VQ_MASKGIT, MSVQ_VAR, CAPTIONS, CLIPS_MASKGIT],
+                         ids="-".join)
 def test_a_run_is_measured_on_a_gpu(run, gpu_runs):
     metrics = measured(gpu_runs(*run))
     name = "caption_shape" if run == CAPTIONS else "sample_frechet_small_cnn" if run[1:] else "recon_psnr_db"
     assert name in metrics
 
 
-@pytest.mark.parametrize("run", [VAE_AR, VAE_MAR, VQ_MASKGIT], ids="-".join)
+@pytest.mark.parametrize("run", [VAE_AR, VAE_MAR, VQ_MASKGIT, MSVQ_VAR], ids="-".join)
 def test_what_is_compiled_draws_on_a_gpu(run, gpu_runs, monkeypatch):
     """As with --compile, but that functions stay as they are: padded rows, MAR's ranges, static caches."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)

@@ -91,6 +91,11 @@ TOGETHER = [
     (["--tokenizer", "vae", "--vocab_size", "64"], "--vocab_size: is for"),
     (["--tokenizer", "vae", "--codebook", "l2"], "--codebook: is for"),
     (["--tokenizer", "vq", "--tokens", "8"], "--tokens: is for"),
+    *[(["--tokenizer", "msvq", "--generator", name], f"--generator {name} does not fit --tokenizer msvq")
+      for name in ("ar", "maskgit", "mar")],
+    (["--tokenizer", "vq", "--generator", "var"], "--generator var writes scales, .*: use --tokenizer msvq"),
+    (["--tokenizer", "msvq", "--codebook", "l2"], "--codebook l2: .* use ema or plain"),
+    (["--tokenizer", "msvq", "--groups", "2"], "--groups: --generator var reads codes"),
     (["--tokenizer", "vq", "--tok_size", "kl16"], "--tok_size kl16: --tokenizer vq has"),
     (["--tokenizer", "vq", "--generator", "mar", "--size", "gpt-b"], "--size gpt-b: --generator mar has"),
     (["--tokenizer", "vq", "--condition", "text", "--flip"], "may say left or right"),
@@ -392,8 +397,11 @@ def test_a_device_has_its_index():
 LEARNERS = [
     *[["--tokenizer", name, "--generator", "none"] for name in ("vae", "lfq", "titok", "titok-vae")],
     *[["--tokenizer", "vq", "--codebook", codebook, "--generator", "none"] for codebook in runs.CODEBOOKS],
+    *[["--tokenizer", "lfq", "--codebook", codebook, "--generator", "none"] for codebook in ("fsq", "bsq")],
     ["--tokenizer", "vq", "--tok_size", "patches", "--generator", "none"],
     ["--tokenizer", "vae", "--beta", "0", "--generator", "none"],
+    *[["--tokenizer", "msvq", "--codebook", codebook, "--generator", "none"] for codebook in ("ema", "plain")],
+    ["--tokenizer", "msvq", "--generator", "var"],
     ["--tokenizer", "lfq", "--frames", "5", "--generator", "none"],
     *[["--tokenizer", "vae", "--generator", generator, "--head", "gmm", *more]
       for generator in ("ar", "maskgit", "mar") for more in ([], ["--n_mix", "1"], ["--adapter", "flow"])],
