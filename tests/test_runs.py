@@ -97,6 +97,7 @@ TOGETHER = [
     (["--tokenizer", "msvq", "--groups", "2"], "--groups: --generator var reads codes"),
     (["--tokenizer", "vq", "--tok_size", "kl16"], "--tok_size kl16: --tokenizer vq has"),
     (["--tokenizer", "vq", "--generator", "mar", "--size", "gpt-b"], "--size gpt-b: --generator mar has"),
+    (["--tokenizer", "msvq", "--condition", "text", "--generator", "var"], "var reads no captions"),
     (["--tokenizer", "vq", "--condition", "text", "--flip"], "may say left or right"),
     (["--tokenizer", "vq", "--text_encoder", "t5-small"], "goes with --condition text"),
     (["--tokenizer", "vq", "--frames", "5"], "only --tokenizer lfq reads clips"),
