@@ -842,7 +842,7 @@ def kmeans_of(z, n, steps=10):
 SCHEDULES = [(8,), (2, 8), (1, 3, 8), (1, 2, 3, 5, 8)]
 
 
-def fit(model, tokens, labels, steps, lr=3e-3):
+def fit(model, tokens, labels, steps, lr=4e-3):
     """Train on ids (N, T) and labels (N,) -> nats per image in the last steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
     last = []
@@ -890,12 +890,12 @@ def show(rows, curves, path):
 
 def main():
     parser = argparse.ArgumentParser(description="VAR on small drawn shapes: how many scales are enough?")
-    parser.add_argument("--steps", type=int, default=200, help="training steps of each of the four models")
+    parser.add_argument("--steps", type=int, default=180, help="training steps of each of the four models")
     parser.add_argument("--vocab", type=int, default=128, help="codes, shared by all scales")
     args = parser.parse_args()
     import data
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    images, labels, _, _ = data.draw(torch.arange(6000, device=device), 16)
+    images, labels, _, _ = data.draw(torch.arange(4000, device=device), 16)
     held_out = data.draw(torch.arange(200, device=device) + data.VAL_INDEX, 16)[0]
     cond = torch.arange(200, device=device) % 10
     rows, values = [], []
@@ -905,7 +905,7 @@ def main():
         tokenizer = MSVQ(16, args.vocab, 8, scales, ch=16, stem=2, groups=4, linear=True).to(device).eval()
         tokenizer.start(images[:1000])                      # PCA and k-means: good enough for small pictures
         ids = tokenizer.encode(images)
-        model = VAR(CategoricalHead(96, args.vocab), tokenizer.quantizer, 10, n_layer=3, n_head=3, n_embd=96)
+        model = VAR(CategoricalHead(64, args.vocab), tokenizer.quantizer, 10, n_layer=2, n_head=2, n_embd=64)
         model = model.to(device)
         nats = fit(model, ids, labels, args.steps)
         model.eval()
