@@ -252,6 +252,11 @@ def measure_likelihood(run, val_set, index, batch_size, seed):
     if D is None:
         return rows + [("val_perplexity", "perplexity", math.exp(mean), "tokens",
                         f"lower is better, {run.tokenizer.vocab_size} by chance")]
+    if hasattr(run.tokenizer, "bits_per_dim"):              # of pixels
+        bits = float(run.tokenizer.bits_per_dim(mean))
+        return rows + [("val_bits_per_dim_uniform", "bits per dimension (pixel value)",
+                        (bits, error / (D * math.log(2))), "bits",
+                        "upper bound by uniform dequantisation; 8 by chance")]
     return rows + [("val_bits_per_dim", "the same per latent dimension", mean / (D * math.log(2)), "bits",
                     "lower is better, N(0, 1) gives 2.05")]
 

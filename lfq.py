@@ -125,18 +125,22 @@ class LookupFreeQuantizer(nn.Module):
     def __init__(self, bits, entropy=0.02, diversity=1.0, beta=0.05, temperature=0.1, groups=1):
         super().__init__()
         self.bits = bits
+        self.n_channels = bits
+        self.vocab_size = 1 << bits
         self.entropy = entropy
         self.diversity = diversity
         self.beta = beta
         self.temperature = temperature
         self.groups = groups
 
-    @torch.no_grad()
     def count(self, ids):
-        """How often each code occurs: ids (B, T) -> (V,) float32. torch.bincount would wait for the GPU."""
-        ids = ids.flatten()
-        counts = torch.zeros(1 << self.bits, dtype=torch.float32, device=ids.device)
-        return counts.index_add_(0, ids, counts.new_ones(ids.shape))
+        return count_ids(ids, self.vocab_size)
+
+    def quantize(self, z):
+        return quantize(z)
+
+    def codes(self, index):
+        return codes(index, self.bits)
 
     def forward(self, z):
         """z (B, T, bits) -> q (B, T, bits) float32, ids (B, T), loss (), negative as a rule, and logs.
@@ -150,11 +154,23 @@ class LookupFreeQuantizer(nn.Module):
             commit = self.beta * F.mse_loss(z, q.detach())
             per_sample, batch = entropy_penalty(z, self.temperature, self.groups)
             loss = commit + self.entropy * (per_sample - self.diversity * batch)
-            p = self.count(ids) / ids.numel()                                         # (V,)
             logs = {"commit": commit.detach(), "entropy_sample": per_sample.detach(),
-                    "entropy_batch": batch.detach(), "usage": (p > 0).float().mean(),
-                    "perplexity": torch.exp(-torch.xlogy(p, p).sum())}
+                    "entropy_batch": batch.detach(), **usage(self.count(ids))}
         return q, ids, loss, logs
+
+
+@torch.no_grad()
+def count_ids(ids, vocab_size):
+    """How often each code occurs: ids (B, T) -> (V,) float32. torch.bincount would wait for the GPU."""
+    ids = ids.flatten()
+    counts = torch.zeros(vocab_size, dtype=torch.float32, device=ids.device)
+    return counts.index_add_(0, ids, counts.new_ones(ids.shape))
+
+
+def usage(counts):
+    """counts (V,) -> logs: share of the codes that occur (), and exp(entropy of their frequencies) ()."""
+    p = counts / counts.sum()
+    return {"usage": (p > 0).float().mean(), "perplexity": torch.exp(-torch.xlogy(p, p).sum())}
 
 
 # ---- The causal network: activations are (B, C, frames, h, w) --------------------------------------
@@ -324,13 +340,17 @@ class LFQ(nn.Module):
     1 + a multiple of its stride. groups, per_frame: see FrameNorm. channels=1: grey. Images still come and go
     with 3 channels; the network sees their average. Any other number: images are (B, channels, H, W), such as
     one-hot label maps. The rest: see LookupFreeQuantizer.
+
+    codebook: "lfq", or one of the two quantisers below that leave out its losses: "bsq", signs on the sphere
+    (entropy is 0.1 then, and beta 0, if they are not given), or "fsq", rounded numbers, whose levels are
+    those of FSQ_LEVELS that make most nearly 2^bits codes, if they are not given.
     """
 
     token_dim = None                                        # tokens are ids
 
     def __init__(self, image_size=32, frames=1, bits=10, ch=16, ch_mult=(1, 2, 4), n_res=2, time=None,
-                 groups=8, per_frame=True, channels=3, entropy=0.02, diversity=1.0, beta=0.05,
-                 temperature=0.1, entropy_groups=1):
+                 groups=8, per_frame=True, channels=3, entropy=None, diversity=1.0, beta=None,
+                 temperature=0.1, entropy_groups=1, codebook="lfq", levels=None):
         super().__init__()
         downs = len(ch_mult) - 1
         if image_size % (1 << downs) or image_size < 2 << downs:                   # one token has no variance
@@ -341,17 +361,26 @@ class LFQ(nn.Module):
             time = (1,) * downs if frames == 1 else last_two
         kernel = (1 if frames == math.prod(time) == 1 else 3, 3, 3)
         side = image_size >> downs
+        weights = {name: v for name, v in dict(entropy=entropy, beta=beta).items() if v is not None}
+        if codebook == "fsq":
+            self.quantizer = FiniteScalarQuantizer(levels or FSQ_LEVELS[nearest_size(1 << bits)])
+        elif codebook == "bsq":
+            self.quantizer = BinarySphericalQuantizer(bits, diversity=diversity, groups=entropy_groups,
+                                                      **weights)
+        else:
+            self.quantizer = LookupFreeQuantizer(bits, diversity=diversity, temperature=temperature,
+                                                 groups=entropy_groups, **weights)
+        n = self.quantizer.n_channels
         self.bits = bits
-        self.vocab_size = 1 << bits
+        self.vocab_size = self.quantizer.vocab_size
         self.channels = channels
         self.time_stride = math.prod(time)
         self.space = (side, side)
         self.grid = self.space if frames == 1 else (self.latent_frames(frames), *self.space)
         self.seq_len = math.prod(self.grid)
-        self.encoder = CausalEncoder(bits, ch, ch_mult, n_res, kernel, time, groups, per_frame, channels)
-        self.decoder = CausalDecoder(bits, ch, ch_mult, n_res, kernel, time, groups, per_frame, channels)
+        self.encoder = CausalEncoder(n, ch, ch_mult, n_res, kernel, time, groups, per_frame, channels)
+        self.decoder = CausalDecoder(n, ch, ch_mult, n_res, kernel, time, groups, per_frame, channels)
         self.init_weights()
-        self.quantizer = LookupFreeQuantizer(bits, entropy, diversity, beta, temperature, entropy_groups)
 
     def init_weights(self):
         """Each block starts as the identity, as in vae.py, and each adaptive norm as a plain one."""
@@ -410,12 +439,12 @@ class LFQ(nn.Module):
     @torch.no_grad()
     def encode(self, images):
         """images (B, 3, H, W) or clips (B, 3, F, H, W) in [-1, 1] -> ids (B, T) int64, frame by frame."""
-        return quantize(self.latents(images))[1]
+        return self.quantizer.quantize(self.latents(images))[1]
 
     @torch.no_grad()
     def decode(self, tokens):
         """ids (B, T) int64 -> images (B, 3, H, W), or clips if of several frames, in [-1, 1]."""
-        return self.decode_raw(codes(tokens, self.bits)).clamp(-1, 1)
+        return self.decode_raw(self.quantizer.codes(tokens)).clamp(-1, 1)
 
     # ---- Extras: a video tokenizer that begins as an image tokenizer
 
@@ -436,6 +465,134 @@ class LFQ(nn.Module):
             ours[key] = old.repeat(new.shape[0] // old.shape[0], *[1] * (old.ndim - 1))
         self.load_state_dict(ours)
         return self
+
+
+# ---- Extras: two quantisers that need no entropy penalty, or a cheaper one -------------------------
+
+FSQ_LEVELS = {                                              # the paper's, for about 2^8, 2^10, ... 2^16 codes
+    240: (8, 6, 5), 1000: (8, 5, 5, 5), 4375: (7, 5, 5, 5, 5), 15_360: (8, 8, 8, 6, 5),
+    64_000: (8, 8, 8, 5, 5, 5),
+}
+
+
+def nearest_size(vocab_size):
+    """The number of codes in FSQ_LEVELS that is nearest, as a ratio -> int."""
+    return min(FSQ_LEVELS, key=lambda size: abs(math.log(size / vocab_size)))
+
+
+def fsq_bound(z, levels):
+    """z (..., n), n numbers of levels -> (..., n): channel i in a range whose rounding has levels[i] values.
+
+    tanh squashes to a range of (L - 1) steps, a thousandth less so that no more values are reached. An even L
+    has no value in the middle: the range is moved by half a step, and the input so that 0 stays about 0.
+    """
+    bounded = []
+    for z_i, L in zip(z.unbind(-1), levels, strict=True):
+        half = (L - 1) * (1 - 1e-3) / 2
+        offset = (L % 2 == 0) / 2
+        bounded.append(torch.tanh(z_i + math.tan(offset / half)) * half - offset)
+    return torch.stack(bounded, -1)
+
+
+def fsq_quantize(z, levels):
+    """Rounded numbers: z (..., n) -> q (..., n) in [-1, 1], index (...) int64 in 0 .. prod(levels) - 1.
+
+    The gradient goes straight through the rounding. index = sum_i digit_i * prod_(j < i) levels_j, digit_i in
+    0 .. levels_i - 1: the first channel counts least, as in quantize(). Of an even number of levels, L, the
+    values are -1, -1 + 2/L, .., 1 - 2/L: 0 is one of them, and 1 is not.
+    """
+    q = []
+    index = 0
+    unit = 1
+    for bounded, L in zip(fsq_bound(z, levels).unbind(-1), levels):
+        rounded = bounded.round()
+        q.append((bounded + (rounded - bounded).detach()) / (L // 2))
+        index = index + (rounded.long() + L // 2) * unit    # whole numbers: a sum of floats loses ids
+        unit = unit * L
+    return torch.stack(q, -1), index
+
+
+def fsq_codes(index, levels):
+    """The inverse of fsq_quantize: index (...) int64 -> q (..., n) float32, n numbers of levels."""
+    digits = []
+    for L in levels:
+        digits.append(index % L)
+        index = index // L
+    return torch.stack([(digit - L // 2) / (L // 2) for digit, L in zip(digits, levels)], -1)
+
+
+class FiniteScalarQuantizer(nn.Module):
+    """FSQ: round each of a few numbers to one of its levels (Mentzer et al. 2023, arxiv.org/abs/2309.15505).
+
+    No table, no loss, no parameters: levels (8, 5, 5, 5) are 1,000 codes of 4 numbers. All of them lie on a
+    grid that the encoder's tanh fills, so nothing has to push it to use them. Take 5 levels or more.
+    """
+
+    def __init__(self, levels):
+        super().__init__()
+        self.levels = tuple(levels)
+        self.n_channels = len(self.levels)
+        self.vocab_size = math.prod(self.levels)
+
+    def count(self, ids):
+        return count_ids(ids, self.vocab_size)
+
+    def quantize(self, z):
+        return fsq_quantize(z, self.levels)
+
+    def codes(self, index):
+        return fsq_codes(index, self.levels)
+
+    def forward(self, z):
+        """z (B, T, n) -> q (B, T, n) float32, ids (B, T), loss 0 (), and logs: usage and perplexity."""
+        with torch.autocast(z.device.type, enabled=False):
+            q, ids = self.quantize(z.float())
+            return q, ids, q.new_zeros(()), usage(self.count(ids))
+
+
+class BinarySphericalQuantizer(nn.Module):
+    """BSQ: signs of a vector of length 1 (Zhao et al. 2024, arxiv.org/abs/2406.07548).
+
+    u = z / |z| is compared with corners q = sign(u) / sqrt(bits) of the same length, so the error of a code
+    is bounded. The entropies are LFQ's with p(c | u) = softmax of 2 scale u.c. At scale 1, as published, p is
+    nearly flat: the token's entropy hardly moves, and the batch's balances the codes. beta weighs the squared
+    error of a code (published: 0). The gradient of q is 1 / sqrt(bits) of the decoder's, as in the released
+    code (in the paper's formula it is whole). Against a squared error of weight 1, entropy is 0.1.
+    """
+
+    def __init__(self, bits, entropy=0.1, diversity=1.0, beta=0.0, scale=1.0, groups=1):
+        super().__init__()
+        self.n_channels = bits
+        self.vocab_size = 1 << bits
+        self.entropy = entropy
+        self.diversity = diversity
+        self.beta = beta
+        self.scale = scale
+        self.groups = groups
+
+    def count(self, ids):
+        return count_ids(ids, self.vocab_size)
+
+    def quantize(self, z):
+        """z (..., bits) -> q (..., bits), of length 1, index (...) int64: the lowest bit first."""
+        q, index = quantize(F.normalize(z, dim=-1))
+        return q / math.sqrt(self.n_channels), index
+
+    def codes(self, index):
+        return codes(index, self.n_channels) / math.sqrt(self.n_channels)
+
+    def forward(self, z):
+        """z (B, T, bits) -> q (B, T, bits) float32, ids (B, T), loss (), logs as of LookupFreeQuantizer."""
+        with torch.autocast(z.device.type, enabled=False):
+            u = F.normalize(z.float(), dim=-1)
+            q, ids = self.quantize(u)
+            commit = self.beta * (u - q.detach()).square().sum(-1).mean()
+            temperature = math.sqrt(self.n_channels) / self.scale           # of corners that are -1 and +1
+            per_sample, batch = entropy_penalty(u, temperature, self.groups)
+            loss = commit + self.entropy * (per_sample - self.diversity * batch) / self.scale
+            logs = {"commit": commit.detach(), "entropy_sample": per_sample.detach(),
+                    "entropy_batch": batch.detach(), **usage(self.count(ids))}
+        return q, ids, loss, logs
 
 
 # ---- Extras: the head of a generator whose vocabulary is large -------------------------------------

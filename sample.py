@@ -235,7 +235,7 @@ REFUSALS = [                                                # what is asked of w
     (lambda a, run: run.generator is None,
      "{a.run}: a tokenizer alone cannot draw; name the run folder of a generator"),
     (lambda a, run: "prefix" in getattr(run.args, "options", {}),
-     "{a.run}: this run makes maps of images: python -m recipes.maps draws and measures them"),
+     "{a.run}: this run draws images of images: python -m recipes.pairs draws and measures them"),
     (lambda a, run: a.reference and not run.args.data,
      "--reference: the authors' weights come without images; name a run"),
     (lambda a, run: run.args.frames > 1 and (a.mask or (a.image and not a.known_frames)),

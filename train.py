@@ -45,7 +45,8 @@ SAVE_SECONDS = 60                                           # between checkpoint
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Train a tokenizer, then a generator on its tokens.")
     p.add_argument("--tokenizer", choices=list(runs.TOKENIZERS), required=True,
-                   help="stage 1: images to tokens. vae, titok-vae: real vectors; vq, lfq, titok, msvq: ids")
+                   help="stage 1: images to tokens. vae, titok-vae, patches (pixels, nothing trained): real "
+                        "vectors; vq, lfq, titok, msvq: ids")
     p.add_argument("--generator", choices=[*runs.GENERATORS, "none"],
                    help="stage 2: one token after another (ar, the default), masked tokens in parallel "
                         "(maskgit), sets of tokens in random order (mar), from coarse to fine (var, the "
@@ -87,9 +88,10 @@ def add_tokenizer_flags(p):
     g.add_argument("--vocab_size", type=int,
                    help="vq, titok, lfq, msvq: number of codes (default: of the size)")
     g.add_argument("--tokens", type=int, help="tokens per image of titok, titok-vae (default: of the size)")
-    g.add_argument("--codebook", choices=list(runs.CODEBOOKS),
-                   help="vq, titok: codes of unit length (l2) or any (plain), or as moving averages (-ema); "
-                        "msvq: ema or plain")
+    g.add_argument("--codebook", choices=[*runs.CODEBOOKS, *runs.QUANTISERS],
+                   help="vq, titok: codes of unit length (l2) or any (plain), or as moving averages (-ema). "
+                        "msvq: ema or plain. lfq: signs, with entropies (lfq) or on the sphere (bsq), or "
+                        "rounded numbers (fsq)")
     g.add_argument("--beta", type=float,
                    help="vae: weight of the KL; vq, titok, msvq: of the commitment loss; lfq: of its penalty")
     g.add_argument("--perceptual", type=float,
@@ -111,7 +113,9 @@ def add_generator_flags(p):
     g.add_argument("--groups", type=int,
                    help="categorical head: sub-tokens that an id is cut into, drawn side by side "
                         "(MAGVIT-v2: 2)")
-    g.add_argument("--order", choices=["random", "raster"], help="mar: order of the tokens")
+    g.add_argument("--order", choices=["random", "raster", "annealed"],
+                   help="mar: order of the tokens; annealed: random first, raster at last (--attention "
+                        "causal)")
     g.add_argument("--attention", choices=["bidirectional", "causal"],
                    help="mar: an encoder and a decoder, or one causal transformer")
     g.add_argument("--condition", choices=["class", "text"],
@@ -332,7 +336,7 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
         say(dist, "compiling: " + ("a minute or more" if device.type == "cuda" else "some minutes")
             + " of silence before the first step")
         model = sharding.compile_blocks(raw) if shard else compiling.for_training(raw)
-    ddp = dist.size > 1 and not shard
+    ddp = dist.size > 1 and not shard and steps > first     # patches have no step, and no weights
     if ddp:
         model = DistributedDataParallel(model)
     bf16 = runs.use_bf16(args, stage)
@@ -342,6 +346,7 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
               f"steps {first} to {steps} of {batch_size}, {machine}")
     if checkpoint is None:
         save(0)                                             # from here on --resume works
+    annealed = [module for module in raw.modules() if hasattr(module, "anneal")]      # mar.CausalMAR
     share = slice(dist.rank, None, dist.size)               # of each batch, for this process
     bad_step = torch.full((), steps, device=device)         # the first step whose loss was not finite
     since, timer, saved_at = first, time.perf_counter(), time.perf_counter()
@@ -355,6 +360,8 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
         if step + 1 < steps:
             data.read_ahead(source, batch_size, step + 1, args.seed, share)
         torch.manual_seed(seed * 4096 + 1 + dist.rank)
+        for module in annealed:
+            module.anneal(step / steps)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
@@ -402,7 +409,7 @@ def fit(stage, model, source, val_source, args, dist, folder, finish, extra):
 
     averaged = sharding.filled(unshared, ema.module) if shard else ema.module         # what is used
     finish(averaged.eval())
-    if dist.rank == 0:
+    if dist.rank == 0 and rows:
         pictures.attempt(pictures.save_curve, folder / "curve.png", rows, runs.unit_of_loss(args, stage))
     save(steps, done=True)                                  # last: if killed before, --resume goes on
     runs.wait_for_all(dist)                                 # until process 0 has written the checkpoint

@@ -184,12 +184,12 @@ class LinearPath(nn.Module):
         images.
         """
         with torch.autocast(images.device.type, enabled=False):         # bfloat16 would cost decibels
-            return (self.cut(images.float()) - self.mean) @ (self.basis / self.std)
+            return (self.cut(images.to(self.mean.dtype)) - self.mean) @ (self.basis / self.std)
 
     def inverse(self, z, grid):
         """z (B, T, n_out) -> images (B, channels, H, W)."""
         with torch.autocast(z.device.type, enabled=False):
-            return self.join(z.float() @ (self.basis * self.std).T + self.mean, grid)
+            return self.join(z.to(self.mean.dtype) @ (self.basis * self.std).T + self.mean, grid)
 
     def cut(self, images):
         """images (B, channels, H, W) -> patches (B, T, n_in), row by row."""
@@ -412,6 +412,93 @@ class VAE(nn.Module):
         above = torch.where(v > 0, F.logsigmoid(step - a), 0)                         # log P(value >= v)
         inside = torch.where((v > 0) & (v < 255), torch.log(-torch.expm1(-step)), 0)
         return (below + above + inside).sum((1, 2, 3))
+
+
+# ---- Extras: pixels as tokens, nothing trained -----------------------------------------------------
+
+PATCHES = {"2": dict(patch=2), "4": dict(patch=4), "8": dict(patch=8)}             # of `--tokenizer patches`
+
+
+class Patches(nn.Module):
+    """A token is patch x patch pixels, whitened by a PCA of full rank: invertible, so no pixel is lost.
+
+    Nothing is trained: start() computes the eigenvectors. A likelihood of tokens is then one of images. But
+    256 values have no density: a model that puts narrow peaks on them gains without end. So encode() adds u,
+    uniform over the step between two values, and decode() rounds it away. By Jensen's inequality what a model
+    p of v + u pays is an upper bound of what it pays for the value v (Theis et al. 2016,
+    arxiv.org/abs/1511.01844, section 3.1):
+
+        -log2 P(v) <= E_u[-log2 p(v + u)],      P(v) = integral of p(v + u) over u in [-1/2, 1/2)
+
+    token_dim: patch^2 for grey pictures, which come and go as (B, 3, H, W); 3 patch^2 if it is not given.
+    Raises ValueError for another number, and where image_size is no multiple of patch.
+    """
+
+    vocab_size = None                                       # tokens are continuous
+
+    def __init__(self, image_size=32, patch=4, token_dim=None):
+        super().__init__()
+        self.token_dim = token_dim or 3 * patch**2
+        self.channels = self.token_dim // patch**2
+        if self.channels not in (1, 3) or self.token_dim % patch**2:
+            raise ValueError(f"patches of {patch} x {patch} pixels have {3 * patch**2} numbers, or, if grey, "
+                             f"{patch**2}, not {token_dim}")
+        if image_size % patch:
+            raise ValueError(f"image_size {image_size} is not a multiple of {patch}, the side of a patch")
+        self.grid = (image_size // patch, image_size // patch)
+        self.seq_len = self.grid[0] * self.grid[1]
+        self.path = LinearPath(patch, self.token_dim, self.token_dim, border=1.0)
+        nn.init.eye_(self.path.basis)                       # until start()
+
+    def pixels(self, images):
+        """images (B, 3, H, W) -> (B, channels, H, W): their average if they are grey."""
+        return images.mean(1, keepdim=True) if self.channels == 1 else images
+
+    def dequantised(self, images, u=None):
+        """images (B, 3, H, W) plus noise of one step of 1/127.5 -> (B, channels, H, W). u: in [0, 1)."""
+        x = self.pixels(images)
+        return x + ((torch.rand_like(x) if u is None else u) - 0.5) / 127.5
+
+    def start(self, images):
+        """PCA of images (N, 3, H, W) with their noise, which gives pixels that never change a variance."""
+        self.path.start(self.dequantised(images))
+
+    @torch.no_grad()
+    def encode(self, images, u=None):
+        """images (B, 3, H, W) of 256 values in [-1, 1] -> tokens (B, T, D), of variance 1 over the images."""
+        return self.path(self.dequantised(images, u))
+
+    @torch.no_grad()
+    def decode(self, tokens):
+        """tokens (B, T, D) -> images (B, 3, H, W), each number the nearest of the 256 values.
+
+        In float32 it is another value than before for one pixel in some ten thousand, whose noise was at the
+        border of its step.
+        """
+        x = self.path.inverse(tokens, self.grid)
+        return (((x + 1) * 127.5).round() / 127.5 - 1).clamp(-1, 1).expand(-1, 3, -1, -1)
+
+    def bits_per_dim(self, nats):
+        """-log p of tokens, nats per token () -> bits per pixel value (): the upper bound of the docstring.
+
+        tokens = (x - mean) V / std with V orthogonal, so -log p(x) = -log p(tokens) + sum log std. A step
+        between two values is 1/127.5 long: their probability is the density of x times that length.
+        """
+        nats = nats + self.path.std.log().sum() + self.token_dim * math.log(127.5)
+        return nats / (self.token_dim * math.log(2))
+
+    # What a VAE has as well, here without noise and without a scale of its own.
+
+    def posterior(self, images):
+        """images (B, 3, H, W) -> the tokens without noise (B, T, D), and zeros (B, T, D)."""
+        mean = self.path(self.pixels(images))
+        return mean, torch.zeros_like(mean)
+
+    def normalise(self, z):
+        return z
+
+    def measure(self, mean, std):
+        """Their mean is 0 and their variance 1 already."""
 
 
 # ---- Demo ------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import hashlib
 
 import torch
 
+import vae
 from common import runs, tables
 
 
@@ -46,6 +47,29 @@ class Tokens:
         mean, std = (tables.take(self.arrays[name], mine, self.device) for name in ("mean", "std"))
         noise = torch.randn(len(index), *mean.shape[1:], device=self.device)[share]
         return self.tokenizer.normalise(mean + std * noise), cond
+
+
+class Pixels:
+    """A set of images as tokens of vae.Patches, made anew for each batch: that costs less than to keep them,
+    and their noise is fresh.
+    """
+
+    def __init__(self, tokenizer, image_set):
+        self.tokenizer = tokenizer
+        self.image_set = image_set
+        self.images = image_set.images                      # data.read_ahead looks here
+        self.labels = image_set.labels
+        self.device = image_set.labels.device
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batch(self, index, share=slice(None)):
+        """index (B,) on the CPU -> tokens (B, T, D), labels (B,), as of Tokens.batch."""
+        images, _ = self.image_set.batch(index, share)
+        u = torch.rand(len(index), self.tokenizer.channels, *images.shape[2:], device=images.device)[share]
+        cond = tables.take(self.labels, index[share], self.device)
+        return self.tokenizer.encode(images, u), cond.float() if cond.is_floating_point() else cond
 
 
 def parts_of(tokenizer, images, chosen=None):
@@ -104,8 +128,10 @@ def key_of(tokenizer, images):
 
 def cached(tokenizer, images, path, dist):
     """The tokens of a set, read from `path` if they are of this tokenizer and these images, else made by all
-    processes together and saved.
+    processes together and saved. Pixels are not kept.
     """
+    if isinstance(tokenizer, vae.Patches):
+        return Pixels(tokenizer, images)
     key = key_of(tokenizer, images)
     arrays = tables.kept(path, key, *parts_of(tokenizer, images), images.device, dist)
     return Tokens(tokenizer, marked(arrays, images), images.labels)

@@ -107,6 +107,8 @@ def kmeans_psnr(train_images, images, grid, vocab_size, seed=0):
 def of_tokenizer(tokenizer, train_set, images):
     """What PCA or k-means of this tokenizer's size reaches on images (M, 3, H, W) -> rows for evaluate.py."""
     grid = square_grid(tokenizer, images.shape[-1])
+    if hasattr(tokenizer, "bits_per_dim"):                  # vae.Patches is PCA, of full rank
+        return []
     if not tokenizer.vocab_size:
         placed = grid if len(tokenizer.grid) == 2 else None
         n = tokenizer.token_dim if placed else tokenizer.token_dim * tokenizer.seq_len

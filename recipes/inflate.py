@@ -65,6 +65,8 @@ def train_all(own, given, dist):
         raise BadInput(f"{own.image_run}: not an image tokenizer of --tokenizer lfq")
     if given.tok_size is None:
         given.tok_size = image_run.args.tok_size
+    if given.codebook is None:
+        given.codebook = image_run.args.codebook
     if given.vocab_size is None:
         given.vocab_size = image_run.tokenizer.vocab_size
     tok_folder, folder = runs.folders(given)

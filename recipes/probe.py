@@ -20,7 +20,6 @@ import re
 import torch
 import torch.nn.functional as F
 
-import lfq
 from common import drawing, metrics, runs
 from data import BadInput
 
@@ -80,7 +79,7 @@ def representations(run, image_set, index, batch_size):
         else:
             tokens = run.tokenizer.encode(images)
         if hasattr(run.tokenizer, "bits"):                  # lfq: the signs that the ids spell
-            parts["token bits"] = lfq.codes(tokens, run.tokenizer.bits).flatten(1)
+            parts["token bits"] = run.tokenizer.quantizer.codes(tokens).flatten(1)
         mask = None
         if run.args.generator != "ar":                      # nothing is masked
             mask = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)

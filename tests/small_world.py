@@ -22,6 +22,7 @@ def small_world():
     with pytest.MonkeyPatch.context() as patch:
         convolutions = dict(ch=8, ch_mult=(1, 1, 1), n_res=1, groups=4)
         patch.setitem(vae.SIZES, "dot", dict(token_dim=4) | convolutions)
+        patch.setitem(vae.PATCHES, "dot", dict(patch=2))
         patch.setitem(vq.SIZES, "dot", dict(vocab_size=16, code_dim=4, z_channels=8) | convolutions)
         patch.setitem(lfq.SIZES, "dot", dict(bits=4) | convolutions)
         patch.setitem(titok.SIZES, "dot", dict(n_tokens=4, code_dim=4, vocab_size=16, enc=(32, 1, 2),

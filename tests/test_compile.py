@@ -61,11 +61,12 @@ def resolved(*words):
     """Words of train.py -> args with every default, of the small world where they say nothing."""
     given = train.parse_args([*words, "--device", "cpu"])
     titok = given.tokenizer.startswith("titok")
+    beta = None if given.tokenizer == "patches" or given.codebook == "fsq" else 0.1
     small = dict(tok_size="dot-vae" if given.tokenizer == "titok-vae" else "dot", size="dot", image_size=SIDE,
                  tokens=4 if titok else None, text_len=9)
     named = {name: value for name, value in vars(given).items() if value is not None}
     codebook = "ema" if given.tokenizer == "msvq" else "l2-ema"
-    return argparse.Namespace(**runs.DEFAULTS["any"] | dict(codebook=codebook, beta=0.1) | small | named)
+    return argparse.Namespace(**runs.DEFAULTS["any"] | dict(codebook=codebook, beta=beta) | small | named)
 
 
 def built(*words):
@@ -102,9 +103,12 @@ TRAINING = {
     "--tokenizer vq --generator none": 1,
     "--tokenizer vq --generator none --tok_size patches": 1,
     "--tokenizer lfq --generator none": 1,
+    "--tokenizer lfq --codebook fsq --generator none": 1,
+    "--tokenizer lfq --codebook bsq --generator none": 1,
     "--tokenizer titok --generator none": 1,
     "--tokenizer titok-vae --generator none": 1,
     "--tokenizer msvq --generator none": 1,
+    "--tokenizer patches --head gmm": 1,
     "--tokenizer vae --head gmm": 1,
     "--tokenizer vae --head diffusion": 1,
     "--tokenizer vae --head diffusion --objective flow": 1,
@@ -116,7 +120,10 @@ TRAINING = {
     "--tokenizer vq --generator maskgit --head categorical": 1,
     "--tokenizer vae --generator mar --head gmm": 4,        # the ranges of the number of masked tokens
     "--tokenizer vae --generator mar --attention causal --head gmm": 1,
+    "--tokenizer vq --generator maskgit --head categorical --condition text": 1,
+    "--tokenizer vae --generator mar --head gmm --condition text": 4,
     "--tokenizer msvq --generator var": 1,
+    "--tokenizer vae --generator mar --attention causal --order annealed --head gmm": 1,
 }
 
 
@@ -128,6 +135,8 @@ def test_twelve_training_steps_and_a_validation_make_as_many_graphs_as_listed(wo
     model = compiling.for_training(raw, backend=graphs)
     for step in range(12):
         torch.manual_seed(step)
+        if hasattr(raw, "anneal"):
+            raw.anneal(step / 12)
         loss, logs = model(*batch_of(tokenizer, generator, 4, "--condition text" in words))
         loss.backward()
         for value in logs.values():

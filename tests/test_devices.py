@@ -92,10 +92,12 @@ def trained(folder, *words):
     """train.main on the pretended GPU -> its counters. Each of the training steps waits for nothing."""
     with watched() as gpu:
         size = "dot-vae" if "titok-vae" in words else "dot"
+        tok_steps = [] if "patches" in words else ["--tok_steps", str(STEPS)]         # without a stage 1
         train.main(["--runs", str(folder), "--device", "cuda", "--no-compile", "--tok_size", size, "--size",
-                    "dot", "--image_size", "8", "--n_shapes", "24", "--tok_steps", str(STEPS), "--steps",
-                    str(STEPS), "--tok_batch_size", "4", "--batch_size", "4", *words])
-    assert len(gpu.steps) == STEPS - 2, "no stage, or more than one, was trained"
+                    "dot", "--image_size", "8", "--n_shapes", "24", *tok_steps, "--steps", str(STEPS),
+                    "--tok_batch_size", "4", "--batch_size", "4", *words])
+    expected = 0 if "patches" in words and "none" in words else STEPS - 2
+    assert len(gpu.steps) == expected, "no stage, or more than one, was trained"
     for waits in gpu.steps:
         assert not waits, f"a training step waits for the GPU: {dict(waits)}"
     check_drawing(gpu)
@@ -140,6 +142,7 @@ TOKENIZERS = {
     "titok": ["--tokenizer", "titok", "--tokens", "4", "--head", "categorical"],
     "titok-vae": ["--tokenizer", "titok-vae", "--tokens", "4"],
     "msvq": ["--tokenizer", "msvq", "--head", "categorical"],
+    "patches": ["--tokenizer", "patches"],
     "clips": ["--tokenizer", "lfq", "--frames", "5", "--head", "categorical"],
 }
 
@@ -171,7 +174,8 @@ def test_a_tokenizer_trains_on_a_gpu(name, gpu_runs):
 
 
 @pytest.mark.parametrize("words", [
-    ["--tokenizer", "vq", "--codebook", "plain"],
+    ["--tokenizer", "vq", "--codebook", "plain"], ["--tokenizer", "lfq", "--codebook", "fsq"],
+    ["--tokenizer", "lfq", "--codebook", "bsq"],
     ["--tokenizer", "vae", "--gan", "0.5", "--perceptual", "1", "--flip"]], ids=" ".join)
 def test_an_option_of_a_tokenizer_trains_on_a_gpu(words, tmp_path):
     trained(tmp_path, *words, "--generator", "none")
@@ -198,7 +202,8 @@ def pairs():
     """(tokenizer, words): with vae and vq all generators and heads that runs.REFUSALS lets pass, with the
     others each generator and each head once, for a generator sees of a tokenizer only T and D or V.
     """
-    found = [("vae", ["--adapter", "flow"]), ("vae", ["--generator", "mar", "--order", "raster"])]
+    found = [("vae", ["--adapter", "flow"]), ("vae", ["--generator", "mar", "--order", "raster"]),
+             ("vae", ["--generator", "mar", "--attention", "causal", "--order", "annealed"])]
     for tokenizer in TOKENIZERS:
         whole = [(generator, head) for generator in GENERATORS for head in HEADS]
         once = [(generator, head) for generator in GENERATORS[:3] for head in (HEADS[0], HEADS[3])]
@@ -217,7 +222,7 @@ def pairs():
 def goes_together(tokenizer, words):
     given = train.parse_args([*TOKENIZERS[tokenizer], *words])
     tok_size = next(iter(runs.TOKENIZERS[given.tokenizer][1]))
-    default = runs.DEFAULTS["any"] | dict(size="small", tok_size=tok_size)
+    default = runs.defaults_of(given, torch.device("cpu")) | dict(size="small", tok_size=tok_size)
     args = SimpleNamespace(**default | {name: v for name, v in vars(given).items() if v is not None})
     return not any(asked(args) and not needed(args) for asked, needed, _ in runs.REFUSALS)
 
@@ -241,6 +246,9 @@ VQ_MASKGIT = ("vq", "--generator", "maskgit", "--head", "categorical")
 VQ_MAR = ("vq", "--generator", "mar", "--head", "categorical")
 MSVQ_VAR = ("msvq", "--generator", "var", "--head", "categorical")
 CAPTIONS = ("vq", "--condition", "text")
+CAPTIONS_MASKGIT = (*VQ_MASKGIT, "--condition", "text")
+CAPTIONS_MAR = (*VAE_MAR, "--condition", "text")
+CAPTIONS_CAUSAL = (*VAE_CAUSAL, "--condition", "text")
 CLIPS_MASKGIT = ("clips", "--generator", "maskgit", "--head", "categorical")
 
 
@@ -255,7 +263,8 @@ CLIPS_MASKGIT = ("clips", "--generator", "maskgit", "--head", "categorical")
     (VAE_FLOW, ["--sampler", "euler"]), (VAE_MAR, ["--diffusion_steps", "3:1", "--cfg_schedule", "linear"]),
     (MSVQ_VAR, ["--gif", "--top_k", "3", "--cfg_schedule", "constant"]),
     (VQ_MASKGIT, ["--order", "halton"]), (VQ_MASKGIT, ["--schedule", "arccos", "--choice_temperature", "1"]),
-    (CAPTIONS, ["--prompt", "a star", "a ring"]), (CLIPS_MASKGIT, ["--gif"]),
+    *[(run, ["--prompt", "a star", "a ring"])
+      for run in (CAPTIONS, CAPTIONS_MASKGIT, CAPTIONS_MAR, CAPTIONS_CAUSAL)], (CLIPS_MASKGIT, ["--gif"]),
     (CLIPS_MASKGIT, ["--known_frames", "1", "--gif"])], ids=lambda value: "-".join(value).replace("--", ""))
 def test_drawing_on_a_gpu_waits_once_for_each_batch(run, words, gpu_runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -293,7 +302,7 @@ def test_mar_in_few_shapes_trains_on_a_gpu(gpu_runs, tmp_path, monkeypatch):
 
 
 def test_a_prefix_of_vectors_is_read_on_a_gpu_without_a_wait():
-    """What recipes/maps.py conditions on: the tokens of another image."""
+    """What recipes/pairs.py conditions on: the tokens of another image."""
     with pretend_gpu() as gpu:
         model = ar_transformer.ARTransformer(gmm_head.GMMHead(32, 4), 4, 1, 4, n_layer=1, n_head=2, n_embd=32,
                                              prefix=(4, 3)).to("cuda")
