@@ -20,8 +20,8 @@ Shapes:  B batch, D numbers of a code, V codes, S = p_K side of the grid, T = su
     python var.py              # passes against quality, writes var.png; about a minute on one CPU core
 
 Try it yourself:
-  1. Give SCHEDULES in main() the scales (1, 8). What does the pass over 8 x 8 no longer know?
-  2. Set weights to 1 in MultiScaleQuantizer.update. How many codes does the 1 x 1 scale use then, and why?
+  1. Give SCHEDULES the scales (4, 4, 4, 4). What helps: many passes, or passes from coarse to fine?
+  2. Train a tokenizer with train.py and --codebook plain. How many codes does the 1 x 1 scale use, and why?
   3. Draw with cfg_schedule="constant". Which of the passes should the class decide, and which the image?
 """
 import argparse
@@ -839,7 +839,7 @@ def kmeans_of(z, n, steps=10):
 
 # ---- Demo: passes against quality ------------------------------------------------------------------
 
-SCHEDULES = [(8,), (2, 8), (1, 3, 8), (1, 2, 3, 5, 8)]
+SCHEDULES = [(4,), (2, 4), (1, 2, 4), (1, 2, 3, 4)]
 
 
 def fit(model, tokens, labels, steps, lr=4e-3):
@@ -868,8 +868,8 @@ def show(rows, curves, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure = plt.figure(figsize=(12.5, 6), layout="constrained")
-    left, right = figure.add_gridspec(1, 2, width_ratios=[2, 1])
+    figure = plt.figure(figsize=(12.5, 6.4), layout="constrained")
+    left, right = figure.add_gridspec(1, 2, width_ratios=[1.9, 1])
     for cell, (text, images) in zip(left.subgridspec(len(rows), 1), rows):
         ax = figure.add_subplot(cell)
         strip = ((images.clamp(-1, 1) + 1) / 2).permute(2, 0, 3, 1).flatten(1, 2)     # (H, n * W, 3)
@@ -890,8 +890,8 @@ def show(rows, curves, path):
 
 def main():
     parser = argparse.ArgumentParser(description="VAR on small drawn shapes: how many scales are enough?")
-    parser.add_argument("--steps", type=int, default=180, help="training steps of each of the four models")
-    parser.add_argument("--vocab", type=int, default=128, help="codes, shared by all scales")
+    parser.add_argument("--steps", type=int, default=200, help="training steps of each of the four models")
+    parser.add_argument("--vocab", type=int, default=256, help="codes, shared by all scales")
     args = parser.parse_args()
     import data
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -902,10 +902,10 @@ def main():
     for scales in SCHEDULES:
         torch.manual_seed(0)
         start = time.perf_counter()
-        tokenizer = MSVQ(16, args.vocab, 8, scales, ch=16, stem=2, groups=4, linear=True).to(device).eval()
+        tokenizer = MSVQ(16, args.vocab, 16, scales, ch=16, stem=4, groups=4, linear=True).to(device).eval()
         tokenizer.start(images[:1000])                      # PCA and k-means: good enough for small pictures
         ids = tokenizer.encode(images)
-        model = VAR(CategoricalHead(64, args.vocab), tokenizer.quantizer, 10, n_layer=2, n_head=2, n_embd=64)
+        model = VAR(CategoricalHead(96, args.vocab), tokenizer.quantizer, 10, n_layer=3, n_head=3, n_embd=96)
         model = model.to(device)
         nats = fit(model, ids, labels, args.steps)
         model.eval()
