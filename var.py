@@ -38,12 +38,12 @@ TOK_SIZES = {
     # The paper's, 108,948,355 parameters: 680 tokens of 256 x 256 pixels.
     "var": dict(image_size=256, vocab_size=4096, code_dim=32, ema=0.0, ch=160, ch_mult=(1, 1, 2, 2, 4),
                 n_res=2, groups=32, scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16)),
-    # With the linear path. For 32 x 32 pixels on a CPU: 30 tokens in 4 scales, and 103 in 5 for photographs;
-    # for 64 x 64 on a GPU: 103. scales_of() says which.
-    "small": dict(image_size=32, vocab_size=1024, code_dim=32, stem=2, ch=32, ch_mult=(1, 2, 2), n_res=1,
-                  groups=8, linear=True),
-    "fine": dict(image_size=32, vocab_size=1024, code_dim=16, stem=4, ch=64, ch_mult=(1,), n_res=1, groups=8,
-                 linear=True),
+    # With the linear path. For 32 x 32 pixels on a CPU: 103 tokens in 5 scales, or 30 in 4, which lose the
+    # corners of drawn shapes; for 64 x 64 on a GPU: 103. scales_of() says which.
+    "small": dict(image_size=32, vocab_size=512, code_dim=16, stem=4, ch=64, ch_mult=(1,), n_res=1, groups=8,
+                  linear=True),
+    "coarse": dict(image_size=32, vocab_size=1024, code_dim=32, stem=2, ch=32, ch_mult=(1, 2, 2), n_res=1,
+                   groups=8, linear=True),
     "medium": dict(image_size=64, vocab_size=4096, code_dim=32, stem=2, ch=128, ch_mult=(1, 2, 2), n_res=2,
                    groups=32, linear=True),
 }
