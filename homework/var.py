@@ -7,12 +7,12 @@ import var
 from homework.kit import exercise, fit
 
 
-def book(look, scales=(1, 2, 4), V=9, **options):
-    """A quantiser of V codes of 3 numbers with a convolution for each scale, none of which does nothing."""
-    quantizer = var.MultiScaleQuantizer(V, 3, scales, n_phi=len(scales), **options)
+def book(look, scales=(1, 2, 4), **options):
+    """A quantiser of 9 codes of 3 numbers with a convolution for each scale, none of which does nothing."""
+    quantizer = var.MultiScaleQuantizer(9, 3, scales, n_phi=len(scales), **options)
     look.fill(quantizer.phi, 0.2)
     with torch.no_grad():
-        quantizer.codebook.copy_(look.randn(V, 3))
+        quantizer.codebook.copy_(look.randn(9, 3))
     return quantizer
 
 
@@ -163,19 +163,19 @@ def capstone_var(look):
     rows = lines[:, :, None].expand(-1, -1, 4)
     pictures = torch.cat([rows, rows.transpose(1, 2)[1:-1]]).flatten(1)               # (30, 16)
     tokens = torch.cat([torch.arange(30)[:, None], pictures], 1)
-    quantizer = book(look, (1, 4), V=30)
-    model = var.VAR(var.CategoricalHead(48, 30), quantizer, 1, n_layer=2, n_head=2, n_embd=48, label_drop=0.0)
+    quantizer = var.MultiScaleQuantizer(30, 16, (1, 4))
+    with torch.no_grad():
+        quantizer.codebook.copy_(look.randn(30, 16))
+    model = var.VAR(var.CategoricalHead(32, 30), quantizer, 1, n_layer=2, n_head=2, n_embd=32, label_drop=0.0)
     none = torch.zeros(300, dtype=torch.long)
 
-    def nats(rows):
-        return model(rows, none[:len(rows)])[0] * 17
+    def nats():
+        return model(tokens, none[:30])[0] * 17
 
-    learned = [p for p in model.parameters() if p.requires_grad]
-    fit(learned, lambda: nats(tokens[torch.randint(30, (64,))]), 300, 4e-3)
+    fit([p for p in model.parameters() if p.requires_grad], nats, 400, 1e-2)
     model.eval()
     with torch.no_grad():
-        look.goal("nats of bars and stripes, of which the 1 x 1 token tells which it is", nats(tokens), 0.3,
-                  0.07)
+        look.goal("nats of bars and stripes, of which the 1 x 1 token tells which it is", nats(), 0.3, 0.07)
     drawn = model.sample(none)[:, 1:]
     good = (drawn[:, None] == pictures).all(2).any(1).float().mean()
     look.goal("the share of samples that are bars or stripes", good, 0.1, 0.03)

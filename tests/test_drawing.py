@@ -14,6 +14,7 @@ import gmm_head
 import maskgit
 import train
 import vae
+import var
 import vq
 from common import drawing, pictures, runs
 from tests.helpers import RARELY, TINY
@@ -257,3 +258,22 @@ def test_a_run_on_captions_draws_them_when_it_is_trained(tiny_run):
     run = runs.load_run(tiny_run / "shapes-vae-text-ar-gmm")
     assert (run.folder / "samples.png").stat().st_size > 0
     assert run.args.text_len == max(len(t.encode()) for t in data.captions(torch.arange(200)))
+
+
+# ---- Editing in scales (VAR)
+
+@pytest.mark.parametrize("known_scales, mask, stays", [
+    (None, "right", "k kRkR kkRkkRkkR"), (2, "all", "k kkkk RRRRRRRRR"), (1, "left", "k RkRk RkkRkkRkk")])
+def test_an_edit_in_scales_keeps_what_is_outside_of_the_mask(known_scales, mask, stays, tmp_path,
+                                                             monkeypatch):
+    """Letters: k is kept, R is drawn. The 1 x 1 token stays unless its centre lies in the mask."""
+    tokenizer = var.MSVQ(6, 8, 4, stem=2, ch=8, groups=4).eval()
+    run = SimpleNamespace(tokenizer=tokenizer, device=torch.device("cpu"), folder=tmp_path,
+                          args=argparse.Namespace(image_size=6, generator="var", frames=1))
+    Image.new("RGB", (6, 6), (200, 30, 30)).save(tmp_path / "x.png")
+    asked = {}
+    monkeypatch.setattr(drawing, "draw_samples", lambda run, labels, **words: asked.update(words))
+    drawing.edit(run, tmp_path / "x.png", mask, torch.arange(2), known_scales=known_scales)
+    kept = torch.tensor([letter == "k" for letter in stays.replace(" ", "")])
+    assert torch.equal(asked["known_mask"], kept.expand(2, -1))
+    assert torch.equal(asked["known"][0], asked["known"][1]) and asked["known"].shape == (2, 14)

@@ -167,6 +167,7 @@ def test_two_processes_draw_what_one_draws(tiny_run, tmp_path):
     (["--top_k", "3"], "--top_k: not for --generator maskgit --head gmm"),
     (["--beam", "2"], "--beam: not for --generator maskgit"),
     (["--diffusion_steps", "5"], "--diffusion_steps: not for"),
+    (["--known_scales", "2", "--image", "x.png"], "--known_scales: goes with"),
     (["--image", "x.png"], "belong together"), (["--mask", "left"], "belong together"),
     (["--image", "no.png", "--mask", "left"], "no such file"), (["--known_frames", "5"], "draws images"),
     (["--prompt", "a star"], "knows classes, not captions"), (["--class", "heart"], "the classes are disc"),
