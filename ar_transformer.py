@@ -90,9 +90,15 @@ def rotate(x, rope):
     (a, b) -> (a cos - b sin, b cos + a sin). The product q . k then depends on the difference of positions
     only. (RoPE, Su et al. 2021, arxiv.org/abs/2104.09864)
     """
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)      # (B, S, n_head, head_dim / 2)
-    cos, sin = rope[:, None].unbind(-1)                                               # (S, 1, head_dim / 2)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).type_as(x)
+    pairs = x.float().unflatten(-1, (-1, 2))                # (B, S, n_head, head_dim / 2, 2)
+    if torch.compiler.is_compiling():                       # which makes one kernel of real numbers only
+        a, b = pairs.unbind(-1)
+        cos, sin = rope[:, None].unbind(-1)                                           # (S, 1, head_dim / 2)
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1)
+    else:                                                   # (a + ib)(cos + i sin): a third of the time
+        turns = torch.view_as_complex(rope.float())[:, None]                          # (S, 1, head_dim / 2)
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * turns)
+    return turned.flatten(-2).type_as(x)
 
 
 def attention(q, k, v, mask=None, causal=False, dropout=0.0):
@@ -103,12 +109,12 @@ def attention(q, k, v, mask=None, causal=False, dropout=0.0):
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu" or not q.requires_grad:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
-    score = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5                             # (B, n_head, S, S)
+    score = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                           # (B, n_head, S, S)
     if causal:
         mask = torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        score = score.masked_fill(~mask, -math.inf)
-    return F.dropout(score.softmax(-1), dropout).type_as(v) @ v
+    if mask is not None:                                    # to add needs no pass of its own backwards
+        score = score + torch.where(mask, 0.0, -math.inf).type_as(score)
+    return F.dropout(score.softmax(-1, dtype=torch.float32), dropout).type_as(v) @ v
 
 
 class Attention(nn.Module):

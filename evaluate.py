@@ -172,6 +172,8 @@ def measure_reconstruction(tokenizer, net, val_set, index, batch_size, keep=1):
     per_batch = []
     kept = []
     used = torch.zeros(tokenizer.vocab_size or 0, dtype=torch.bool, device=val_set.device)
+    scales = getattr(tokenizer, "scales", ())               # of VAR
+    used_on = used.repeat(len(scales), 1)
     for i in index.split(batch_size):
         images, labels = val_set.batch(i)
         kl = torch.full((len(i),), math.nan, device=images.device)
@@ -184,6 +186,10 @@ def measure_reconstruction(tokenizer, net, val_set, index, batch_size, keep=1):
         else:
             tokens = tokenizer.encode(images)
             used[tokens] = True
+            start = 0
+            for side, row in zip(scales, used_on):
+                row[tokens[:, start:start + side * side]] = True
+                start += side * side
         recon = tokenizer.decode(tokens).float().clamp(-1, 1)
         if len(kept) * batch_size < keep:
             kept.append(recon.cpu())
@@ -200,6 +206,9 @@ def measure_reconstruction(tokenizer, net, val_set, index, batch_size, keep=1):
     if len(used):
         rows.append(("codebook_usage", "codes that occur", 100 * used.float().mean().item(), "%",
                      f"of {len(used)}, in {len(index)} validation images"))
+    for side, row in zip(scales, used_on):
+        rows.append((f"codebook_usage_{side}x{side}", f"codes that occur at {side} x {side}",
+                     100 * row.float().mean().item(), "%", "all scales share one codebook"))
     rows = [row for row in rows if math.isfinite(row[2])]   # no KL: not a VAE, or its std is 0
     return rows, features, torch.cat(kept)[:keep]
 
@@ -235,7 +244,7 @@ def measure_likelihood(run, val_set, index, batch_size, seed):
     w = w / w.sum()
     mean = (w * x).sum().item()
     error = ((w * (x - mean)).square().sum() * len(x) / (len(x) - 1)).sqrt().item()   # of the mean
-    if run.args.head == "diffusion" or run.args.generator != "ar":
+    if run.args.head == "diffusion" or run.args.generator not in ("ar", "var"):
         unit = "noise MSE" if run.args.head == "diffusion" else "nats/token"
         return [("val_loss", "validation loss", (mean, error), unit, "lower is better, not a likelihood")]
     rows = [("val_nll_nats_per_token", "validation NLL", (mean, error), "nats/token", "lower is better")]

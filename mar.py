@@ -127,12 +127,12 @@ def attention(q, k, v, mask=None, causal=False, dropout=0.0):
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu" or not q.requires_grad:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
-    score = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5                             # (B, n_head, S, S)
+    score = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                           # (B, n_head, S, S)
     if causal:
         mask = torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        score = score.masked_fill(~mask, -math.inf)
-    return F.dropout(score.softmax(-1), dropout).type_as(v) @ v
+    if mask is not None:                                    # to add needs no pass of its own backwards
+        score = score + torch.where(mask, 0.0, -math.inf).type_as(score)
+    return F.dropout(score.softmax(-1, dtype=torch.float32), dropout).type_as(v) @ v
 
 
 class ViTAttention(nn.Module):
@@ -146,9 +146,9 @@ class ViTAttention(nn.Module):
         self.proj = nn.Linear(n_embd, n_embd)
 
     def forward(self, x, mask=None, causal=False, cache=None, start=0):
-        """x (B, S, C) -> (B, S, C). mask (B, 1, 1, S): True where attended. causal: none sees a later one.
+        """x (B, S, C) -> (B, S, C). mask (B, 1, 1 or S, S): True where attended. causal: none sees a later.
 
-        With cache (2, B, n_head, T, head_dim), x is the one row at position start, S = 1: its key and value
+        With cache (2, B, n_head, all, head_dim), x are the rows from position start on: their keys and values
         are written into the cache, and earlier ones are read from it.
         """
         B, S, C = x.shape
@@ -222,16 +222,19 @@ class MAR(nn.Module):
     "raster". mask_min, mask_std: see mask_rate. As published nothing with less than 70% masked is ever
     trained, yet sampling passes there. With 256 tokens it carries over, with 9 it does not (the demo), and
     raster order never trains its last positions. mask_min=0, mask_std=9 masks any number equally often.
+    text: (P, "bytes") or (P, E). A caption then fills the buffer, see CaptionEmbedder, and not a class.
     Every number of masked tokens is a shape of its own; for torch.compile there is loss_in_few_shapes.
     """
 
     def __init__(self, head, seq_len, num_classes, token_dim=None, vocab_size=None, grid=None, n_layer=6,
                  n_head=4, n_embd=192, dropout=0.1, label_drop=0.1, n_buffer=64, order="random", mask_min=0.7,
-                 mask_std=0.25):
+                 mask_std=0.25, text=None):
         super().__init__()
         check_sizes(seq_len, grid, n_head, n_embd, order)
         if n_buffer < 1:
             raise ValueError(f"n_buffer {n_buffer}: an encoder that sees no token yet needs at least 1 row")
+        caption = CaptionEmbedder(*text, n_embd) if text else None
+        n_buffer = caption.n_rows if text else n_buffer
         self.seq_len = seq_len
         self.num_classes = num_classes
         self.token_dim = token_dim
@@ -247,7 +250,8 @@ class MAR(nn.Module):
             self.tok_embed = nn.Linear(token_dim, n_embd)
         elif not hasattr(head, "embed"):                    # lfq.FactorizedHead embeds its ids itself
             self.tok_embed = nn.Embedding(vocab_size, n_embd)
-        self.cls_embed = nn.Embedding(num_classes + 1, n_embd)                        # last row: "no class"
+        if not text:
+            self.cls_embed = nn.Embedding(num_classes + 1, n_embd)                    # last row: "no class"
         self.tok_norm = nn.LayerNorm(n_embd, eps=1e-6)
         self.encoder_pos = nn.Parameter(torch.zeros(n_buffer + seq_len, n_embd))
         self.encoder_blocks = nn.ModuleList([ViTBlock(n_embd, n_head, dropout) for _ in range(n_encoder)])
@@ -259,37 +263,41 @@ class MAR(nn.Module):
         self.decoder_norm = nn.LayerNorm(n_embd, eps=1e-6)
         self.head_pos = nn.Parameter(torch.zeros(seq_len, n_embd))                  # the head's own positions
         vit_init(self)
-        self.head = head                                    # last, so that it keeps its own initialisation
+        self.caption = caption                              # last, so that they keep their own initialisation
+        self.head = head
 
     def hidden(self, tokens, labels, mask, n_visible=None, ragged=False):
         """tokens (B, T[, D]), labels (B,) (num_classes: "no class"), mask (B, T) -> h (B, T, C).
 
+        labels may be captions (B, P[, E]) instead, whose padding nothing attends to.
         h at a masked position predicts its token, whose value is not looked at. n_visible: how many tokens
         are not masked, if that is the same in every row. The encoder then drops the masked ones (MAE: with
         87% masked it costs almost nothing). Without it nothing attends to them: the same numbers for any
         mask, at the full price. ragged: n_visible is the largest number, and rows may have fewer.
         """
         P, T = self.n_buffer, self.seq_len
-        buffer = self.cls_embed(labels).unsqueeze(1).expand(-1, P, -1)
-        x = torch.cat([buffer, embed_tokens(self, tokens)], 1)                        # (B, P + T, C)
+        buffer, there = read_condition(self, labels)
+        x = torch.cat([buffer.expand(-1, P, -1), embed_tokens(self, tokens)], 1)      # (B, P + T, C)
         x = self.tok_norm(x + self.encoder_pos)
         mask = F.pad(mask, (P, 0))                                                  # (B, P + T), buffer never
+        seen = ~mask if there is None else ~mask & there
         attended = None
         if n_visible is None:
-            attended = ~mask[:, None, None]                                           # (B, 1, 1, P + T)
+            attended = seen[:, None, None]                                            # (B, 1, 1, P + T)
         else:
             positions = mask.byte().argsort(dim=1, stable=True)[:, :P + n_visible]    # in reading order
             x = take(x, positions)                                                    # (B, P + n_visible, C)
-            if ragged:
-                attended = ~take(mask, positions)[:, None, None]
+            if ragged or there is not None:
+                attended = take(seen, positions)[:, None, None]
         for block in self.encoder_blocks:
             x = block(x, mask=attended)
         x = self.decoder_embed(self.encoder_norm(x))
         if n_visible is not None:
             x = put(x.new_zeros(len(x), P + T, x.shape[-1]), positions, x)
         x = torch.where(mask[..., None], self.mask_embed, x) + self.decoder_pos       # (B, P + T, C)
+        attended = None if there is None else there[:, None, None]
         for block in self.decoder_blocks:
-            x = block(x)
+            x = block(x, mask=attended)
         return self.decoder_norm(x[:, P:]) + self.head_pos
 
     def mask_count(self):
@@ -302,7 +310,7 @@ class MAR(nn.Module):
         return min(self.seq_len, max(1, math.ceil(n)))
 
     def forward(self, tokens, cond):
-        """tokens (B, T[, D]), cond (B,) int64 -> mean loss per MASKED token (), logs.
+        """tokens (B, T[, D]), cond (B,) int64 or captions -> mean loss per MASKED token (), logs.
 
         Masked are the last mask_count() positions of an order per row (draw_order). hidden() gives h, and
         the head is computed for these positions only; the others have no loss. As published, 70 to 100% are
@@ -310,8 +318,7 @@ class MAR(nn.Module):
         itself: guidance needs it.
         """
         if self.training and self.label_drop > 0:
-            drop = torch.rand(cond.shape, device=cond.device) < self.label_drop
-            cond = torch.where(drop, self.num_classes, cond)
+            cond = drop_conditions(self, cond)
         B, T, n = len(tokens), self.seq_len, self.mask_count()
         masked = draw_order(self.order, B, T, tokens.device)[:, T - n:]          # (B, n) the last n positions
         mask = torch.zeros(B, T, dtype=torch.bool, device=tokens.device).scatter(1, masked, True)
@@ -322,7 +329,7 @@ class MAR(nn.Module):
     @torch.no_grad()
     def sample(self, cond, steps=None, cfg=1.0, temperature=1.0, known=None, known_mask=None, on_step=None,
                cfg_schedule="linear", **tricks):
-        """cond (B,) int64 labels -> tokens (B, T[, D]) in `steps` <= T sets (default: 64, at most T).
+        """cond (B,) labels, or captions -> tokens (B, T[, D]) in `steps` <= T sets (default: 64, at most T).
 
         cfg: guidance scale, 1 is off. cfg_schedule: "linear" | "constant", see guidance(). known (B, T[, D])
         with known_mask (B, T), True where a token is given: any positions, any number per row. They are kept,
@@ -343,7 +350,7 @@ class MAR(nn.Module):
         order = draw_order(self.order, B, T, device, known_mask)               # given tokens come first in it
         counts = masked_counts(T - fewest, min(steps or 64, T - fewest)) if fewest < T else [0]
         guided = cfg != 1.0
-        labels = torch.cat([cond, torch.full_like(cond, self.num_classes)]) if guided else cond
+        labels = torch.cat([cond, no_condition(self, cond)]) if guided else cond
         for i, (before, after) in enumerate(zip(counts, counts[1:])):
             positions = order[:, T - before:T - after]  # (B, n): n never depends on what was drawn
             h = self.hidden(twice(tokens, guided), labels, twice(mask, guided),
@@ -382,8 +389,7 @@ class MAR(nn.Module):
     def masked_loss(self, tokens, cond, n, least, most):
         """tokens (B, T[, D]), cond (B,), n () of the tokens masked, least <= n <= most -> loss (), logs."""
         if self.training and self.label_drop > 0:
-            drop = torch.rand(cond.shape, device=cond.device) < self.label_drop
-            cond = torch.where(drop, self.num_classes, cond)
+            cond = drop_conditions(self, cond)
         B, T = len(tokens), self.seq_len
         last = draw_order(self.order, B, T, tokens.device)[:, T - most:]              # (B, most)
         counts = torch.arange(most, device=tokens.device) >= most - n                 # the last n of them
@@ -404,7 +410,7 @@ def blank_tokens(model, B, device):
     """Zeros to draw into: ids (B, T) int64, or vectors (B, T, D) of the model's dtype."""
     if model.vocab_size:
         return torch.zeros(B, model.seq_len, dtype=torch.long, device=device)
-    dtype = model.cls_embed.weight.dtype
+    dtype = model.tok_norm.weight.dtype
     return torch.zeros(B, model.seq_len, model.token_dim, dtype=dtype, device=device)
 
 
@@ -413,7 +419,7 @@ def twice(x, guided):
     return torch.cat([x, x]) if guided else x
 
 
-# ---- Extras: the other side of the ablation, patches of latents, a head for ids ---------------------
+# ---- Extras: the other side of the ablation, patches of latents, a head for ids, captions -----------
 
 def random_share(step, first, last):
     """RAR: the share of images whose order is random: 1 up to step `first`, then falling to 0 at `last`."""
@@ -433,7 +439,7 @@ class CausalMAR(nn.Module):
     The authors describe it and did not release it. Step i of the order reads token i - 1 (at first: the
     class), the position where that token stands (pos_here) and the position of the next one (pos_ahead):
     without pos_ahead it would have to predict a token without knowing which. Unlike in MAR, h never sees
-    tokens that come later in the order.
+    tokens that come later in the order. text: as in MAR; the last row of a caption stands for the class.
 
     order="annealed" (RAR, Yu et al. 2024, arxiv.org/abs/2411.00776): random orders in the first half of the
     training, then fewer and fewer, and raster alone from three quarters on. A training loop tells the
@@ -441,9 +447,10 @@ class CausalMAR(nn.Module):
     """
 
     def __init__(self, head, seq_len, num_classes, token_dim=None, vocab_size=None, grid=None, n_layer=6,
-                 n_head=4, n_embd=192, dropout=0.1, label_drop=0.1, order="random"):
+                 n_head=4, n_embd=192, dropout=0.1, label_drop=0.1, order="random", text=None):
         super().__init__()
         check_sizes(seq_len, grid, n_head, n_embd, order, ("random", "raster", "annealed"))
+        caption = CaptionEmbedder(*text, n_embd) if text else None
         self.seq_len = seq_len
         self.num_classes = num_classes
         self.token_dim = token_dim
@@ -455,14 +462,16 @@ class CausalMAR(nn.Module):
             self.tok_embed = nn.Linear(token_dim, n_embd)
         elif not hasattr(head, "embed"):                    # lfq.FactorizedHead embeds its ids itself
             self.tok_embed = nn.Embedding(vocab_size, n_embd)
-        self.cls_embed = nn.Embedding(num_classes + 1, n_embd)                        # last row: "no class"
+        if not text:
+            self.cls_embed = nn.Embedding(num_classes + 1, n_embd)                    # last row: "no class"
         self.pos_here = nn.Parameter(torch.zeros(seq_len, n_embd))
         self.pos_ahead = nn.Parameter(torch.zeros(seq_len, n_embd))
         self.tok_norm = nn.LayerNorm(n_embd, eps=1e-6)
         self.blocks = nn.ModuleList([ViTBlock(n_embd, n_head, dropout) for _ in range(n_layer)])
         self.norm = nn.LayerNorm(n_embd, eps=1e-6)
         vit_init(self)
-        self.head = head                                    # last, so that it keeps its own initialisation
+        self.caption = caption                              # last, so that they keep their own initialisation
+        self.head = head
         self.register_buffer("random_share", torch.ones(()), persistent=False)
 
     def anneal(self, progress):
@@ -474,19 +483,21 @@ class CausalMAR(nn.Module):
 
     def hidden(self, tokens, cond, order):
         """tokens (B, T[, D]), cond (B,), order (B, T) -> h (B, T, C): h[:, i] predicts token order[:, i]."""
+        T = self.seq_len
         before = order[:, :-1]
         x = embed_tokens(self, take(tokens, before)) + self.pos_here[before]          # (B, T - 1, C)
-        x = torch.cat([self.cls_embed(cond).unsqueeze(1), x], 1)                      # (B, T, C)
-        x = self.tok_norm(x + self.pos_ahead[order])
+        prefix, there = read_condition(self, cond)                                    # (B, 1, C), None
+        x = torch.cat([prefix, x], 1)                                                 # (B, T, C)
+        x = self.tok_norm(x + F.pad(self.pos_ahead[order], (0, 0, x.shape[1] - T, 0)))
+        mask = causal_mask(there)
         for block in self.blocks:
-            x = block(x, causal=True)
-        return self.norm(x)
+            x = block(x, mask=mask, causal=mask is None)
+        return self.norm(x[:, -T:])
 
     def forward(self, tokens, cond):
-        """tokens (B, T[, D]), cond (B,) int64 -> mean loss per token (), logs; an order per row."""
+        """tokens (B, T[, D]), cond (B,) or captions -> mean loss per token (), logs; an order per row."""
         if self.training and self.label_drop > 0:
-            drop = torch.rand(cond.shape, device=cond.device) < self.label_drop
-            cond = torch.where(drop, self.num_classes, cond)
+            cond = drop_conditions(self, cond)
         if self.order == "annealed" and self.training:
             order = annealed_order(len(tokens), self.seq_len, tokens.device, self.random_share)
         else:
@@ -507,17 +518,24 @@ class CausalMAR(nn.Module):
             raise ValueError(f"a causal model draws one token per step: steps must be {T}, not {steps}")
         order = draw_order(self.order, B, T, device, known_mask if self.order == "random" else None)
         guided = cfg != 1.0
-        labels = torch.cat([cond, torch.full_like(cond, self.num_classes)]) if guided else cond
+        labels = torch.cat([cond, no_condition(self, cond)]) if guided else cond
         tokens = blank_tokens(self, B, device)
         mask = torch.ones(B, T, dtype=torch.bool, device=device)
-        x = self.cls_embed(labels).unsqueeze(1)                                       # (B or 2B, 1, C)
-        caches = [x.new_zeros(2, len(x), self.n_head, T, x.shape[-1] // self.n_head) for _ in self.blocks]
+        x, there = read_condition(self, labels)                                       # (B or 2B, 1, C)
+        visible = causal_mask(there)
+        end = x.shape[1]
+        shape = (2, len(x), self.n_head, end + T - 1, x.shape[-1] // self.n_head)
+        caches = [x.new_zeros(shape) for _ in self.blocks]
         for i in range(T):
             position = order[:, i:i + 1]                                              # (B, 1)
-            y = self.tok_norm(x + twice(self.pos_ahead[position], guided))
+            start = end - x.shape[1]                        # the rows of the condition, then one at a time
+            ahead = twice(self.pos_ahead[position], guided)
+            y = self.tok_norm(x + F.pad(ahead, (0, 0, x.shape[1] - 1, 0)))
+            attended = None if visible is None else visible[:, :, start:end, :end]
             for block, cache in zip(self.blocks, caches):
-                y = block(y, cache=cache, start=i)
-            h, h_uncond = self.norm(y).chunk(2) if guided else (self.norm(y), None)   # (B, 1, C)
+                y = block(y, mask=attended, cache=cache, start=start)
+            y = self.norm(y[:, -1:])
+            h, h_uncond = y.chunk(2) if guided else (y, None)                         # (B, 1, C)
             scale = guidance(cfg, cfg_schedule, (i + 1) / T)
             now = tricks_at(tricks, i / max(T - 1, 1))
             drawn, _ = self.head.sample(h, h_uncond, scale, temperature, **now)       # (B, 1[, D])
@@ -529,7 +547,20 @@ class CausalMAR(nn.Module):
             if on_step is not None:
                 on_step(i, tokens, mask)
             x = twice(embed_tokens(self, drawn.type_as(tokens)) + self.pos_here[position], guided)
+            end = end + 1
         return tokens
+
+
+def causal_mask(there):
+    """Padding mask (B, n + T) -> which of n + T - 1 rows sees which (B, 1, n + T - 1, n + T - 1), or None.
+
+    A row sees itself and earlier ones but padding. Padding sees itself: a softmax over nothing would be nan.
+    """
+    if there is None:                                       # attention() has a faster way then
+        return None
+    row = torch.arange(there.shape[1] - 1, device=there.device)
+    mask = (row <= row[:, None]) & there[:, None, :-1] | (row == row[:, None])
+    return mask[:, None]
 
 
 def patchify(latents, p=1):
@@ -599,6 +630,80 @@ def truncate(logits, top_k=0, top_p=1.0):
         out = p.cumsum(-1) - p >= top_p                     # the likelier ids reach top_p without this one
         logits = logits.masked_fill(out.scatter(-1, ids, out), -math.inf)             # back in the ids' order
     return logits
+
+
+def read_condition(model, cond):
+    """Labels (B,), or captions (B, P[, E]) -> rows in front of the tokens (B, n, C), padding mask (B, n + T).
+
+    Without captions there is no padding: None. num_classes, or a caption of zeros only, is "no condition".
+    """
+    if model.caption is None:
+        return model.cls_embed(cond).unsqueeze(1), None
+    drop = (cond == 0).flatten(1).all(1)                    # "no caption" fills all rows
+    there = model.caption.padding_mask(cond) | drop[:, None]
+    return model.caption(cond, drop), F.pad(there, (0, model.seq_len), value=True)
+
+
+def no_condition(model, cond):
+    """What guidance compares with: labels (B,) of num_classes, or captions (B, P[, E]) of zeros."""
+    return torch.full_like(cond, model.num_classes if cond.ndim == 1 else 0)
+
+
+def drop_conditions(model, cond):
+    """Labels (B,) or captions (B, P[, E]), of which a share label_drop has become no_condition()."""
+    drop = torch.rand(len(cond), device=cond.device) < model.label_drop
+    return torch.where(drop.view(-1, *[1] * (cond.ndim - 1)), no_condition(model, cond), cond)
+
+
+class CaptionEmbedder(nn.Module):
+    """A caption -> prefix tokens. Shorter captions have zeros in front.
+
+    features: an int, the E numbers of each of P tokens of a frozen text encoder (LlamaGen: 120 of FLAN-T5's
+    2048), for fc2(gelu(fc1 x)), without bias, so that padding stays 0. Or "bytes": the transformer learns to
+    read P bytes by itself. RoPE gives the prefix no order, so each byte has a learned position. A convolution
+    over 8 bytes in steps of 4 shows the first layer words instead of letters, in a quarter of the rows.
+    """
+
+    def __init__(self, P, features, n_embd):
+        super().__init__()
+        self.bytes = features == "bytes"
+        E = n_embd if self.bytes else features
+        self.n_rows = -(-P // 4) if self.bytes else P
+        self.fc1 = nn.Linear(E, n_embd, bias=False)
+        self.fc2 = nn.Linear(n_embd, n_embd, bias=False)
+        # "no caption": fixed (LlamaGen)
+        self.register_buffer("none", torch.randn(self.n_rows, E) / math.sqrt(E))
+        for layer in (self.fc1, self.fc2):
+            nn.init.normal_(layer.weight, std=n_embd ** -0.5 if self.bytes else 0.02)
+        if self.bytes:
+            self.byte = nn.Embedding(256, E)
+            self.pos = nn.Parameter(torch.randn(4 * self.n_rows, E))
+            self.words = nn.Conv1d(E, E, 8, stride=4, padding=2)
+
+    def filled(self, text):                                 # (B, P) bytes -> (B, 4 rows), zeros in front
+        return F.pad(text.long(), (4 * self.n_rows - text.shape[1], 0))
+
+    def padding_mask(self, text, drop=None):
+        """text (B, P) bytes or (B, P, E) -> (B, rows) bool, True where there is text.
+
+        Where drop, "no caption" fills all rows of bytes. With features it keeps the padding of the caption
+        that it replaces, as published.
+        """
+        if not self.bytes:
+            return (text != 0).any(-1)
+        there = (self.filled(text) != 0).unflatten(1, (-1, 4)).any(-1)
+        return there if drop is None else there | drop[:, None]
+
+    def forward(self, text, drop=None):
+        """text (B, P) bytes or (B, P, E), drop (B,) bool: True for "no caption" -> (B, rows, C)."""
+        x = text
+        if self.bytes:
+            text = self.filled(text)
+            x = (self.byte(text) + self.pos) * (text != 0)[..., None]                 # (B, 4 rows, E)
+            x = self.words(x.transpose(1, 2)).transpose(1, 2)                         # (B, rows, E)
+        if drop is not None:
+            x = torch.where(drop[:, None, None], self.none.type_as(x), x)
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 # ---- Demo: two kinds of pictures made of ids --------------------------------------------------------

@@ -57,12 +57,12 @@ def attention(q, k, v, mask=None, causal=False, dropout=0.0):
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu" or not q.requires_grad:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
-    score = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5                             # (B, n_head, S, S)
+    score = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                           # (B, n_head, S, S)
     if causal:
         mask = torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        score = score.masked_fill(~mask, -math.inf)
-    return F.dropout(score.softmax(-1), dropout).type_as(v) @ v
+    if mask is not None:                                    # to add needs no pass of its own backwards
+        score = score + torch.where(mask, 0.0, -math.inf).type_as(score)
+    return F.dropout(score.softmax(-1, dtype=torch.float32), dropout).type_as(v) @ v
 
 
 class EncoderBlock(nn.Module):
@@ -81,17 +81,18 @@ class EncoderBlock(nn.Module):
         self.gelu = nn.GELU("tanh")
         self.dropout = nn.Dropout(dropout)
 
-    def attend(self, x):
+    def attend(self, x, mask=None):
         B, S, C = x.shape
         q, k, v = self.wqkv(x).view(B, S, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, n_head, S, d) each
-        y = attention(q, k, v).transpose(1, 2).reshape(B, S, C)
+        y = attention(q, k, v, mask).transpose(1, 2).reshape(B, S, C)
         return self.dropout(self.wo(y))
 
     def mlp(self, x):
         return self.fc2(self.dropout(self.gelu(self.fc1(x))))
 
-    def forward(self, x):                                                             # (B, S, C) -> (B, S, C)
-        x = x + self.attend(self.norm1(x))
+    def forward(self, x, mask=None):
+        """x (B, S, C) -> (B, S, C). mask (B, 1, 1, S): True where attended, None: everywhere."""
+        x = x + self.attend(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
 
 
@@ -175,11 +176,12 @@ class MaskGIT(nn.Module):
     spread wider: GIVT takes 35 for 16 numbers per token; the default here is 2 for each number.
     smoothing: for ids, the share of the target that is spread over all V ids. A wrong id drawn because of it
     has a low log p among a thousand ids and is masked again. Among a few ids it is not: set 0 there.
+    text: (P, "bytes") or (P, E). The condition is a caption then, see CaptionEmbedder, and not a class.
     """
 
     def __init__(self, head, seq_len, num_classes, token_dim=None, vocab_size=None, grid=None, n_layer=6,
                  n_head=4, n_embd=192, n_mlp=None, dropout=0.0, label_drop=0.1, smoothing=0.1, u_max=1.0,
-                 choice_temperature=None):
+                 choice_temperature=None, text=None):
         super().__init__()
         if n_embd % n_head:
             raise ValueError(f"n_embd {n_embd} must be a multiple of n_head {n_head}")
@@ -199,14 +201,18 @@ class MaskGIT(nn.Module):
             self.tok_embed = nn.Linear(token_dim, n_embd)
         elif not hasattr(head, "embed"):                    # lfq.FactorizedHead embeds its ids itself
             self.tok_embed = nn.Embedding(vocab_size, n_embd)
-        self.cls_embed = nn.Embedding(num_classes + 1, n_embd)                        # last row: "no class"
+        caption = CaptionEmbedder(*text, n_embd) if text else None
+        if not text:
+            self.cls_embed = nn.Embedding(num_classes + 1, n_embd)                    # last row: "no class"
+        n_prefix = caption.n_rows if text else 1
         self.mask_embed = nn.Parameter(torch.zeros(n_embd))
-        self.pos_embed = nn.Parameter(torch.zeros(1 + seq_len, n_embd))
+        self.pos_embed = nn.Parameter(torch.zeros(n_prefix + seq_len, n_embd))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(EncoderBlock(n_embd, n_head, n_mlp, dropout) for _ in range(n_layer))
         self.norm = nn.LayerNorm(n_embd, eps=1e-6)
         self.init_weights(std=n_embd ** -0.5)
-        self.head = head                                    # last, so that it keeps its own initialisation
+        self.caption = caption                              # last, so that they keep their own initialisation
+        self.head = head
 
     def init_weights(self, std):
         """Embeddings start larger than the usual 0.02, with which small models learn positions slowly."""
@@ -227,12 +233,17 @@ class MaskGIT(nn.Module):
         return torch.where(mask.unsqueeze(-1), self.mask_embed.type_as(x), x)
 
     def hidden_states(self, tokens, cond, mask):
-        """tokens (B, T[, D]), cond (B,) class labels, mask (B, T) -> h (B, T, C), the input of the head."""
-        x = torch.cat([self.cls_embed(cond).unsqueeze(1), self.embed(tokens, mask)], dim=1)
+        """tokens (B, T[, D]), cond (B,) class labels, mask (B, T) -> h (B, T, C), the input of the head.
+
+        cond may be captions (B, P[, E]) instead: their rows stand where the class stands, padding unseen.
+        """
+        prefix, there = read_condition(self, cond)                                    # (B, 1, C), None
+        x = torch.cat([prefix, self.embed(tokens, mask)], dim=1)
         x = self.dropout(x + self.pos_embed)                                          # (B, 1 + T, C)
+        attended = None if there is None else there[:, None, None]
         for block in self.blocks:
-            x = block(x)
-        return self.norm(x[:, 1:])                                                    # (B, T, C)
+            x = block(x, attended)
+        return self.norm(x[:, -self.seq_len:])                                        # (B, T, C)
 
     def logits(self, tokens, cond, mask):
         """tokens (B, T) int64, cond (B,), mask (B, T) -> (B, T, V), for a categorical head."""
@@ -248,15 +259,14 @@ class MaskGIT(nn.Module):
         return rank < n_masked(u, self.seq_len)
 
     def forward(self, tokens, cond):
-        """tokens (B, T[, D]), cond (B,) class labels -> mean loss of the masked tokens (), logs.
+        """tokens (B, T[, D]), cond (B,) class labels or captions -> mean loss of the masked tokens (), logs.
 
         While training, a tenth of the labels become "no class", for guidance. The loss is no likelihood of
         the image, because tokens masked together are predicted independently. logs, for ids: nll without
         smoothing and accuracy, of the masked tokens only, because the others need only be copied.
         """
         if self.training and self.label_drop > 0:
-            drop = torch.rand(cond.shape, device=cond.device) < self.label_drop
-            cond = torch.where(drop, self.num_classes, cond)
+            cond = drop_conditions(self, cond)
         mask = self.training_mask(len(tokens), tokens.device)                         # (B, T)
         h = self.hidden_states(tokens, cond, mask)                                    # (B, T, C)
         if self.token_dim:
@@ -317,12 +327,12 @@ class MaskGIT(nn.Module):
         """h with the class and h without it, in one forward pass. Without guidance (cfg 1): h, None."""
         if cfg == 1.0:
             return self.hidden_states(tokens, cond, mask), None
-        both = torch.cat([cond, torch.full_like(cond, self.num_classes)])
+        both = torch.cat([cond, no_condition(self, cond)])
         h = self.hidden_states(torch.cat([tokens, tokens]), both, torch.cat([mask, mask]))
         return h.chunk(2)
 
 
-# ---- Extras: a fast draw, truncated distributions, an order without confidence --------------------
+# ---- Extras: a fast draw, truncated distributions, an order without confidence, captions -----------
 
 def draw_ids(p):
     """One id from each row of p (..., V) -> (...) int64: where the running sum of p passes a random number.
@@ -367,6 +377,80 @@ def halton_rank(grid, device=None):
         turn.setdefault(token, len(turn))
         if len(turn) == math.prod(grid):
             return torch.tensor([turn[t] for t in range(len(turn))], dtype=torch.float32, device=device)
+
+
+def read_condition(model, cond):
+    """Labels (B,), or captions (B, P[, E]) -> rows in front of the tokens (B, n, C), padding mask (B, n + T).
+
+    Without captions there is no padding: None. num_classes, or a caption of zeros only, is "no condition".
+    """
+    if model.caption is None:
+        return model.cls_embed(cond).unsqueeze(1), None
+    drop = (cond == 0).flatten(1).all(1)                    # "no caption" fills all rows
+    there = model.caption.padding_mask(cond) | drop[:, None]
+    return model.caption(cond, drop), F.pad(there, (0, model.seq_len), value=True)
+
+
+def no_condition(model, cond):
+    """What guidance compares with: labels (B,) of num_classes, or captions (B, P[, E]) of zeros."""
+    return torch.full_like(cond, model.num_classes if cond.ndim == 1 else 0)
+
+
+def drop_conditions(model, cond):
+    """Labels (B,) or captions (B, P[, E]), of which a share label_drop has become no_condition()."""
+    drop = torch.rand(len(cond), device=cond.device) < model.label_drop
+    return torch.where(drop.view(-1, *[1] * (cond.ndim - 1)), no_condition(model, cond), cond)
+
+
+class CaptionEmbedder(nn.Module):
+    """A caption -> prefix tokens. Shorter captions have zeros in front.
+
+    features: an int, the E numbers of each of P tokens of a frozen text encoder (LlamaGen: 120 of FLAN-T5's
+    2048), for fc2(gelu(fc1 x)), without bias, so that padding stays 0. Or "bytes": the transformer learns to
+    read P bytes by itself. RoPE gives the prefix no order, so each byte has a learned position. A convolution
+    over 8 bytes in steps of 4 shows the first layer words instead of letters, in a quarter of the rows.
+    """
+
+    def __init__(self, P, features, n_embd):
+        super().__init__()
+        self.bytes = features == "bytes"
+        E = n_embd if self.bytes else features
+        self.n_rows = -(-P // 4) if self.bytes else P
+        self.fc1 = nn.Linear(E, n_embd, bias=False)
+        self.fc2 = nn.Linear(n_embd, n_embd, bias=False)
+        # "no caption": fixed (LlamaGen)
+        self.register_buffer("none", torch.randn(self.n_rows, E) / math.sqrt(E))
+        for layer in (self.fc1, self.fc2):
+            nn.init.normal_(layer.weight, std=n_embd ** -0.5 if self.bytes else 0.02)
+        if self.bytes:
+            self.byte = nn.Embedding(256, E)
+            self.pos = nn.Parameter(torch.randn(4 * self.n_rows, E))
+            self.words = nn.Conv1d(E, E, 8, stride=4, padding=2)
+
+    def filled(self, text):                                 # (B, P) bytes -> (B, 4 rows), zeros in front
+        return F.pad(text.long(), (4 * self.n_rows - text.shape[1], 0))
+
+    def padding_mask(self, text, drop=None):
+        """text (B, P) bytes or (B, P, E) -> (B, rows) bool, True where there is text.
+
+        Where drop, "no caption" fills all rows of bytes. With features it keeps the padding of the caption
+        that it replaces, as published.
+        """
+        if not self.bytes:
+            return (text != 0).any(-1)
+        there = (self.filled(text) != 0).unflatten(1, (-1, 4)).any(-1)
+        return there if drop is None else there | drop[:, None]
+
+    def forward(self, text, drop=None):
+        """text (B, P) bytes or (B, P, E), drop (B,) bool: True for "no caption" -> (B, rows, C)."""
+        x = text
+        if self.bytes:
+            text = self.filled(text)
+            x = (self.byte(text) + self.pos) * (text != 0)[..., None]                 # (B, 4 rows, E)
+            x = self.words(x.transpose(1, 2)).transpose(1, 2)                         # (B, rows, E)
+        if drop is not None:
+            x = torch.where(drop[:, None, None], self.none.type_as(x), x)
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 # ---- Demo: small drawn shapes in four greys show how a picture is written --------------------------

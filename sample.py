@@ -9,6 +9,7 @@ Draw from a trained run: a labelled grid, an .npz batch for evaluators, an anima
 
     python sample.py RUN --image x.png --mask right            # the rest of an image: repaint inside the mask
     python sample.py RUN --prompt "a green star on a red background"          # a run with --condition text
+    python sample.py RUN --image x.png --known_scales 3        # VAR: its coarse scales stay
     python sample.py RUN --diffusion_steps 50:5                # fewer denoising steps for later tokens (MAR)
     python sample.py RUN --top_p 0.9 --clip 2 --guidance closed               # GIVT's tricks
     python sample.py CLIPS --gif                               # a run with --frames: film strips, and moving
@@ -36,7 +37,7 @@ from PIL import Image
 import maskgit
 from common import captions, clips, compiling, drawing, pictures, runs
 from data import BadInput
-from official import llamagen, mar, open_magvit2, titok
+from official import llamagen, mar, open_magvit2, titok, var
 
 TRICKS = ("steps", "schedule", "order", "choice_temperature", "guidance", "top_k", "top_p", "clip", "beam",
           "fan", "cfg_schedule", "cfg_interval", "diffusion_steps", "sampler", "spacing")
@@ -65,6 +66,9 @@ def parse_args(argv=None):
     g.add_argument("--image", help="an image to edit; --mask says where it is repainted")
     g.add_argument("--mask", help="left, right, top, bottom, centre, border, all, a box y0,x0,y1,x1 in "
                                   "fractions, or a .png, white where to repaint")
+    g.add_argument("--known_scales", type=int,
+                   help="var: so many coarse scales of --image stay, the finer ones are drawn (in --mask, "
+                        "default: all)")
     g.add_argument("--known_frames", type=int,
                    help="clips: so many frames of validation clips (or of --image, your own) are given, the "
                         "rest is predicted; --class says how it goes on")
@@ -80,7 +84,8 @@ def parse_args(argv=None):
     g = p.add_argument_group("how tokens are drawn")
     g.add_argument("--steps", type=int, help="maskgit, mar: passes for all tokens (default: 12, mar 64 or T)")
     g.add_argument("--cfg_schedule", choices=["linear", "constant", "power-cosine"],
-                   help="mar, --titok: guidance grows up to --cfg or is constant; power-cosine: --titok only")
+                   help="mar, var, --titok: guidance grows up to --cfg or is constant; power-cosine: --titok "
+                        "only")
     g.add_argument("--cfg_interval", type=int,
                    help="ar: guide only the first so many tokens + 2, as LlamaGen counts; -1: all")
     g.add_argument("--diffusion_steps",
@@ -108,15 +113,18 @@ def parse_args(argv=None):
     g.add_argument("--vq", help="LlamaGen: the file of its tokenizer, such as vq_ds16_c2i.pt")
     g.add_argument("--titok", help="TiTok: the file of its tokenizer, such as tokenizer_titok_l32.bin")
     g.add_argument("--lfq", help="Open-MAGVIT2: the file of its tokenizer")
+    g.add_argument("--msvq", help="VAR: the file of its tokenizer, vae_ch160v4096z32.pth")
     g.add_argument("--image_size", type=int, default=256,
-                   help="LlamaGen and Open-MAGVIT2: 256 (default), 384 or 512 pixels")
+                   help="LlamaGen and Open-MAGVIT2: 256 (default), 384 or 512 pixels; VAR: 256 or 512")
     g.add_argument("--text_encoder",
                    help="LlamaGen's text-conditional files: google/flan-t5-xl, or its folder")
     args = p.parse_args(argv)
     if (args.run is None) == (args.official is None):
         raise BadInput("name a run folder, or weights with --official: one of them")
-    if (args.vae or args.vq or args.titok or args.lfq or args.text_encoder) and not args.official:
-        raise BadInput("--vae, --vq, --titok, --lfq, --text_encoder: go with --official; a run has its own")
+    theirs = args.vae or args.vq or args.titok or args.lfq or args.msvq or args.text_encoder
+    if theirs and not args.official:
+        raise BadInput("--vae, --vq, --titok, --lfq, --msvq, --text_encoder: go with --official; a run has "
+                       "its own")
     return args
 
 
@@ -168,7 +176,8 @@ def draw_classes(run, args, out, gif, options):
     labels = drawing.labels_of(run.classes, args.cls, args.n)
     start = time.perf_counter()
     if args.image:
-        given, images = drawing.edit(run, args.image, args.mask, labels, **options)
+        mask = args.mask or "all"                           # with --known_scales
+        given, images = drawing.edit(run, args.image, mask, labels, known_scales=args.known_scales, **options)
     else:
         images = drawing.draw_samples(run, labels, **options)
     seconds = time.perf_counter() - start
@@ -179,7 +188,7 @@ def draw_classes(run, args, out, gif, options):
         print(f"{out} shows the first {drawing.MOST_ROWS} of {len(classes)} classes")
     if args.image:
         rows = [(str(run.classes[k]), images[labels == k][:12]) for k in classes[:drawing.MOST_ROWS]]
-        title = f"{run.folder.name}: {Path(args.image).name}, repainted {args.mask}"
+        title = f"{run.folder.name}: {Path(args.image).name}, repainted {mask}"
         pictures.save_rows(out, [("given", given)] + rows, title)
     else:
         drawing.save_grid(out, run, images, labels, each=12 if args.cls is None else None)
@@ -226,14 +235,18 @@ REFUSALS = [                                                # what is asked of w
     (lambda a, run: run.generator is None,
      "{a.run}: a tokenizer alone cannot draw; name the run folder of a generator"),
     (lambda a, run: "prefix" in getattr(run.args, "options", {}),
-     "{a.run}: this run makes maps of images: python -m recipes.maps draws and measures them"),
+     "{a.run}: this run draws images of images: python -m recipes.pairs draws and measures them"),
     (lambda a, run: a.reference and not run.args.data,
      "--reference: the authors' weights come without images; name a run"),
     (lambda a, run: run.args.frames > 1 and (a.mask or (a.image and not a.known_frames)),
      "--image, --mask: a clip is continued, not repainted; give --known_frames 5, say"),
     (lambda a, run: run.args.frames == 1 and a.known_frames is not None,
      "--known_frames: {a.run} draws images; train a run on clips with --frames 17"),
-    (lambda a, run: run.args.frames == 1 and (a.image is None) != (a.mask is None),
+    (lambda a, run: a.known_scales is not None and (run.args.generator != "var" or not a.image),
+     "--known_scales: goes with --image, and with a run of --generator var"),
+    (lambda a, run: a.known_scales is not None and not 0 <= a.known_scales < len(run.tokenizer.scales),
+     "--known_scales {a.known_scales}: at least 0, and less than the {n_scales} scales of this run"),
+    (lambda a, run: run.args.frames == 1 and a.known_scales is None and (a.image is None) != (a.mask is None),
      "--image and --mask belong together: which image, and where to repaint it"),
     (lambda a, run: run.args.condition == "text" and (a.image or a.cls or a.gif is not None),
      "--image, --class, --gif: this run draws captions; ask with --prompt"),
@@ -261,7 +274,8 @@ def refuse(args, run):
                 raise BadInput(f"--{name} {value}: {sentence}")
     for asked, sentence in REFUSALS:
         if asked(args, run):
-            raise BadInput(sentence.format(a=args, run=run))
+            scales = getattr(run.tokenizer, "scales", ())
+            raise BadInput(sentence.format(a=args, run=run, n_scales=len(scales)))
     if args.known_frames is not None:
         clips.known_tokens(run, args.known_frames)
     tricks = {name: getattr(args, name) for name in TRICKS if getattr(args, name) is not None}
@@ -373,7 +387,8 @@ def save_gif(path, run, labels, columns, cfg, temperature, seed, batch_size, **t
 
     def on_step(i, tokens, mask):
         mask = mask.view(*mask.shape, *[1] * (tokens.ndim - 2))
-        images = run.tokenizer.decode(tokens.masked_fill(mask, 0))
+        coarse = dict(n_scales=i + 1) if hasattr(run.tokenizer, "scales") else {}     # no id means nothing
+        images = run.tokenizer.decode(tokens.masked_fill(mask, 0), **coarse)
         sheet = pictures.tile(images, columns, scale=max(1, 64 // run.args.image_size))
         frames.append(Image.fromarray(sheet))
 
@@ -390,6 +405,7 @@ RELEASES = {                                                # flag: tokenizer, g
     "vq": (llamagen.load_vq, llamagen.load_gpt, "ar"),
     "titok": (titok.load_tokenizer, titok.load_generator, "titok"),
     "lfq": (open_magvit2.load_tokenizer, open_magvit2.load_gpt, "ar"),
+    "msvq": (var.load_vqvae, var.load_var, "var"),
 }
 
 
@@ -398,14 +414,14 @@ def official_run(args, device):
     flags = [name for name in RELEASES if getattr(args, name)]
     if len(flags) != 1:
         raise BadInput("--official: name its tokenizer too: --vae kl16.ckpt for MAR, --vq vq_ds16_c2i.pt for "
-                       "LlamaGen, --titok for TiTok, --lfq for Open-MAGVIT2")
+                       "LlamaGen, --titok for TiTok, --lfq for Open-MAGVIT2, --msvq for VAR")
     load_tokenizer, load_generator, name = RELEASES[flags[0]]
     file = getattr(args, flags[0])
-    convolutional = flags[0] in ("vq", "lfq")               # it takes any size, so the weights do not tell
+    convolutional = flags[0] in ("vq", "lfq", "msvq")       # it takes any size, so the weights do not tell
     size = dict(image_size=args.image_size) if convolutional else {}
     tokenizer = load_file(flags[0], file, load_tokenizer, **size)
-    grid = dict(grid=tokenizer.grid) if name == "ar" else {}
-    generator = load_file("official", args.official, load_generator, **grid)
+    more = dict(ar=dict(grid=tokenizer.grid), var=dict(tokenizer=tokenizer)).get(name, {})
+    generator = load_file("official", args.official, load_generator, **more)
     reads_captions = getattr(generator, "caption", None) is not None
     if reads_captions and (not args.prompt or not args.text_encoder):
         raise BadInput(f"--official {args.official}: reads captions; give --prompt and --text_encoder "

@@ -5,6 +5,7 @@ Train a tokenizer, then a generator on its tokens.
     python train.py --tokenizer vae --head gmm --data PATH           # the same on your images
     python train.py --tokenizer vq --generator maskgit               # MaskGIT: ids, many tokens in each pass
     python train.py --tokenizer vae --generator mar --head diffusion # MAR: random order, a diffusion loss
+    python train.py --tokenizer msvq --generator var                 # VAR: from coarse to fine
     torchrun --standalone --nproc_per_node=2 train.py ...            # two GPUs, still the same batch
 
 Stage 1 trains the tokenizer (images -> tokens -> images), unless its run folder is there already. Then all
@@ -45,10 +46,11 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Train a tokenizer, then a generator on its tokens.")
     p.add_argument("--tokenizer", choices=list(runs.TOKENIZERS), required=True,
                    help="stage 1: images to tokens. vae, titok-vae, patches (pixels, nothing trained): real "
-                        "vectors; vq, lfq, titok: ids")
-    p.add_argument("--generator", choices=[*runs.GENERATORS, "none"], default="ar",
-                   help="stage 2: one token after another (ar), masked tokens in parallel (maskgit), sets "
-                        "of tokens in random order (mar), or stop after stage 1 (none)")
+                        "vectors; vq, lfq, titok, msvq: ids")
+    p.add_argument("--generator", choices=[*runs.GENERATORS, "none"],
+                   help="stage 2: one token after another (ar, the default), masked tokens in parallel "
+                        "(maskgit), sets of tokens in random order (mar), from coarse to fine (var, the "
+                        "default for msvq), or stop after stage 1 (none)")
     p.add_argument("--head", choices=runs.HEADS,
                    help="the distribution of one token (default: gmm for vectors, categorical for ids)")
     add_data_flags(p)
@@ -56,6 +58,8 @@ def parse_args(argv=None):
     add_generator_flags(p)
     add_run_flags(p)
     args = p.parse_args(argv)
+    if args.generator is None:
+        args.generator = "var" if args.tokenizer == "msvq" else "ar"
     if args.head is None:
         args.head = "gmm" if args.tokenizer in runs.CONTINUOUS else "categorical"
     return args
@@ -81,13 +85,15 @@ def add_tokenizer_flags(p):
     g.add_argument("--tok_batch_size", type=int, help="images per step, over all processes")
     g.add_argument("--tok_lr", type=float, help="highest learning rate")
     g.add_argument("--token_dim", type=int, help="numbers in a token, or in a code (default: of the size)")
-    g.add_argument("--vocab_size", type=int, help="vq, titok, lfq: number of codes (default: of the size)")
+    g.add_argument("--vocab_size", type=int,
+                   help="vq, titok, lfq, msvq: number of codes (default: of the size)")
     g.add_argument("--tokens", type=int, help="tokens per image of titok, titok-vae (default: of the size)")
     g.add_argument("--codebook", choices=[*runs.CODEBOOKS, *runs.QUANTISERS],
                    help="vq, titok: codes of unit length (l2) or any (plain), or as moving averages (-ema). "
-                        "lfq: signs, with entropies (lfq) or on the sphere (bsq), or rounded numbers (fsq)")
+                        "msvq: ema or plain. lfq: signs, with entropies (lfq) or on the sphere (bsq), or "
+                        "rounded numbers (fsq)")
     g.add_argument("--beta", type=float,
-                   help="vae: weight of the KL; vq, titok: of the commitment loss; lfq: of its penalty")
+                   help="vae: weight of the KL; vq, titok, msvq: of the commitment loss; lfq: of its penalty")
     g.add_argument("--perceptual", type=float,
                    help="weight of a perceptual loss, by a small classifier of the data (0: none)")
     g.add_argument("--gan", type=float, help="weight of a patch discriminator (0: none; LlamaGen has 0.5)")
@@ -210,6 +216,10 @@ def train_tokenizer(args, dist, folder, train_set, val_set, weights=None):
             used = len(arrays["ids"].unique())
             n = len(arrays["ids"])
             say(dist, f"{used} of {tokenizer.vocab_size} codes occur in {n} training images")
+            if hasattr(tokenizer, "scales"):
+                parts = arrays["ids"].split([side * side for side in tokenizer.scales], 1)
+                found = [f"{len(part.unique())} at {p} x {p}" for p, part in zip(tokenizer.scales, parts)]
+                say(dist, "on each scale: " + ", ".join(found))
         else:
             tokenizer.measure(arrays["mean"], arrays["std"])                          # for unit variance
         if dist.rank == 0:

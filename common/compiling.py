@@ -19,7 +19,8 @@ from data import BadInput
 
 RANGES = 4                                                  # of the number of tokens that MAR's encoder sees
 # Measured for the default sizes on one core of an AMD EPYC that others shared; the first one also imports.
-SECONDS = {"step of a token": 70, "passes of MAR": 80, "pass of MaskGIT": 20, "diffusion head": 35}
+SECONDS = {"step of a token": 70, "passes of MAR": 80, "pass of MaskGIT": 20, "diffusion head": 35,
+           "pass of each scale": 100}                       # an estimate: five times that of MaskGIT
 
 
 def for_training(model, **options):
@@ -42,8 +43,8 @@ def for_drawing(run, backend=None):
     """Compile what a run repeats while it draws, in place. backend: of torch.compile, for tests.
 
     An autoregressive transformer: the step of one token; on a GPU it becomes one CUDA graph. MaskGIT: a pass.
-    MAR: its passes, in RANGES shapes for each batch size. The diffusion head: its net with guidance and the
-    arithmetic of a step. Raises BadInput where there is nothing of that kind.
+    MAR: its passes, in RANGES shapes for each batch size. VAR: a graph for each scale. The diffusion head:
+    its net with guidance and the arithmetic of a step. Raises BadInput where there is nothing of that kind.
     """
     options = dict(dynamic=False) if backend is None else dict(dynamic=False, backend=backend, fullgraph=True)
     generator = getattr(run.generator, "generator", run.generator)                    # behind a flow adapter
@@ -55,6 +56,9 @@ def for_drawing(run, backend=None):
     elif hasattr(generator, "masked_loss"):
         generator.hidden = in_ranges(generator, torch.compile(generator.hidden, **options))
         found.append("passes of MAR")
+    elif hasattr(generator, "scales"):
+        generator.forward_blocks = torch.compile(generator.forward_blocks, **options)
+        found.append("pass of each scale")
     elif hasattr(generator, "hidden_states"):
         generator.hidden_states = torch.compile(generator.hidden_states, **options)
         found.append("pass of MaskGIT")

@@ -33,6 +33,7 @@ DEFAULTS = {                                                # keywords of sample
     "mar-gmm": dict(cfg=1.5, temperature=0.9),
     "mar-diffusion": dict(cfg=4.0, temperature=1.0, cfg_schedule="constant"),
     "mar-categorical": dict(cfg=2.0, temperature=1.0),
+    "var-categorical": dict(cfg=2.0, temperature=1.0),
     "titok-categorical": dict(cfg=4.5, temperature=9.5),    # the authors' weights: of L-32, as published
     "captions": dict(cfg=3.0, temperature=1.0),             # of ids
 }
@@ -217,15 +218,20 @@ def save_samples(path, run):
 
 # ---- Editing: some tokens are given, the rest is drawn -------------------------------------------
 
-def edit(run, path, mask, labels, seed=0, **options):
+def edit(run, path, mask, labels, seed=0, known_scales=None, **options):
     """An image file and --mask -> the image and its mask (2, 3, H, W), edited images (N, 3, H, W).
 
     The tokens of the image outside the mask stay. Those inside are drawn, one image for each of labels (N,).
+    Tokens in scales (VAR): the mask is that of each scale, and the coarsest known_scales stay everywhere.
     """
-    if len(run.tokenizer.grid) != 2:
+    scales = getattr(run.tokenizer, "scales", None)
+    if len(run.tokenizer.grid) != 2 and scales is None:
         raise BadInput("--mask: the tokens of this run have no place in the image")
-    rows, columns = run.tokenizer.grid
-    repaint = parse_mask(mask, rows, columns)                                         # (T,)
+    rows, columns = (scales[-1], scales[-1]) if scales else run.tokenizer.grid
+    repaint = shown = parse_mask(mask, rows, columns)                                 # (T,)
+    if scales:
+        parts = [parse_mask(mask, side, side) & (k >= (known_scales or 0)) for k, side in enumerate(scales)]
+        repaint = torch.cat(parts)
     if not repaint.any():
         raise BadInput(f"--mask {mask}: covers no token of the {rows} x {columns} grid")
     first = repaint.nonzero()[0, 0]
@@ -243,7 +249,7 @@ def edit(run, path, mask, labels, seed=0, **options):
     known = known.expand(len(labels), *known.shape[1:])
     known_mask = ~repaint.to(run.device).expand(len(labels), -1)
     images = draw_samples(run, labels, seed=seed, known=known, known_mask=known_mask, **options)
-    painted = F.interpolate(repaint.view(1, 1, rows, columns).float(), (side, side), mode="nearest")
+    painted = F.interpolate(shown.view(1, 1, rows, columns).float(), (side, side), mode="nearest")
     return torch.cat([image, torch.where(painted > 0, 0.4, image)]), images
 
 

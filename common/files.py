@@ -5,7 +5,9 @@ read_files() is all that data.py calls: a folder or an archive (see folders.py),
 """
 import contextlib
 import hashlib
+import io
 import os
+import posixpath
 import re
 import sys
 import time
@@ -17,10 +19,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from PIL import Image
 
 from common.folders import arrange, caption_readers, hold_out, list_path, told
-from common.reading import (BadInput, NeedsPackage, clips_of, free_bytes, printable, read_clip, read_image,
-                            reason, square)
+from common.reading import (BadInput, NeedsPackage, clips_of, free_bytes, orientation, printable, read_clip,
+                            read_image, reason, square)
 
 
 # ---- Reading many --------------------------------------------------------------------------------
@@ -280,6 +283,66 @@ def read_files(path, image_size, split, frames=1, frame_step=None, skip_bad=Fals
         unreadable=len(decoded["bad"]),
         oblong=decoded.get("oblong", 0),
     )
+
+
+def read_pairs(path, image_size, split):
+    """Pairs of pictures -> inputs, targets, each (N, 3, H, W) uint8. Every tenth pair is of split "val".
+
+    a.jpg beside a.target.jpg, or input/a.jpg and target/a.png in two folders. Raises BadInput where a picture
+    is alone, has two partners, or another size than its partner.
+    """
+    path = Path(path)
+    where = f"--data {printable(path)}"
+    found = list_path(path)
+    sides = dict(input={}, target={})
+    for name in sorted(found.pictures):
+        stem = posixpath.splitext(name)[0]
+        parts = stem.split("/")
+        is_target = stem.endswith(".target") or "target" in parts[:-1]
+        key = "/".join(part for part in parts if part not in ("input", "target")).removesuffix(".target")
+        side = sides["target" if is_target else "input"]
+        if key in side:
+            raise BadInput(f"{where}: {printable(side[key])} and {printable(name)} would be one side of the "
+                           "same pair: rename or remove one")
+        side[key] = name
+    if not sides["target"] or not sides["input"]:
+        raise BadInput(f"{where}: no pairs in it: put a.target.jpg beside a.jpg, or files of the same names "
+                       "into two folders, input/ and target/")
+    for side, other in (("input", "target"), ("target", "input")):
+        alone = sorted(sides[side].keys() - sides[other].keys())
+        if alone:
+            more = f" ({len(alone)} are like that)" if len(alone) > 1 else ""
+            raise BadInput(f"{where}: {printable(sides[side][alone[0]])} has no {other} of the same "
+                           f"name{more}: add it, or remove the picture")
+    keys = sorted(sides["input"])
+    if len(keys) < 10:
+        raise BadInput(f"{where}: {len(keys)} pairs; at least 10, for every tenth is held out")
+    if len(keys) * 6 * image_size ** 2 > free_bytes("cpu") // 2:
+        raise BadInput(f"{where}: {len(keys)} pairs at {image_size} pixels do not fit into memory: give less "
+                       "of --image_size")
+    for key in keys:
+        names = sides["input"][key], sides["target"][key]
+        first, second = (picture_size(found.pictures[name]) for name in names)
+        if first and second and first != second:
+            raise BadInput(f"{where}: {printable(names[0])} has {first[0]} x {first[1]} pixels and its "
+                           f"target {second[0]} x {second[1]}: give both one size")
+    keys = [key for i, key in enumerate(keys) if (i % 10 == 9) == (split != "train")]
+    images = []
+    for side in sides.values():
+        openers = [(f"{path}/{side[key]}", found.pictures[side[key]]) for key in keys]
+        decoded = decode_images(openers, image_size)
+        refuse_bad(decoded["bad"], openers, False, "image")
+        images.append(decoded["images"])
+    return images
+
+
+def picture_size(opener):
+    """Bytes of a picture, read by opener() -> (width, height) as it is shown; None where it is unreadable."""
+    try:
+        with Image.open(io.BytesIO(opener())) as image:
+            return image.size[::-1] if orientation(image) > 4 else image.size
+    except Exception:                                       # decode_images says what is wrong
+        return None
 
 
 def summary(path, train, val, how, kind, notes):

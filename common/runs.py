@@ -31,6 +31,7 @@ import mar
 import maskgit
 import titok
 import vae
+import var
 import vq
 from data import BadInput
 
@@ -40,6 +41,7 @@ TOKENIZERS = {
     "lfq": (lfq.LFQ, lfq.SIZES),
     "titok": (titok.TiTok, titok.SIZES),
     "titok-vae": (titok.TiTokVAE, titok.SIZES),
+    "msvq": (var.MSVQ, var.TOK_SIZES),
     "patches": (vae.Patches, vae.PATCHES),
 }
 CONTINUOUS = ("vae", "titok-vae", "patches")                         # their tokens are real vectors
@@ -47,6 +49,7 @@ GENERATORS = {
     "ar": (ar_transformer.ARTransformer, ar_transformer.SIZES),
     "maskgit": (maskgit.MaskGIT, maskgit.SIZES),
     "mar": (mar.MAR, mar.SIZES),
+    "var": (var.VAR, var.SIZES),
 }
 HEADS = ("gmm", "diffusion", "categorical")
 CODEBOOKS = {                                               # of unit length or any, by gradient or averages
@@ -84,17 +87,22 @@ DEFAULTS = {
     "any-lfq-fsq": dict(beta=None),
     "any-lfq-bsq": dict(beta=0.0),
     "any-titok": dict(beta=0.25, codebook="l2-ema"),
+    "any-msvq": dict(beta=0.02, codebook="ema"),            # of sums of scales: 0.25 pulls detail out of f
     "any-titok-vae": dict(beta=0.01),
     "any-patches": dict(tok_size="4", tok_steps=0, beta=None),            # pixels: nothing is trained
-    "cpu-vae": dict(tok_size="patches", tok_steps=2000),
+    "cpu-vae": dict(tok_size="patches", tok_lr=1e-2),
     "cuda-vae": dict(tok_size="patches-medium"),
     "cpu-vq-patches": dict(tok_steps=600, tok_lr=2e-3),
     "cpu-lfq": dict(tok_size="coarse"),
     "cpu-titok": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),
     "cpu-titok-vae": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),
+    "cpu-msvq": dict(tok_steps=1000),
+    # 2,700 steps of tiny beat 920 of small in the same time: 96.8% of samples recognised for 94.0%
+    "cpu-ar-gmm": dict(size="tiny", steps=4500, lr=6e-3),
     "cpu-maskgit": dict(steps=3000),  # a pass teaches the masked tokens only: it needs more steps
     "cpu-maskgit-categorical": dict(size="tiny", steps=8000),
     "cpu-mar": dict(size="tiny", steps=7000, dropout=0.0),
+    "cpu-var": dict(size="tiny", steps=2400),
     "cuda-maskgit": dict(steps=16_000),
     "cuda-mar": dict(steps=16_000, dropout=0.0),
     "cpu-clips": dict(image_size=16, n_shapes=16_000, tok_size="clips", tok_steps=2600, tok_batch_size=8,
@@ -102,6 +110,7 @@ DEFAULTS = {
     "cuda-clips": dict(image_size=64, n_shapes=20_000, tok_size="clips-medium", tok_batch_size=32,
                        batch_size=128),
 }
+IN_COLOUR = {"vq": "patches", "msvq": "fine"}               # sizes for colour pictures on a CPU
 PER_TOKEN = {"drawn shapes": 16, "grey pictures": 16, "colour pictures": 32}        # numbers: see suit()
 LABEL_DROP = 0.1                                            # where there is more than one class, or captions
 STAGE1 = ("data", "image_size", "frames", "frame_step", "flip", "n_shapes", "seed", "tokenizer", "tok_size",
@@ -301,16 +310,21 @@ REFUSALS = [
      "--adapter: needs --tokenizer vae or patches"),
     (lambda a: a.order == "annealed", lambda a: a.generator == "mar" and a.attention == "causal",
      "--order annealed: needs --generator mar --attention causal, whose orders can become raster"),
-    (lambda a: a.condition == "text", lambda a: a.generator in ("ar", "none"),
-     "--condition text: only --generator ar reads captions"),
     (lambda a: a.condition == "text", lambda a: not a.flip,
      "--flip: a caption may say left or right, which a mirrored image contradicts; leave it out"),
     (lambda a: a.text_encoder != "bytes", lambda a: a.condition == "text",
      "--text_encoder: goes with --condition text"),
-    (lambda a: a.vocab_size is not None, lambda a: is_kind(a, "vq", "lfq", "titok"),
-     "--vocab_size: is for --tokenizer vq or lfq or titok"),
-    (lambda a: a.codebook in CODEBOOKS, lambda a: is_kind(a, "vq", "titok"),
-     "--codebook: is for --tokenizer vq or titok, or, of lfq, one of lfq, fsq, bsq"),
+    (lambda a: is_kind(a, "msvq"), lambda a: a.generator in ("var", "none"),
+     "--generator {generator} does not fit --tokenizer msvq, whose tokens come scale by scale: use "
+     "--generator var"),
+    (lambda a: a.generator == "var", lambda a: is_kind(a, "msvq"),
+     "--generator var writes scales, which --tokenizer {tokenizer} does not have: use --tokenizer msvq"),
+    (lambda a: is_kind(a, "msvq"), lambda a: a.codebook in ("plain", "ema"),
+     "--codebook {codebook}: the codes of --tokenizer msvq are sums of any length: use ema or plain"),
+    (lambda a: a.vocab_size is not None, lambda a: is_kind(a, "vq", "lfq", "titok", "msvq"),
+     "--vocab_size: is for --tokenizer vq or lfq or titok or msvq"),
+    (lambda a: a.codebook in CODEBOOKS, lambda a: is_kind(a, "vq", "titok", "msvq"),
+     "--codebook: is for --tokenizer vq or titok or msvq, or, of lfq, one of lfq, fsq, bsq"),
     (lambda a: a.codebook in QUANTISERS, lambda a: is_kind(a, "lfq"),
      "--codebook {codebook}: is for --tokenizer lfq; vq and titok have l2, l2-ema, plain, ema"),
     (lambda a: a.codebook == "fsq", lambda a: a.beta is None,
@@ -341,6 +355,8 @@ REFUSALS = [
      "--tok_size {tok_size}: --tokenizer {tokenizer} has {tok_sizes}"),
     (lambda a: a.generator != "none", lambda a: a.size in GENERATORS[a.generator][1],
      "--size {size}: --generator {generator} has {sizes}"),
+    (lambda a: a.groups != 1, lambda a: a.generator != "var",
+     "--groups: --generator var reads codes, not sub-tokens of ids; leave it out"),
     (lambda a: a.tokenizer == "patches" and a.token_dim,
      lambda a: a.token_dim in (vae.PATCHES[a.tok_size]["patch"]**2, 3 * vae.PATCHES[a.tok_size]["patch"]**2),
      "--token_dim {token_dim}: patches of --tok_size {tok_size} have 3 x {tok_size}^2 numbers, or "
@@ -472,11 +488,11 @@ def open_data(args):
 
 def suit(args, train_set):
     """Where no flag says it, what the images are says it: the numbers per token of a VAE with a linear path,
-    and the size of a vq on a CPU.
+    and the size of a vq or msvq on a CPU.
     """
     pixels = args.tokenizer == "patches"
     path = pixels or args.tokenizer == "vae" and vae.SIZES.get(args.tok_size, {}).get("linear")
-    open_size = args.tokenizer == "vq" and "tok_size" in args.by_default and args.device.type != "cuda"
+    open_size = args.tokenizer in IN_COLOUR and "tok_size" in args.by_default and args.device.type != "cuda"
     if not (path and args.token_dim is None or open_size) or getattr(args, "stage1_done", False):
         return
     kind = "drawn shapes"
@@ -490,17 +506,17 @@ def suit(args, train_set):
         args.token_dim = PER_TOKEN[kind]
         said = f"tokens of {args.token_dim} numbers; --token_dim changes it"
     elif kind == "colour pictures":
-        said = take_patches(args)
+        said = take_other_size(args, IN_COLOUR[args.tokenizer])
     else:
         return
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{kind}: {said}")
 
 
-def take_patches(args):
-    """A vq with the linear path instead of the default size, with its own defaults -> what to say."""
+def take_other_size(args, tok_size):
+    """A finer tokenizer than the default, with defaults of its own -> what to say."""
     before = build_tokenizer(args).seq_len
-    args.tok_size = "patches"
+    args.tok_size = tok_size
     defaults = defaults_of(args, args.device)
     for name in ("tok_steps", "tok_lr", "codebook"):
         if name in args.by_default:
@@ -560,6 +576,9 @@ def build_tokenizer(args):
         options |= dict(frames=args.frames) | given_only(codebook=args.codebook)
     elif args.tokenizer == "titok-vae":
         options |= given_only(token_dim=args.token_dim, n_tokens=args.tokens)
+    elif args.tokenizer == "msvq":
+        options |= given_only(vocab_size=args.vocab_size, code_dim=args.token_dim)
+        options["ema"] = CODEBOOKS[args.codebook].get("ema", 0.0)
     else:
         options |= CODEBOOKS[args.codebook] | given_only(vocab_size=args.vocab_size, code_dim=args.token_dim)
         if args.tokenizer == "titok":
@@ -582,7 +601,8 @@ def build_head(args, tokenizer, n_embd):
         return gmm_head.GMMHead(n_embd, tokenizer.token_dim, args.n_mix)
     if args.groups > 1:
         return lfq.FactorizedHead(n_embd, tokenizer.vocab_size, args.groups)
-    module = dict(ar=ar_transformer, maskgit=maskgit, mar=mar)[args.generator]    # one code in three files
+    modules = dict(ar=ar_transformer, maskgit=maskgit, mar=mar, var=var)
+    module = modules[args.generator]                        # one code in four files
     return module.CategoricalHead(n_embd, tokenizer.vocab_size)
 
 
@@ -605,6 +625,8 @@ def build_generator(args, tokenizer, num_classes):
         label_drop = 0.0 if num_classes == 1 and args.condition == "class" else LABEL_DROP
     try:
         head = build_head(args, tokenizer, options["n_embd"])
+        if args.generator == "var":                         # it reads sums of codes, not ids
+            return model_class(head, tokenizer.quantizer, num_classes, label_drop=label_drop, **options)
         model = model_class(head, tokenizer.seq_len, num_classes, tokenizer.token_dim, tokenizer.vocab_size,
                             tokenizer.grid, label_drop=label_drop, **options)
     except ValueError as e:

@@ -17,6 +17,7 @@ FILES = {
     "flow_adapter": ("an invertible network between tokenizer and generator", 80, "easy"),
     "lfq": ("ids without a table, entropy of bits, causal convolutions", 110, "medium"),
     "titok": ("tokens without a place; the proxy and its soft codes", 110, "medium"),
+    "var": ("residual codes from coarse to fine, a transformer that draws a scale at a time", 120, "medium"),
     "perceptual_gan": ("perceptual and adversarial losses and their balance", 100, "easy"),
 }
 

@@ -16,8 +16,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # In README's order, in which a course reads them.
-MODELS = ("gmm_head vae ar_transformer vq maskgit diffusion_head mar flow_adapter lfq titok perceptual_gan"
-          ).split()
+MODELS = ("gmm_head vae ar_transformer vq maskgit diffusion_head mar flow_adapter lfq titok perceptual_gan "
+          "var"          ).split()
 STUDENTS_SEED = 0                                           # the grader has another one: see grade --seed
 
 

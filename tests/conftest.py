@@ -10,11 +10,12 @@ import maskgit
 import titok
 import train
 import vae
+import var
 import vq
 from tests.helpers import CLIPS, TINY, call
 
 
-KNOWN_SIZES = {m.__name__: list(m.SIZES) for m in (ar_transformer, lfq, mar, maskgit, titok, vae, vq)}
+KNOWN_SIZES = {m.__name__: list(m.SIZES) for m in (ar_transformer, lfq, mar, maskgit, titok, vae, var, vq)}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,7 +30,7 @@ def few_are_held_out():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-    for module in (ar_transformer, lfq, mar, maskgit, titok, vae, vq):      # experiments add sizes of theirs
+    for module in (ar_transformer, lfq, mar, maskgit, titok, vae, var, vq):           # experiments add sizes
         for name in [name for name in module.SIZES if name not in KNOWN_SIZES[module.__name__]]:
             del module.SIZES[name]
 

@@ -17,7 +17,7 @@ from official.mar import load_mar
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = [
     p for p in ("vae vq lfq titok perceptual_gan flow_adapter gmm_head diffusion_head ar_transformer maskgit "
-                "mar").split() if (ROOT / f"{p}.py").exists()
+                "mar var").split() if (ROOT / f"{p}.py").exists()
 ]
 PROGRAMS = ["train", "sample", "evaluate"]
 

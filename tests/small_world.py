@@ -11,6 +11,7 @@ import maskgit
 import titok
 import train
 import vae
+import var
 import vq
 from common import classifier, drawing, pictures, runs
 
@@ -26,8 +27,9 @@ def small_world():
         patch.setitem(lfq.SIZES, "dot", dict(bits=4) | convolutions)
         patch.setitem(titok.SIZES, "dot", dict(n_tokens=4, code_dim=4, vocab_size=16, enc=(32, 1, 2),
                                                dec=(32, 1, 2)))
+        patch.setitem(var.TOK_SIZES, "dot", dict(vocab_size=16, code_dim=4) | convolutions)
         patch.setitem(titok.SIZES, "dot-vae", dict(n_tokens=4, token_dim=4, enc=(32, 1, 2), dec=(32, 1, 2)))
-        for module in (ar_transformer, maskgit, mar):
+        for module in (ar_transformer, maskgit, mar, var):
             size = dict(n_layer=2, n_head=2, n_embd=32) | (dict(n_buffer=2) if module is mar else {})
             patch.setitem(module.SIZES, "dot", size)
         patch.setitem(mar.HEAD_SIZES, "dot", dict(width=16, depth=1))

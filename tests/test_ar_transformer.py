@@ -55,13 +55,16 @@ def test_ar_is_causal_and_sees_the_class():
     assert (model.hidden_states(x, cond.flip(0)) - h).abs().amin((0, 2)[:1]).max() > 0
 
 
-def test_rope_is_complex_multiplication_and_relative():
+def test_rope_turns_pairs_by_their_angle_and_is_relative():
     table = ar_transformer.rope_table((3, 4), 16, prefix=2)
     assert table.shape == (14, 8, 2) and torch.equal(table[:2, :, 0], torch.ones(2, 8))
     x = torch.randn(1, 14, 2, 16)
-    expected = torch.view_as_complex(x.view(1, 14, 2, 8, 2)) * torch.view_as_complex(table)[:, None]
-    assert torch.allclose(ar_transformer.rotate(x, table),
-                          torch.view_as_real(expected).flatten(-2), atol=1e-5)
+    cos, sin = table[:, None].unbind(-1)
+    a, b = x[..., 0::2], x[..., 1::2]
+    expected = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+    assert torch.allclose(ar_transformer.rotate(x, table), expected, atol=1e-6)
+    compiled = torch.compile(ar_transformer.rotate, backend="eager", fullgraph=True)  # its other formula
+    assert torch.allclose(compiled(x, table), expected, atol=1e-6)
     q, k = torch.randn(2, 1, 1, 1, 16)
     score = lambda i, j: (ar_transformer.rotate(q, table[i:i + 1]) * ar_transformer.rotate(k, table[j:j + 1])
                           ).sum()

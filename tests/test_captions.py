@@ -17,7 +17,11 @@ from tests.helpers import IDS, RARELY, TINY
 
 @pytest.mark.parametrize("words, folder", [pytest.param(IDS, "shapes-vq-text-ar-categorical",
                                                         marks=pytest.mark.slow),
-                                           ([], "shapes-vae-text-ar-gmm")])
+                                           ([], "shapes-vae-text-ar-gmm"),
+                                           ([*IDS, "--generator", "maskgit"],
+                                            "shapes-vq-text-maskgit-categorical"),
+                                           (["--generator", "mar", "--head", "diffusion"],
+                                            "shapes-vae-text-mar-diffusion")])
 def test_captions_are_trained_drawn_and_judged(words, folder, tiny_run, tmp_path, capsys, monkeypatch):
     train.main([*TINY, *RARELY, "--runs", str(tiny_run), "--condition", "text", *words])
     run = runs.load_run(tiny_run / folder)

@@ -21,6 +21,7 @@ import maskgit
 import sample
 import train
 import vae
+import var
 import vq
 from common import averages, compiling, drawing, runs
 from data import BadInput
@@ -64,15 +65,16 @@ def resolved(*words):
     small = dict(tok_size="dot-vae" if given.tokenizer == "titok-vae" else "dot", size="dot", image_size=SIDE,
                  tokens=4 if titok else None, text_len=9)
     named = {name: value for name, value in vars(given).items() if value is not None}
-    return argparse.Namespace(**runs.DEFAULTS["any"] | dict(codebook="l2-ema", beta=beta) | small | named)
+    codebook = "ema" if given.tokenizer == "msvq" else "l2-ema"
+    return argparse.Namespace(**runs.DEFAULTS["any"] | dict(codebook=codebook, beta=beta) | small | named)
 
 
 def built(*words):
     """-> tokenizer, generator or None, as train.py builds them of these words, with random weights."""
     with small_world() as patch:
-        for module in (vae, vq, lfq):
-            patch.setitem(module.SIZES, "dot", module.SIZES["dot"] | dict(ch_mult=(1, 1)))
-        for module in (ar_transformer, maskgit):
+        for sizes in (vae.SIZES, vq.SIZES, lfq.SIZES, var.TOK_SIZES):
+            patch.setitem(sizes, "dot", sizes["dot"] | dict(ch_mult=(1, 1)))
+        for module in (ar_transformer, maskgit, var):
             patch.setitem(module.SIZES, "dot", dict(n_layer=1, n_head=2, n_embd=32))
         patch.setitem(mar.SIZES, "dot", mar.SIZES["dot"] | dict(mask_min=0.0, mask_std=9.0))
         args = resolved(*words)
@@ -105,6 +107,7 @@ TRAINING = {
     "--tokenizer lfq --codebook bsq --generator none": 1,
     "--tokenizer titok --generator none": 1,
     "--tokenizer titok-vae --generator none": 1,
+    "--tokenizer msvq --generator none": 1,
     "--tokenizer patches --head gmm": 1,
     "--tokenizer vae --head gmm": 1,
     "--tokenizer vae --head diffusion": 1,
@@ -117,6 +120,9 @@ TRAINING = {
     "--tokenizer vq --generator maskgit --head categorical": 1,
     "--tokenizer vae --generator mar --head gmm": 4,        # the ranges of the number of masked tokens
     "--tokenizer vae --generator mar --attention causal --head gmm": 1,
+    "--tokenizer vq --generator maskgit --head categorical --condition text": 1,
+    "--tokenizer vae --generator mar --head gmm --condition text": 4,
+    "--tokenizer msvq --generator var": 1,
     "--tokenizer vae --generator mar --attention causal --order annealed --head gmm": 1,
 }
 
@@ -195,6 +201,7 @@ def run_of(*words):
 DRAWING = {
     "--tokenizer vae --head gmm": (3, 2),                   # batches of 3, 3, 2: a graph per number of rows
     "--tokenizer vq --generator maskgit --head categorical": (4, 1),
+    "--tokenizer msvq --generator var": (4, 2),             # scales of 1 x 1 and 2 x 2
     "--tokenizer vae --generator mar --head gmm": (4, 3),   # 4 tokens are 3 ranges, more of them 4
     "--tokenizer vae --head diffusion": (3, 2 + 2),         # in the head 4 and 2 rows
     "--tokenizer vae --head diffusion --objective flow": (4, 1 + 1),

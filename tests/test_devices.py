@@ -141,6 +141,7 @@ TOKENIZERS = {
     "lfq": ["--tokenizer", "lfq", "--head", "categorical"],
     "titok": ["--tokenizer", "titok", "--tokens", "4", "--head", "categorical"],
     "titok-vae": ["--tokenizer", "titok-vae", "--tokens", "4"],
+    "msvq": ["--tokenizer", "msvq", "--head", "categorical"],
     "patches": ["--tokenizer", "patches"],
     "clips": ["--tokenizer", "lfq", "--frames", "5", "--head", "categorical"],
 }
@@ -208,6 +209,8 @@ def pairs():
         whole = [(generator, head) for generator in GENERATORS for head in HEADS]
         once = [(generator, head) for generator in GENERATORS[:3] for head in (HEADS[0], HEADS[3])]
         once += [(["ar"], HEADS[1]), (["ar"], HEADS[4])]
+        if tokenizer == "msvq":
+            once = [(["var"], HEADS[3])]
         if tokenizer == "clips":
             once = once[1:4:2]                              # ar and maskgit
         for generator, head in whole if tokenizer in ("vae", "vq") else once:
@@ -242,7 +245,11 @@ VAE_CAUSAL = ("vae", "--generator", "mar", "--attention", "causal", "--head", "g
 VQ_AR = ("vq", "--generator", "ar", "--head", "categorical")
 VQ_MASKGIT = ("vq", "--generator", "maskgit", "--head", "categorical")
 VQ_MAR = ("vq", "--generator", "mar", "--head", "categorical")
+MSVQ_VAR = ("msvq", "--generator", "var", "--head", "categorical")
 CAPTIONS = ("vq", "--condition", "text")
+CAPTIONS_MASKGIT = (*VQ_MASKGIT, "--condition", "text")
+CAPTIONS_MAR = (*VAE_MAR, "--condition", "text")
+CAPTIONS_CAUSAL = (*VAE_CAUSAL, "--condition", "text")
 CLIPS_MASKGIT = ("clips", "--generator", "maskgit", "--head", "categorical")
 
 
@@ -255,29 +262,33 @@ CLIPS_MASKGIT = ("clips", "--generator", "maskgit", "--head", "categorical")
     (VQ_AR, ["--top_k", "3", "--top_p", "0.9"]), (VQ_AR, ["--beam", "2", "--fan", "3"]),
     (VAE_DIFFUSION, ["--sampler", "ddim"]), (VAE_DIFFUSION, ["--spacing", "official"]),
     (VAE_FLOW, ["--sampler", "euler"]), (VAE_MAR, ["--diffusion_steps", "3:1", "--cfg_schedule", "linear"]),
+    (MSVQ_VAR, ["--gif", "--top_k", "3", "--cfg_schedule", "constant"]),
     (VQ_MASKGIT, ["--order", "halton"]), (VQ_MASKGIT, ["--schedule", "arccos", "--choice_temperature", "1"]),
-    (CAPTIONS, ["--prompt", "a star", "a ring"]), (CLIPS_MASKGIT, ["--gif"]),
+    *[(run, ["--prompt", "a star", "a ring"])
+      for run in (CAPTIONS, CAPTIONS_MASKGIT, CAPTIONS_MAR, CAPTIONS_CAUSAL)], (CLIPS_MASKGIT, ["--gif"]),
     (CLIPS_MASKGIT, ["--known_frames", "1", "--gif"])], ids=lambda value: "-".join(value).replace("--", ""))
 def test_drawing_on_a_gpu_waits_once_for_each_batch(run, words, gpu_runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     drew(gpu_runs(*run), *words)
 
 
-@pytest.mark.parametrize("run", [VAE_AR, VAE_DIFFUSION, VAE_MAR, VAE_CAUSAL, VQ_AR, VQ_MASKGIT, VQ_MAR],
+@pytest.mark.parametrize("run", [VAE_AR, VAE_DIFFUSION, VAE_MAR, VAE_CAUSAL, VQ_AR, VQ_MASKGIT, VQ_MAR,
+                                 MSVQ_VAR],
                          ids="-".join)
 def test_editing_on_a_gpu_waits_once_for_each_batch(run, gpu_runs, tmp_path):
     Image.new("RGB", (20, 12), (200, 30, 30)).save(tmp_path / "p.png")
     drew(gpu_runs(*run), "--image", tmp_path / "p.png", "--mask", "right")
 
 
-@pytest.mark.parametrize("run", [("vq",), VAE_AR, VAE_MAR, VQ_MASKGIT, CAPTIONS, CLIPS_MASKGIT], ids="-".join)
+@pytest.mark.parametrize("run", [("vq",), VAE_AR, VAE_MAR, VQ_MASKGIT, MSVQ_VAR, CAPTIONS, CLIPS_MASKGIT],
+                         ids="-".join)
 def test_a_run_is_measured_on_a_gpu(run, gpu_runs):
     metrics = measured(gpu_runs(*run))
     name = "caption_shape" if run == CAPTIONS else "sample_frechet_small_cnn" if run[1:] else "recon_psnr_db"
     assert name in metrics
 
 
-@pytest.mark.parametrize("run", [VAE_AR, VAE_MAR, VQ_MASKGIT], ids="-".join)
+@pytest.mark.parametrize("run", [VAE_AR, VAE_MAR, VQ_MASKGIT, MSVQ_VAR], ids="-".join)
 def test_what_is_compiled_draws_on_a_gpu(run, gpu_runs, monkeypatch):
     """As with --compile, but that functions stay as they are: padded rows, MAR's ranges, static caches."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
@@ -292,7 +303,7 @@ def test_mar_in_few_shapes_trains_on_a_gpu(gpu_runs, tmp_path, monkeypatch):
 
 
 def test_a_prefix_of_vectors_is_read_on_a_gpu_without_a_wait():
-    """What recipes/maps.py conditions on: the tokens of another image."""
+    """What recipes/pairs.py conditions on: the tokens of another image."""
     with pretend_gpu() as gpu:
         model = ar_transformer.ARTransformer(gmm_head.GMMHead(32, 4), 4, 1, 4, n_layer=1, n_head=2, n_embd=32,
                                              prefix=(4, 3)).to("cuda")

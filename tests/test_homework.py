@@ -152,7 +152,8 @@ TRAINED = """vae.VAE.kl vae.VAE.reparameterise vae.VAE.log_likelihood vq.VectorQ
     flow_adapter.Coupling.forward lfq.quantize lfq.entropy_penalty lfq.entropy_of_mean lfq.CausalConv.forward
     lfq.FactorizedHead.loss lfq.FactorizedHead.embed titok.LatentEncoder.forward titok.LatentDecoder.forward
     titok.TiTok.decode_raw titok.TiTok.proxy_loss perceptual_gan.discriminator_loss
-    perceptual_gan.generator_loss perceptual_gan.unit_channels perceptual_gan.LPIPS.forward""".split()
+    perceptual_gan.generator_loss perceptual_gan.unit_channels perceptual_gan.LPIPS.forward
+    var.MultiScaleQuantizer.forward var.VARBlock.forward""".split()
 DRAWN = """vae.VAE.reparameterise gmm_head.GMMHead.draw maskgit.MaskGIT.training_mask mar.draw_order
     mar.MAR.forward ar_transformer.CategoricalHead.sample vq.VectorQuantizer.update""".split()
 TYPED = """vae.VAE.kl vae.VAE.reparameterise vae.VAE.log_likelihood gmm_head.GMMHead.density

@@ -318,7 +318,7 @@ def test_commands_are_found():
     found = commands()
     for command in [("README.md", ("train.py", "--tokenizer", "vae", "--head", "gmm")),
                     ("README.md", ("sample.py", "RUN", "--prompt", "a large green star")),
-                    ("README.md", ("recipes/maps.py", "--task", "segment")),
+                    ("README.md", ("recipes/pairs.py", "--task", "colourise")),
                     ("README.md", ("train.py", "...")),
                     ("train", ("train.py", "--tokenizer", "vq", "--generator", "maskgit"))]:
         assert command in found, command

@@ -209,21 +209,76 @@ def test_mar_known_tokens_are_seen_from_the_first_step():
         assert torch.cdist(hs[0][row], h[row]).min(1).values.max() < 1e-4
 
 
+def captions_as_bytes(*texts, P=22):
+    """Captions -> bytes (B, P), zeros in front."""
+    return torch.tensor([[0] * (P - len(text)) + list(text.encode()) for text in texts])
+
+
+TEXTS = ("a disc", "a ring", "no padding in this one")
+
+
+@pytest.mark.parametrize("cls", [mar.MAR, mar.CausalMAR])
+def test_mar_reads_captions_and_not_their_padding(cls):
+    model, cond = small_mar(cls, text=(22, "bytes")).eval(), captions_as_bytes(*TEXTS)
+    tokens, positions = torch.randn(1, 12, 3).expand(3, -1, -1), torch.arange(12).expand(3, -1)
+    asked = {mar.CausalMAR: [(positions,)], mar.MAR: [(positions >= n, v) for n in (0, 5) for v in (n, None)]}
+    before = [model.hidden(tokens, cond, *more) for more in asked[cls]]
+    for h in before:
+        assert (h[0] - h[1]).abs().max() > 1e-3, "the caption has no effect"
+    model.caption.pos.data[:16] += 5                        # of 24 bytes in 6 rows, "a disc" has the last 6
+    if cls is mar.MAR:
+        model.encoder_pos.data[:4] += 5
+        model.decoder_pos.data[:4] += 5
+    for h, more in zip(before, asked[cls]):
+        changed = (model.hidden(tokens, cond, *more) - h).abs().amax((1, 2))
+        assert (changed[:2] == 0).all() and changed[2] > 1e-3, "padding was looked at, or text was not"
+
+
+def test_mar_drops_masked_tokens_behind_captions_at_no_loss():
+    model, cond = small_mar(text=(22, "bytes")).eval(), captions_as_bytes(*TEXTS)
+    tokens = torch.randn(3, 12, 3)
+    for n in (0, 1, 7, 12):
+        mask = torch.stack([torch.randperm(12) for _ in range(3)]) >= n
+        everything = model.hidden(tokens, cond, mask)
+        assert torch.allclose(model.hidden(tokens, cond, mask, n), everything, atol=1e-5)
+        more = model.hidden(tokens, cond, mask, min(12, n + 3), ragged=True)
+        assert torch.allclose(more, everything, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [mar.MAR, mar.CausalMAR])
+def test_mar_without_a_caption_is_the_null_caption_alone(cls, monkeypatch):
+    model, conds = small_mar(cls, text=(22, "bytes"), label_drop=0.5).eval(), []
+    cond, read = captions_as_bytes(*TEXTS), mar.read_condition
+    monkeypatch.setattr(mar, "read_condition", lambda m, c: (conds.append(c), read(m, c))[1])
+    model.sample(cond, cfg=2.0)
+    assert torch.equal(conds[0], torch.cat([cond, torch.zeros_like(cond)]))
+    rows, there = read(model, conds[0])
+    assert torch.equal(rows[3], rows[5]) and there[3:].all(), "a dropped caption leaves a trace"
+    assert there.shape == (6, 6 + 12) and there.sum(1).tolist()[:3] == [14, 14, 18]
+    conds.clear()
+    model.train()(torch.randn(400, 12, 3), cond[:1].expand(400, -1))
+    kept = (conds[0] == cond[0]).all(1)
+    assert (kept | (conds[0] == 0).all(1)).all() and 0.4 < kept.float().mean() < 0.6
+
+
 @pytest.mark.parametrize("order", ["random", "raster"])
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
-def test_causal_mar_cached_sampling_equals_the_whole_pass(order, cfg, monkeypatch):
-    model, hs, orders = small_mar(mar.CausalMAR, order=order).eval(), [], []
+@pytest.mark.parametrize("text", [False, True])
+def test_causal_mar_cached_sampling_equals_the_whole_pass(order, cfg, text, monkeypatch):
+    options = dict(text=(22, "bytes")) if text else {}
+    model, hs, orders = small_mar(mar.CausalMAR, order=order, **options).eval(), [], []
     draw, make = model.head.sample, mar.draw_order
     monkeypatch.setattr(model.head, "sample", lambda h, u=None, *a, **k: (hs.append(
         (h, u)), draw(h, u, *a, **k))[1])
     monkeypatch.setattr(mar, "draw_order", lambda *a: (orders.append(make(*a)), orders[-1])[1])
-    cond = torch.arange(5)
+    cond = captions_as_bytes(*TEXTS) if text else torch.arange(5)
+    nothing = torch.zeros_like(cond) if text else torch.full((5, ), 5)
     x = model.sample(cond, cfg=cfg)
     h = torch.cat([h for h, _ in hs], 1)
     assert torch.allclose(h, model.hidden(x, cond, orders[0]), atol=1e-5)
     if cfg != 1:
-        assert torch.allclose(torch.cat([u for _, u in hs], 1),
-                              model.hidden(x, torch.full((5, ), 5), orders[0]), atol=1e-5)
+        h_uncond = torch.cat([u for _, u in hs], 1)
+        assert torch.allclose(h_uncond, model.hidden(x, nothing, orders[0]), atol=1e-5)
     assert (orders[0] == torch.arange(12)).all() == (order == "raster")
 
 
@@ -241,6 +296,17 @@ def test_causal_mar_is_causal_and_is_told_the_target():
     changed = (model.hidden(x, cond, swapped) - h).abs().amax((0, 2)) > 1e-6
     assert changed.tolist(
     ) == [False] * 10 + [True] * 2, "the same past and another target must give another h"
+
+
+def test_causal_mar_with_a_caption_is_causal():
+    model, cond = small_mar(mar.CausalMAR, text=(22, "bytes")).eval(), captions_as_bytes("a disc")
+    x, order = torch.randn(1, 12, 3), torch.randperm(12)[None]
+    h = model.hidden(x, cond, order)
+    for i in range(12):
+        y = x.clone()
+        y[:, order[0, i]] += 1
+        changed = (model.hidden(y, cond, order) - h).abs().amax((0, 2)) > 1e-6
+        assert not changed[:i + 1].any() and changed[i + 1:].all()
 
 
 @pytest.mark.parametrize("cls", [mar.MAR, mar.CausalMAR])

@@ -128,6 +128,55 @@ def test_maskgit_never_sees_hidden_tokens_and_keeps_known_ones(continuous):
         model.sample(cond, steps=13)
 
 
+def texts_as_bytes(*texts, P=22):
+    """Captions -> bytes (B, P), zeros in front."""
+    return torch.tensor([[0] * (P - len(text)) + list(text.encode()) for text in texts])
+
+
+@pytest.mark.parametrize("continuous", [True, False])
+def test_maskgit_reads_captions_and_not_their_padding(continuous):
+    model = small_maskgit(continuous, text=(22, "bytes")).eval()
+    x = torch.randn(1, 12, 3).expand(3, -1, -1) if continuous else torch.randint(11, (1, 12)).expand(3, -1)
+    cond, mask = texts_as_bytes("a disc", "a ring", "no padding in this one"), torch.ones(3, 12).bool()
+    h = model.hidden_states(x, cond, mask)
+    assert (h[0] - h[1]).abs().max() > 1e-3, "the caption has no effect"
+    assert torch.equal(h, model.hidden_states(x, cond.to(torch.uint8), mask))
+    for wide in (model.caption.pos.data[:16], model.pos_embed.data[:4]):              # of 24 bytes, 6 rows
+        wide += 5
+    changed = (model.hidden_states(x, cond, mask) - h).abs().amax((1, 2))
+    assert (changed[:2] == 0).all() and changed[2] > 1e-3, "padding was looked at, or text was not"
+
+
+def test_maskgit_without_a_caption_is_the_null_caption_alone():
+    """Guidance, label dropping and zeros mean one thing: the rows of "no caption", whatever was asked for."""
+    model, seen = small_maskgit(False, text=(22, "bytes"), label_drop=0.5).eval(), []
+    cond, zeros = texts_as_bytes("a disc", "a ring"), torch.zeros(2, 22, dtype=torch.long)
+    tokens, mask = torch.randint(11, (1, 12)).expand(2, -1), torch.ones(2, 12).bool()
+    h, h_uncond = model.guided_states(tokens, cond, mask, 2.0)
+    close(h, model.hidden_states(tokens, cond, mask), 1e-5)
+    close(h_uncond, model.hidden_states(tokens, zeros, mask), 1e-5)
+    assert torch.equal(h_uncond[0], h_uncond[1]), "a dropped caption leaves a trace"
+    model.caption.none += 1
+    assert not torch.equal(h_uncond, model.hidden_states(tokens, zeros, mask))
+    model.train()
+    model.hidden_states = lambda tokens, cond, mask: (seen.append(cond), torch.randn(400, 12, 32))[1]
+    model(torch.zeros(400, 12, dtype=torch.long), cond[:1].expand(400, -1))
+    kept = (seen[0] == cond[0]).all(1)
+    assert (kept | (seen[0] == 0).all(1)).all() and 0.4 < kept.float().mean() < 0.6
+
+
+def test_maskgit_reads_features_of_an_encoder_as_well():
+    model = small_maskgit(False, text=(7, 5)).eval()
+    cond = torch.randn(2, 7, 5)
+    cond[:, :4] = 0                                         # padding in front
+    x, mask = torch.randint(11, (2, 12)), torch.ones(2, 12).bool()
+    h = model.hidden_states(x, cond, mask)
+    model.pos_embed.data[:4] += 5
+    assert torch.equal(h, model.hidden_states(x, cond, mask)), "padding was looked at"
+    assert model.sample(cond, cfg=2.0).shape == (2, 12)
+    assert model.hidden_states(x, torch.zeros_like(cond), mask).isfinite().all()
+
+
 def test_maskgit_loss_is_the_mean_over_masked_tokens_only():
     model, x, cond = small_maskgit(label_drop=0).eval(), torch.randn(3, 12, 3), torch.arange(3)
     torch.manual_seed(5)

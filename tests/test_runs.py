@@ -91,10 +91,13 @@ TOGETHER = [
     (["--tokenizer", "vae", "--vocab_size", "64"], "--vocab_size: is for"),
     (["--tokenizer", "vae", "--codebook", "l2"], "--codebook: is for"),
     (["--tokenizer", "vq", "--tokens", "8"], "--tokens: is for"),
+    *[(["--tokenizer", "msvq", "--generator", name], f"--generator {name} does not fit --tokenizer msvq")
+      for name in ("ar", "maskgit", "mar")],
+    (["--tokenizer", "vq", "--generator", "var"], "--generator var writes scales, .*: use --tokenizer msvq"),
+    (["--tokenizer", "msvq", "--codebook", "l2"], "--codebook l2: .* use ema or plain"),
+    (["--tokenizer", "msvq", "--groups", "2"], "--groups: --generator var reads codes"),
     (["--tokenizer", "vq", "--tok_size", "kl16"], "--tok_size kl16: --tokenizer vq has"),
     (["--tokenizer", "vq", "--generator", "mar", "--size", "gpt-b"], "--size gpt-b: --generator mar has"),
-    (["--tokenizer", "vq", "--condition", "text", "--generator", "mar"],
-     "only --generator ar reads captions"),
     (["--tokenizer", "vq", "--condition", "text", "--flip"], "may say left or right"),
     (["--tokenizer", "vq", "--text_encoder", "t5-small"], "goes with --condition text"),
     (["--tokenizer", "vq", "--frames", "5"], "only --tokenizer lfq reads clips"),
@@ -397,6 +400,8 @@ LEARNERS = [
     *[["--tokenizer", "lfq", "--codebook", codebook, "--generator", "none"] for codebook in ("fsq", "bsq")],
     ["--tokenizer", "vq", "--tok_size", "patches", "--generator", "none"],
     ["--tokenizer", "vae", "--beta", "0", "--generator", "none"],
+    *[["--tokenizer", "msvq", "--codebook", codebook, "--generator", "none"] for codebook in ("ema", "plain")],
+    ["--tokenizer", "msvq", "--generator", "var"],
     ["--tokenizer", "lfq", "--frames", "5", "--generator", "none"],
     *[["--tokenizer", "vae", "--generator", generator, "--head", "gmm", *more]
       for generator in ("ar", "maskgit", "mar") for more in ([], ["--n_mix", "1"], ["--adapter", "flow"])],
@@ -407,6 +412,8 @@ LEARNERS = [
     *[["--tokenizer", tokenizer, "--generator", "mar", "--attention", "causal", "--order", order]
       for tokenizer in ("vae", "vq") for order in ("random", "raster")],
     *[["--tokenizer", tokenizer, "--condition", "text"] for tokenizer in ("vae", "vq")],
+    *[["--tokenizer", "vq", "--generator", generator, "--condition", "text", *more] for generator, more in
+      (("maskgit", []), ("mar", []), ("mar", ["--attention", "causal"]))],
     ["--tokenizer", "vae", "--condition", "prefix"],
 ]
 
@@ -421,7 +428,7 @@ def test_every_parameter_gets_a_gradient_in_every_step(words, label_drop, tmp_pa
     """DDP waits for all of them, and stops at one that gets none. Dropped or not, of the rows of a table the
     whole parameter counts.
     """
-    prefix = "prefix" in words                              # no flag, but an option that recipes/maps.py sets
+    prefix = "prefix" in words                              # no flag, but an option that recipes/pairs.py sets
     words = words[:-2] if prefix else words
     size = [] if "none" in words else ["--size", "nano" if "mar" not in words else "tiny"]
     args = args_of([*words, *size, "--label_drop", label_drop, "--image_size", "16", "--device", "cpu"],

@@ -54,7 +54,8 @@ COMBINATIONS = [(["--generator", "maskgit"], "shapes-vae-maskgit-gmm"),
      ([
          *IDS, "--codebook", "ema", "--vocab_size", "32", "--tok_name", "ve", "--generator", "mar",
          "--attention", "causal", "--flip", "--name", "vc"
-     ], "vc")]
+     ], "vc"),
+     (["--tokenizer", "msvq", "--head", "categorical", "--generator", "var"], "shapes-msvq-var-categorical")]
 
 
 @pytest.mark.parametrize("words, name", [pytest.param(*row, marks=[pytest.mark.slow] * (i % 2))
@@ -105,7 +106,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     assert all(torch.isfinite(v).all() for v in saved["model"].values() if v.is_floating_point())
 
 
-@pytest.mark.parametrize("name", ["vae", "vq", "lfq", "titok", "titok-vae"])
+@pytest.mark.parametrize("name", ["vae", "vq", "lfq", "titok", "titok-vae", "msvq"])
 def test_the_adversarial_losses_go_around_every_tokenizer(name):
     given = argparse.Namespace(tokenizer=name, generator="none", head=None, frames=None)
     args = argparse.Namespace(**runs.defaults_of(given, torch.device("cpu")), tokenizer=name)

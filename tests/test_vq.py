@@ -378,3 +378,10 @@ def test_vq_goes_on_from_its_own_codes_after_a_stop(tmp_path, monkeypatch):
     whole, stopped = (runs.read_checkpoint(tmp_path / name)["ema"] for name in ("whole", "stopped"))
     assert whole["module.path.basis"].abs().sum() > 0
     assert all(torch.equal(value, stopped[name]) for name, value in whole.items())
+
+
+def test_distances_of_codes_are_the_squared_ones_less_that_of_the_token():
+    z = torch.randn(7, 5, dtype=torch.float64)
+    codes = torch.randn(11, 5, dtype=torch.float64)
+    d = vq.VectorQuantizer.distances(z, codes)
+    assert torch.allclose(d + z.square().sum(1, keepdim=True), torch.cdist(z, codes) ** 2)
