@@ -324,12 +324,12 @@ class LinearPath(nn.Module):
         images.
         """
         with torch.autocast(images.device.type, enabled=False):         # bfloat16 would cost decibels
-            return (self.cut(images.float()) - self.mean) @ (self.basis / self.std)
+            return (self.cut(images.to(self.mean.dtype)) - self.mean) @ (self.basis / self.std)
 
     def inverse(self, z, grid):
         """z (B, T, n_out) -> images (B, channels, H, W)."""
         with torch.autocast(z.device.type, enabled=False):
-            return self.join(z.float() @ (self.basis * self.std).T + self.mean, grid)
+            return self.join(z.to(self.mean.dtype) @ (self.basis * self.std).T + self.mean, grid)
 
     def cut(self, images):
         """images (B, channels, H, W) -> patches (B, T, n_in), row by row."""
