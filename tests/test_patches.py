@@ -44,6 +44,13 @@ def test_patches_are_invertible_and_lose_no_pixel(patch, grey):
     assert torch.equal(model.posterior(images)[0], model.encode(images, torch.full_like(images, 0.5)[:, :1]))
 
 
+def test_noise_is_uniform_over_one_step():
+    images = photos(200)
+    noise = (vae.Patches(8, 4).dequantised(images) - images) * 127.5
+    assert -0.501 < noise.min() < -0.49 and 0.49 < noise.max() < 0.501
+    assert abs(noise.mean()) < 0.01 and abs(noise.var() - 1 / 12) < 0.002
+
+
 def test_tokens_of_patches_are_white():
     images = photos(3000)
     model = vae.Patches(8, 4)
