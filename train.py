@@ -431,7 +431,7 @@ def make_optimizers(model, args, lr):
               dict(params=[p for p in others if p.ndim <= 1], weight_decay=0.0)]
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
     if matrices:                                            # scaled to AdamW's updates: one --lr for both
-        optimizers.append(muon.Muon(matrices, lr=lr, weight_decay=args.weight_decay))
+        optimizers.append(muon.Muon(matrices, lr=lr, weight_decay=args.weight_decay, rows=muon.ROWS))
     return optimizers
 
 

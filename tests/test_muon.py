@@ -73,3 +73,30 @@ def test_muon_goes_on_from_torchs_state():
     state = single.state_dict()["state"]
     stacked.load_state_dict(dict(state=state, param_groups=stacked.state_dict()["param_groups"]))
     assert torch.equal(stacked.state[ours[0]]["momentum_buffer"], single.state[theirs[0]]["momentum_buffer"])
+
+
+@torch.no_grad()
+def test_muon_in_blocks_of_rows_treats_each_as_a_matrix_of_its_own():
+    """Along the longer side, be it rows or columns. A side that rows do not divide stays whole."""
+    torch.manual_seed(0)
+    for shape, n in (((24, 8), 6), ((8, 24), 6), ((22, 8), 1)):
+        p = nn.Parameter(torch.randn(shape))
+        p.grad = torch.randn(shape)
+        long = shape.index(max(shape))
+        parts = [nn.Parameter(part.clone()) for part in p.chunk(n, long)]
+        for part, grad in zip(parts, p.grad.chunk(n, long)):
+            part.grad = grad.clone()
+        muon.Muon([p], lr=1e-2, weight_decay=0.1, rows=4).step()
+        muon.Muon(parts, lr=1e-2, weight_decay=0.1, n_steps=3 if n > 1 else 5).step()
+        assert torch.allclose(p, torch.cat(list(parts), long), atol=1e-6)
+
+
+def test_three_iterations_bring_singular_values_from_a_hundredth_of_the_norm_near_one():
+    values = torch.logspace(-2, 0, 32)
+    left, right = (torch.linalg.qr(torch.randn(32, 32)).Q for _ in range(2))
+    norm = values.norm()
+    x = left @ torch.diag(values / values.max()) @ right
+    found = torch.linalg.svdvals(muon.orthogonalise(norm * x[None], 3).float())
+    small = values / norm < 0.01                            # of the matrix divided by its norm
+    assert found.max() < 1.35
+    assert found[0, :int((~small).sum())].min() > 0.6
