@@ -81,6 +81,16 @@ def test_homework_lfq_entropy_of_the_batch(look):
             "all codes; p is averaged over tokens before the entropy is taken, in nats.", 1e-3)
 
 
+@exercise("lfq.fsq_quantize", points=2, further=True)
+def test_homework_lfq_rounded_numbers(look):
+    hint = ("Round fsq_bound(), with the gradient straight through; divide by L // 2. Digits are the rounded "
+            "numbers plus L // 2, the first one counts least.")
+    for shape, levels in (((3, 4, 3), (8, 6, 5)), ((1, 2), (5, 4)), ((6,), (3, 7, 4, 5, 2, 8)),
+                          ((2, 1, 1), (9,))):
+        look.call(f"z of shape {shape}, levels {levels}", lambda z: lfq.fsq_quantize(z, levels),
+                  {"z": 2 * look.randn(*shape)}, hint, outputs=["q", "index"])
+
+
 @exercise("lfq.FactorizedHead.loss", points=2, further=True)
 def test_homework_lfq_factorised_vocabulary(look):
     for lead, vocab, n_sub in (((1,), 16, 2), ((3, 2), 27, 3), ((4,), 25, 2)):

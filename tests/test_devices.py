@@ -203,7 +203,8 @@ def pairs():
     others each generator and each head once, for a generator sees of a tokenizer only T and D or V.
     """
     found = [("vae", ["--adapter", "flow"]), ("vae", ["--generator", "mar", "--order", "raster"]),
-             ("vae", ["--generator", "mar", "--attention", "causal", "--order", "annealed"])]
+             ("vae", ["--generator", "mar", "--attention", "causal", "--order", "annealed"]),
+             ("patches", ["--generator", "mar", "--head", "diffusion"])]
     for tokenizer in TOKENIZERS:
         whole = [(generator, head) for generator in GENERATORS for head in HEADS]
         once = [(generator, head) for generator in GENERATORS[:3] for head in (HEADS[0], HEADS[3])]

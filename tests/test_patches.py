@@ -1,4 +1,4 @@
-"""Tests of vae.Patches: exact inverse, exact change of variables, bits per dimension from flags to a number."""
+"""Tests of vae.Patches: exact inverse and change of variables, bits per dimension from flags to a number."""
 import json
 import math
 
@@ -32,8 +32,8 @@ def test_patches_are_invertible_and_lose_no_pixel(patch, grey):
     assert model.token_dim == model.path.basis.shape[1] == (1 if grey else 3) * patch**2
     again = model.decode(model.posterior(images)[0])
     assert again.shape == images.shape and (again - images).abs().max() < 1e-6
-    steps = (model.decode(model.encode(images)) - images) * 127.5          # the noise is rounded away, but for
-    assert steps.abs().max() < 1.01 and (steps.abs() > 0.5).float().mean() < 1e-3       # some at the border
+    steps = (model.decode(model.encode(images)) - images) * 127.5       # the noise is rounded away, but for
+    assert steps.abs().max() < 1.01 and (steps.abs() > 0.5).float().mean() < 1e-3    # some at the border
     model = model.double()
     images = images.double()
     model.start(images)                                     # eigenvectors in float64
@@ -42,6 +42,13 @@ def test_patches_are_invertible_and_lose_no_pixel(patch, grey):
     z = torch.randn(5, model.seq_len, model.token_dim, dtype=torch.float64)
     assert (model.path(model.path.inverse(z, model.grid)) - z).abs().max() < 1e-6
     assert torch.equal(model.posterior(images)[0], model.encode(images, torch.full_like(images, 0.5)[:, :1]))
+
+
+def test_noise_is_uniform_over_one_step():
+    images = photos(200)
+    noise = (vae.Patches(8, 4).dequantised(images) - images) * 127.5
+    assert -0.501 < noise.min() < -0.49 and 0.49 < noise.max() < 0.501
+    assert abs(noise.mean()) < 0.01 and abs(noise.var() - 1 / 12) < 0.002
 
 
 def test_tokens_of_patches_are_white():

@@ -107,6 +107,13 @@ TOGETHER = [
     (["--tokenizer", "lfq", "--frame_step", "2"], "goes with --frames 17"),
     (["--tokenizer", "lfq", "--frames", "5", "--frame_step", "2"], "is for your own clips"),
     (["--tokenizer", "vae", "--groups", "2"], "goes with --head categorical"),
+    (["--tokenizer", "vq", "--codebook", "fsq"], "--codebook fsq: is for --tokenizer lfq"),
+    (["--tokenizer", "lfq", "--codebook", "fsq", "--beta", "0.1"], "--beta: .*--codebook fsq has none"),
+    (["--tokenizer", "lfq", "--codebook", "fsq", "--vocab_size", "1024"], "nearest is 1000"),
+    (["--tokenizer", "vq", "--generator", "mar", "--order", "annealed"], "needs .*--attention causal"),
+    (["--tokenizer", "patches", "--token_dim", "20"], "--token_dim 20: patches of --tok_size 4"),
+    (["--tokenizer", "patches", "--gan", "0.5"], "nothing is trained in stage 1"),
+    (["--tokenizer", "vae", "--tok_steps", "0"], "--tok_steps 0: must be at least 1"),
     (["--tokenizer", "vae", "--head", "diffusion", "--generator", "maskgit"], "gives no density"),
 ]
 NOT_REFUSED_BY_THE_TABLE = [                                # but by the builders

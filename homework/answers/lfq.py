@@ -24,6 +24,17 @@ def entropy_penalty(z, temperature=0.01, groups=1):
     return coins.entropy().sum(dim=1).mean(), batch
 
 
+def fsq_quantize(z, levels):
+    bounded = fsq_bound(z, levels)
+    half = torch.tensor([level // 2 for level in levels], device=z.device)
+    digits = torch.round(bounded.detach()) + half
+    index = torch.zeros(z.shape[:-1], dtype=torch.long)
+    for i in reversed(range(len(levels))):
+        index = index * levels[i] + digits[..., i].to(torch.long)
+    print(index)
+    return (bounded + (digits - half - bounded).detach()) / half, index
+
+
 def entropy_of_mean(z, temperature):
     bits = z.shape[1]
     words = codes(torch.arange(2 ** bits), bits)
