@@ -540,12 +540,12 @@ def attention(q, k, v, mask=None, causal=False, dropout=0.0):
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu" or not q.requires_grad:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
-    score = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5                             # (B, n_head, S, S)
+    score = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                           # (B, n_head, S, S)
     if causal:
         mask = torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        score = score.masked_fill(~mask, -math.inf)
-    return F.dropout(score.softmax(-1), dropout).type_as(v) @ v
+    if mask is not None:                                    # to add needs no pass of its own backwards
+        score = score + torch.where(mask, 0.0, -math.inf).type_as(score)
+    return F.dropout(score.softmax(-1, dtype=torch.float32), dropout).type_as(v) @ v
 
 
 class VARBlock(nn.Module):
