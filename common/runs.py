@@ -310,6 +310,8 @@ REFUSALS = [
      "--adapter: needs --tokenizer vae or patches"),
     (lambda a: a.order == "annealed", lambda a: a.generator == "mar" and a.attention == "causal",
      "--order annealed: needs --generator mar --attention causal, whose orders can become raster"),
+    (lambda a: a.condition == "text", lambda a: a.generator != "var",
+     "--condition text: --generator var reads no captions; use ar, maskgit or mar"),
     (lambda a: a.condition == "text", lambda a: not a.flip,
      "--flip: a caption may say left or right, which a mirrored image contradicts; leave it out"),
     (lambda a: a.text_encoder != "bytes", lambda a: a.condition == "text",

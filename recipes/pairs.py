@@ -113,8 +113,9 @@ def load_pairs(task, args, split):
         raise BadInput(f"--data {args.data}: at {args.image_size} pixels these images do not fit into "
                        "memory, where the inputs are made; give less of --image_size")
     made = []
+    seed = args.seed if split == "train" else args.seed + 1_000_003                   # other noise
     for i in torch.arange(len(targets), device="cpu").split(1000):
-        made.append(pictures.to_uint8(damage(targets.batch(i)[0], task, args.seed + int(i[0]))))
+        made.append(pictures.to_uint8(damage(targets.batch(i)[0], task, seed + int(i[0]))))
     made = torch.cat(made).to(targets.images.device)
     return data.ImageSet(made, targets.labels, targets.classes, args.device), targets
 

@@ -12,7 +12,7 @@ import train
 import vae
 import var
 import vq
-from tests.helpers import CLIPS, TINY, call
+from tests.helpers import CLIPS, TINY, one_thread
 
 
 KNOWN_SIZES = {m.__name__: list(m.SIZES) for m in (ar_transformer, lfq, mar, maskgit, titok, vae, var, vq)}
@@ -39,7 +39,8 @@ def seeded():
 def tiny_run(tmp_path_factory):
     """One tiny run, uninterrupted -> its runs folder."""
     runs = tmp_path_factory.mktemp("runs")
-    call("train.py", *TINY, "--runs", runs)
+    with one_thread():
+        train.main([*TINY, "--runs", str(runs)])
     return runs
 
 

@@ -1,4 +1,5 @@
 """What tests of several rooms share."""
+import contextlib
 import csv
 import os
 import subprocess
@@ -152,6 +153,15 @@ def call(*words, code=0, **options):
     done = subprocess.run(command(*words, **options), capture_output=True, text=True, env=ENV, timeout=900)
     assert done.returncode == code or (code and done.returncode), done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Computes as the processes of call() do: equal to the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def log_of(runs, name, column="loss"):

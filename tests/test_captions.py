@@ -18,8 +18,9 @@ from tests.helpers import IDS, RARELY, TINY
 @pytest.mark.parametrize("words, folder", [pytest.param(IDS, "shapes-vq-text-ar-categorical",
                                                         marks=pytest.mark.slow),
                                            ([], "shapes-vae-text-ar-gmm"),
-                                           ([*IDS, "--generator", "maskgit"],
-                                            "shapes-vq-text-maskgit-categorical"),
+                                           pytest.param([*IDS, "--generator", "maskgit"],
+                                                        "shapes-vq-text-maskgit-categorical",
+                                                        marks=pytest.mark.slow),
                                            (["--generator", "mar", "--head", "diffusion"],
                                             "shapes-vae-text-mar-diffusion")])
 def test_captions_are_trained_drawn_and_judged(words, folder, tiny_run, tmp_path, capsys, monkeypatch):

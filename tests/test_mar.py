@@ -218,13 +218,22 @@ TEXTS = ("a disc", "a ring", "no padding in this one")
 
 
 @pytest.mark.parametrize("cls", [mar.MAR, mar.CausalMAR])
-def test_mar_reads_captions_and_not_their_padding(cls):
+def test_mar_reads_captions_and_not_their_padding(cls, monkeypatch):
     model, cond = small_mar(cls, text=(22, "bytes")).eval(), captions_as_bytes(*TEXTS)
     tokens, positions = torch.randn(1, 12, 3).expand(3, -1, -1), torch.arange(12).expand(3, -1)
     asked = {mar.CausalMAR: [(positions,)], mar.MAR: [(positions >= n, v) for n in (0, 5) for v in (n, None)]}
     before = [model.hidden(tokens, cond, *more) for more in asked[cls]]
     for h in before:
         assert (h[0] - h[1]).abs().max() > 1e-3, "the caption has no effect"
+    read = mar.read_condition
+
+    def other_padding(*asked):
+        rows, there = read(*asked)
+        return rows + 5.0 * ~there[:, :6, None], there
+    with monkeypatch.context() as patch:
+        patch.setattr(mar, "read_condition", other_padding)
+        for h, more in zip(before, asked[cls]):
+            assert torch.equal(model.hidden(tokens, cond, *more), h), "padding was looked at"
     model.caption.pos.data[:16] += 5                        # of 24 bytes in 6 rows, "a disc" has the last 6
     if cls is mar.MAR:
         model.encoder_pos.data[:4] += 5

@@ -174,10 +174,11 @@ def test_only_finished_runs_on_pairs_are_loaded(changed, tmp_path, tiny_run):
 
 
 def test_a_training_stopped_between_the_tokenizers_goes_on(tmp_path, capsys):
-    words = ["--task", "depth", "--runs", str(tmp_path), *WORDS]
+    short = [*WORDS[:-4], "--steps", "2", "--tok_steps", "2"]
+    words = ["--task", "depth", "--runs", str(tmp_path), *short, *WORDS[-4:]]
     with pytest.raises(data.BadInput, match="--resume: there is no run in .*shapes-vae-depth"):
         pairs.main([*words, "--resume"])
-    train.main(["--tokenizer", "vae", "--generator", "none", "--runs", str(tmp_path), *WORDS[:-4]])
+    train.main(["--tokenizer", "vae", "--generator", "none", "--runs", str(tmp_path), *short])
     capsys.readouterr()
     pairs.main([*words, "--resume"])
     assert capsys.readouterr().out.count("stage 1: ") == 1  # of the maps only

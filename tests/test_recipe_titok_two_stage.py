@@ -16,7 +16,7 @@ WORDS = [*TINY[4:], *RARELY, "--tokens", "6"]               # without --tokenize
 def parent(tmp_path_factory):
     """Proxy, both stages and a generator -> the folder of their runs."""
     parent = tmp_path_factory.mktemp("titok")
-    titok_two_stage.main([*WORDS, "--proxy_steps", "24", "--runs", str(parent)])
+    titok_two_stage.main([*WORDS, "--proxy_steps", "8", "--runs", str(parent)])
     return parent
 
 

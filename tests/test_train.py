@@ -1,9 +1,12 @@
 """Tests of train.py: runs of every kind, kills and resumption, several processes."""
 import argparse
+import json
+import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,23 +18,17 @@ import data
 import perceptual_gan
 import train
 from common import classifier, drawing, runs
-from tests.helpers import ENV, IDS, RARELY, TINY, call, command, log_of
+from tests.helpers import ENV, IDS, RARELY, ROOT, TINY, log_of
 from tests.test_drawing import bf16_draws_nearly_what_fp32_draws
 
 
-def test_a_run_leaves_its_files_and_samples(tiny_run, tmp_path):
+def test_a_run_leaves_its_files_and_is_not_trained_again(tiny_run, capsys):
     folder = tiny_run / "shapes-vae-ar-gmm"
     for name in ("ckpt.pt", "log.csv", "curve.png", "samples.png"):
         assert (folder / name).stat().st_size > 0
     assert (tiny_run / "shapes-vae" / "reconstructions.png").exists() and not list(tiny_run.rglob("*.tmp"))
-    out = call("sample.py", folder, "--npz", tmp_path / "x.npz", "--gif", tmp_path / "x.gif", "--out",
-               tmp_path / "x.png", "--n", 30)
-    assert re.search(r"s per image at batch 30, fp32, cpu", out)
-    with np.load(tmp_path / "x.npz") as f:
-        assert f["arr_0"].shape == (30, 16, 16, 3) and f["arr_0"].dtype == np.uint8
-        assert (np.bincount(f["labels"]) == 3).all()
-    assert Image.open(tmp_path / "x.gif").n_frames == 4 and Image.open(tmp_path / "x.png").width > 100
-    assert "trained already" in call("train.py", *TINY, "--runs", tiny_run)
+    train.main([*TINY, "--runs", str(tiny_run)])
+    assert "trained already" in capsys.readouterr().out
 
 
 COMBINATIONS = [(["--generator", "maskgit"], "shapes-vae-maskgit-gmm"),
@@ -63,6 +60,8 @@ COMBINATIONS = [(["--generator", "maskgit"], "shapes-vae-maskgit-gmm"),
 def test_every_combination_trains_loads_and_samples(words, name, tiny_run, capsys, monkeypatch):
     few = (0, 12, 32, 4e-3)                                 # of --perceptual: 12 steps are enough
     monkeypatch.setattr(classifier.train_classifier, "__defaults__", few)
+    for kind in ("ar-diffusion", "mar-diffusion"):          # where 100 would take seconds
+        monkeypatch.setitem(drawing.DEFAULTS, kind, drawing.DEFAULTS[kind] | dict(diffusion_steps=8))
     train.main([*TINY, *RARELY, "--steps", "12", "--runs", str(tiny_run), *words])
     assert (tiny_run / name / "samples.png").stat().st_size > 0 and (tiny_run / name / "curve.png").exists()
     run = runs.load_run(tiny_run / name)
@@ -74,19 +73,42 @@ def test_every_combination_trains_loads_and_samples(words, name, tiny_run, capsy
         bf16_draws_nearly_what_fp32_draws(run)
 
 
+# Trainings one after another, each in a process of its own. Forked, they import torch but once.
+ONE_AFTER_ANOTHER = """
+import json, os, sys
+import matplotlib.pyplot, torch._dynamo
+import data, train
+train.SAVE_SECONDS = 0
+data.DRAWN["val"] = 200
+for words in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        print("process", os.getpid(), flush=True)
+        train.main(words)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
 def test_killed_twice_and_resumed_equals_uninterrupted_bit_for_bit(tiny_run, tmp_path):
-    for stage, more in (("stage 1", []), ("stage 2", ["--resume"])):
-        process = subprocess.Popen(command("train.py", *TINY, "--runs", tmp_path, *more), text=True,
-                                   stdout=subprocess.PIPE, env=ENV | {"SAVES_OFTEN": "1"})
-        inside = False
-        for line in process.stdout:
-            inside = inside or line.startswith(stage)
-            if inside and line.startswith("step     12"):
-                process.send_signal(signal.SIGKILL)
-                break
-        process.wait(), process.stdout.close()
-        assert inside and process.returncode == -signal.SIGKILL
-    call("train.py", *TINY, "--runs", tmp_path, "--resume")
+    words = [*TINY, "--runs", str(tmp_path)]
+    commands = json.dumps([words, [*words, "--resume"], [*words, "--resume"]])
+    process = subprocess.Popen([sys.executable, "-c", ONE_AFTER_ANOTHER, commands], text=True, cwd=ROOT,
+                               stdout=subprocess.PIPE, env=ENV)
+    to_kill = ["stage 1", "stage 2"]
+    stage, said = None, ""
+    for line in process.stdout:
+        said += line
+        if line.startswith("process "):
+            child = int(line.split()[1])
+        if line.startswith("stage "):
+            stage = line[:7]
+        if to_kill and stage == to_kill[0] and line.startswith("step     12"):
+            os.kill(child, signal.SIGKILL)
+            del to_kill[0]
+    process.stdout.close()
+    assert process.wait() == 0 and not to_kill, said
+    assert said.count("process ") == 3 and "done in" not in said.split("process ")[2], said
     for name in ("shapes-vae", "shapes-vae-ar-gmm"):
         ours, theirs = runs.read_checkpoint(tmp_path / name), runs.read_checkpoint(tiny_run / name)
         for part in ("model", "ema"):
@@ -98,11 +120,11 @@ def test_killed_twice_and_resumed_equals_uninterrupted_bit_for_bit(tiny_run, tmp
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
-    out = call("train.py", *TINY, "--runs", tmp_path, "--tok_lr", "1e30", "--warmup", "1", "--generator",
-               "none", code=1)
-    step = int(re.search(r"step (\d+): the loss is not finite", out).group(1))
+    with pytest.raises(SystemExit, match="the loss is not finite") as caught:
+        train.main([*TINY, "--runs", str(tmp_path), "--tok_lr", "1e30", "--warmup", "1", "--generator", "none"])
+    step = int(re.search(r"step (\d+): the loss is not finite", str(caught.value)).group(1))
     saved = runs.read_checkpoint(tmp_path / "shapes-vae")
-    assert "Traceback" not in out and saved["step"] <= step
+    assert saved["step"] <= step
     assert all(torch.isfinite(v).all() for v in saved["model"].values() if v.is_floating_point())
 
 
