@@ -115,6 +115,7 @@ class MultiScaleQuantizer(nn.Module):
             self.register_buffer("ema_sum", torch.zeros_like(codes))
         turns = torch.cat([torch.full((side,), k) for k, side in enumerate(self.scales)])
         self.register_buffer("turns", turns, persistent=False)        # scale k as often as its side
+        n_phi = min(n_phi, len(self.scales))                # no convolution without a scale that uses it
         self.phi = nn.ModuleList(nn.Conv2d(code_dim, code_dim, 3, padding=1) for _ in range(n_phi))
         self.which = [phi_of(k, len(self.scales), n_phi) for k in range(len(self.scales))] if n_phi else []
         for phi in self.phi:                                # at first, nothing is smoothed

@@ -7,7 +7,7 @@ Raster, random and annealed orders (RAR, arxiv.org/abs/2411.00776) in one causal
              CNN) of samples written in raster order. An arm "random, own order" writes in random orders
   verdict    RAR's claim, annealed better than raster and better than random, by the rule of claims.py
 
-    python experiments/orders.py  # trains three seeds, writes results/orders.json and docs/pictures/orders.png
+    python experiments/orders.py  # trains three seeds, writes orders.json and docs/pictures/orders.png
 
 The defaults take three and a half minutes of processor time on one core of a shared AMD EPYC.
 """

@@ -407,7 +407,8 @@ LEARNERS = [
     *[["--tokenizer", "lfq", "--codebook", codebook, "--generator", "none"] for codebook in ("fsq", "bsq")],
     ["--tokenizer", "vq", "--tok_size", "patches", "--generator", "none"],
     ["--tokenizer", "vae", "--beta", "0", "--generator", "none"],
-    *[["--tokenizer", "msvq", "--codebook", codebook, "--generator", "none"] for codebook in ("ema", "plain")],
+    *[["--tokenizer", "msvq", "--codebook", codebook, "--generator", "none"]
+      for codebook in ("ema", "plain")],
     ["--tokenizer", "msvq", "--generator", "var"],
     ["--tokenizer", "lfq", "--frames", "5", "--generator", "none"],
     *[["--tokenizer", "vae", "--generator", generator, "--head", "gmm", *more]
@@ -435,7 +436,7 @@ def test_every_parameter_gets_a_gradient_in_every_step(words, label_drop, tmp_pa
     """DDP waits for all of them, and stops at one that gets none. Dropped or not, of the rows of a table the
     whole parameter counts.
     """
-    prefix = "prefix" in words                              # no flag, but an option that recipes/pairs.py sets
+    prefix = "prefix" in words                              # no flag: an option that recipes/pairs.py sets
     words = words[:-2] if prefix else words
     size = [] if "none" in words else ["--size", "nano" if "mar" not in words else "tiny"]
     args = args_of([*words, *size, "--label_drop", label_drop, "--image_size", "16", "--device", "cpu"],
