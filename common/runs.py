@@ -72,7 +72,7 @@ DEFAULTS = {
                 grad_clip=1.0, ema=None, optimizer="muon"),
     "cpu": dict(tok_size="small", tok_steps=1000, tok_batch_size=32, tok_lr=4e-3, beta=0.02,
                 size="small", steps=1600, batch_size=64, lr=4e-3),
-    # Estimated, until it is measured: vae + ar at these sizes take 8 + 17 PFLOP (torch.utils.flop_counter).
+    # Estimated, until it is measured: vae + ar at these sizes take 7 + 17 PFLOP (torch.utils.flop_counter).
     # An H100 does a sixth of its 989 TFLOP/s in such convolutions and a quarter in such transformers: 1 + 1
     # minutes, and 2 to compile both stages, so about 4 in all. A step of stage 2 is 2.1 TFLOP, 8 ms, longer
     # than its few hundred launches take; at 32 pixels it would be 0.5. Ids have 256 tokens here, four times
@@ -91,7 +91,7 @@ DEFAULTS = {
     "any-titok-vae": dict(beta=0.01),
     "any-patches": dict(tok_size="4", tok_steps=0, beta=None),            # pixels: nothing is trained
     "cpu-vae": dict(tok_size="patches", tok_lr=1e-2),
-    "cuda-vae": dict(tok_size="patches-medium"),
+    "cuda-vae": dict(tok_size="patches-medium", tok_steps=2000),
     "cpu-vq-patches": dict(tok_steps=600, tok_lr=2e-3),
     "cpu-lfq": dict(tok_size="coarse"),
     "cpu-titok": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),

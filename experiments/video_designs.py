@@ -66,7 +66,7 @@ def unpatch(x, time):                                       # the inverse of pat
 class CausalBlock(EncoderBlock):
     """EncoderBlock whose positions see themselves and what came before."""
 
-    def attend(self, x):                                    # (B, S, C) -> (B, S, C)
+    def attend(self, x, mask=None):                         # (B, S, C) -> (B, S, C)
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         return self.wo(attention(q, k, v, causal=True).transpose(1, 2).flatten(2))
 
