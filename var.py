@@ -89,14 +89,14 @@ class MultiScaleQuantizer(nn.Module):
     """f -> ids of K scales, coarsest first, and the sum of what they mean. One codebook serves all scales.
 
     scales: the sides p_k; the last is that of f. n_phi convolutions smooth what was enlarged, ratio of the
-    result is theirs; 0: none. beta: weight of the commitment. cosine: search by direction (the code is added
-    as it is).
+    result is theirs; None: 4, as published, but no more than scales; 0: none. beta: weight of the
+    commitment. cosine: search by direction (the code is added as it is).
     ema=0: codes learn by the gradient, as published; those of the coarse scales tend to collapse. ema > 0:
     a code is the running mean of its z, and one that is used less than `restart` times its share gets a
     random z. A scale weighs as much as its side there, see update().
     """
 
-    def __init__(self, vocab_size, code_dim, scales, n_phi=4, ratio=0.5, beta=0.25, ema=0.0, restart=0.1,
+    def __init__(self, vocab_size, code_dim, scales, n_phi=None, ratio=0.5, beta=0.25, ema=0.0, restart=0.1,
                  cosine=False):
         super().__init__()
         self.vocab_size = vocab_size
@@ -115,7 +115,8 @@ class MultiScaleQuantizer(nn.Module):
             self.register_buffer("ema_sum", torch.zeros_like(codes))
         turns = torch.cat([torch.full((side,), k) for k, side in enumerate(self.scales)])
         self.register_buffer("turns", turns, persistent=False)        # scale k as often as its side
-        n_phi = min(n_phi, len(self.scales))                # no convolution without a scale that uses it
+        if n_phi is None:                                   # no convolution without a scale that uses it
+            n_phi = min(4, len(self.scales))
         self.phi = nn.ModuleList(nn.Conv2d(code_dim, code_dim, 3, padding=1) for _ in range(n_phi))
         self.which = [phi_of(k, len(self.scales), n_phi) for k in range(len(self.scales))] if n_phi else []
         for phi in self.phi:                                # at first, nothing is smoothed
@@ -444,7 +445,7 @@ class MSVQ(nn.Module):
     token_dim = None                                        # tokens are ids
 
     def __init__(self, image_size=32, vocab_size=512, code_dim=16, scales=None, beta=0.25, ema=0.99,
-                 restart=0.1, n_phi=4, ratio=0.5, cosine=False, ch=64, ch_mult=(1,), n_res=1, groups=8,
+                 restart=0.1, n_phi=None, ratio=0.5, cosine=False, ch=64, ch_mult=(1,), n_res=1, groups=8,
                  stem=1, linear=False):
         super().__init__()
         lowest = len(ch_mult) - 1                           # the only level with attention
