@@ -111,6 +111,7 @@ DEFAULTS = {
                        batch_size=128),
 }
 PER_TOKEN = {"drawn shapes": 16, "grey pictures": 16, "colour pictures": 32}        # numbers: see suit()
+BETA_IN_COLOUR = 0.005                                      # of a vae: less noise in many small components
 LABEL_DROP = 0.1                                            # where there is more than one class, or captions
 STAGE1 = ("data", "image_size", "frames", "frame_step", "flip", "n_shapes", "seed", "tokenizer", "tok_size",
           "tok_steps", "tok_batch_size", "tok_lr", "token_dim", "beta", "vocab_size", "codebook", "tokens",
@@ -506,6 +507,9 @@ def suit(args, train_set):
     elif path:
         args.token_dim = PER_TOKEN[kind]
         said = f"tokens of {args.token_dim} numbers; --token_dim changes it"
+        if kind == "colour pictures" and "beta" in args.by_default:
+            args.beta = BETA_IN_COLOUR
+            said += f". --beta {args.beta}"
     elif kind == "colour pictures":
         said = take_patches(args)
     else:
