@@ -249,11 +249,12 @@ def test_flags_that_were_given_stay_when_the_pictures_choose_the_size(tmp_path):
     assert (args.tok_size, args.tok_steps, args.codebook, args.tok_lr) == ("patches", 7, "l2", 2e-3)
 
 
-@pytest.mark.parametrize("grey, numbers", [(False, 32), (True, 16)])
-def test_a_vae_of_colour_pictures_has_more_numbers_per_token(grey, numbers, tmp_path):
-    args = args_of(["--tokenizer", "vae", "--data", "mine"], tmp_path)
+@pytest.mark.parametrize("words, grey, numbers, beta", [
+    ([], False, 32, 0.005), ([], True, 16, 0.02), (["--beta", "0.1"], False, 32, 0.1)])
+def test_a_vae_of_colour_pictures_has_more_numbers_per_token(words, grey, numbers, beta, tmp_path):
+    args = args_of(["--tokenizer", "vae", "--data", "mine", *words], tmp_path)
     runs.suit(args, pretend_set(grey))
-    assert args.token_dim == numbers
+    assert (args.token_dim, args.beta) == (numbers, beta)
 
 
 def test_an_unfinished_run_is_not_overwritten_by_accident(tiny_run, tmp_path):
