@@ -20,7 +20,7 @@ from data import BadInput
 RANGES = 4                                                  # of the number of tokens that MAR's encoder sees
 # Measured for the default sizes on one core of an AMD EPYC that others shared; the first one also imports.
 SECONDS = {"step of a token": 70, "passes of MAR": 80, "pass of MaskGIT": 20, "diffusion head": 35,
-           "pass of each scale": 100}                       # an estimate: five times that of MaskGIT
+           "pass of each scale": 100}                       # not measured: five passes at MaskGIT's 20
 
 
 def for_training(model, **options):
