@@ -489,8 +489,8 @@ def open_data(args):
 
 
 def suit(args, train_set):
-    """Where no flag says it, what the images are says it: the numbers per token of a VAE with a linear path,
-    and the size of a vq on a CPU.
+    """Where no flag says it, what the images are says it: the numbers per token of a VAE with a linear path
+    and its beta, and the size of a vq on a CPU.
     """
     pixels = args.tokenizer == "patches"
     path = pixels or args.tokenizer == "vae" and vae.SIZES.get(args.tok_size, {}).get("linear")
