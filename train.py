@@ -431,7 +431,8 @@ def make_optimizers(model, args, lr):
               dict(params=[p for p in others if p.ndim <= 1], weight_decay=0.0)]
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
     if matrices:                                            # scaled to AdamW's updates: one --lr for both
-        optimizers.append(muon.Muon(matrices, lr=lr, weight_decay=args.weight_decay, rows=muon.ROWS))
+        dtype = torch.bfloat16 if runs.native_bf16(args.device) else torch.float32
+        optimizers.append(muon.Muon(matrices, lr, args.weight_decay, rows=muon.ROWS, dtype=dtype))
     return optimizers
 
 

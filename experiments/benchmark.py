@@ -61,6 +61,7 @@ def build(entry, device):
     defaults = runs.defaults_of(given, device)
     none = dict.fromkeys(runs.STAGE1 + runs.STAGE2 + runs.BOTH)
     args = argparse.Namespace(**none | defaults | {k: v for k, v in vars(given).items() if v is not None})
+    args.device = device
     stage = 1 if args.generator == "none" else 2
     torch.manual_seed(args.seed)
     tokenizer = runs.build_tokenizer(args)

@@ -1,10 +1,14 @@
 """Tests of common/muon.py: the stacked optimizer against torch.optim.Muon, which takes one matrix at a
 time.
 """
+from types import SimpleNamespace
+
+import pytest
 import torch
 import torch.nn as nn
 
-from common import muon
+import train
+from common import muon, runs
 
 
 def matrices():
@@ -42,11 +46,25 @@ def test_muon_treats_a_kernel_as_the_matrix_of_its_rows():
     assert kernel.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_muon_brings_singular_values_near_one():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_muon_brings_singular_values_near_one(dtype):
     x = torch.randn(3, 16, 40)
-    values = torch.linalg.svdvals(muon.orthogonalise(x).float())
+    found = muon.orthogonalise(x, dtype=dtype)
+    values = torch.linalg.svdvals(found.float())
+    assert found.dtype == dtype
     assert values.min() > 0.6
     assert values.max() < 1.3
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_muon_iterates_in_the_dtype_that_the_processor_multiplies(native, monkeypatch):
+    monkeypatch.setattr(runs, "native_bf16", lambda device: native)
+    args = SimpleNamespace(optimizer="muon", weight_decay=0.0, device=torch.device("cpu"))
+    _, optimizer = train.make_optimizers(nn.Conv2d(2, 2, 3), args, 1e-2)
+    assert optimizer.dtype == (torch.bfloat16 if native else torch.float32)
+    again = muon.Muon([nn.Parameter(torch.zeros(2, 2, 3, 3))], 1e-2, 0.0, dtype=torch.float32)
+    again.load_state_dict(optimizer.state_dict())           # a checkpoint of another machine
+    assert again.dtype == torch.float32
 
 
 def test_muon_counts_kernels_per_shape_and_not_per_matrix():

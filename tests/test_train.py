@@ -156,7 +156,8 @@ def test_learning_rate_rises_then_falls_to_zero():
 def test_adamw_is_used_alone_where_it_is_asked_for(tokenizer):
     """TiTok's blocks and a VAE's kernels are trained with Muon where --optimizer adamw is not given."""
     given = argparse.Namespace(tokenizer=tokenizer, generator="none", head=None, frames=None)
-    args = argparse.Namespace(**runs.defaults_of(given, torch.device("cpu")), tokenizer=tokenizer)
+    cpu = torch.device("cpu")
+    args = argparse.Namespace(**runs.defaults_of(given, cpu), tokenizer=tokenizer, device=cpu)
     model = runs.build_tokenizer(args)
     args.optimizer = "adamw"
     assert len(train.make_optimizers(model, args, 1e-3)) == 1
@@ -166,7 +167,8 @@ def test_adamw_is_used_alone_where_it_is_asked_for(tokenizer):
 
 def test_muon_takes_kernels_but_none_of_a_discriminator():
     model = nn.ModuleDict(dict(net=nn.Conv2d(3, 4, 3), discriminator=nn.Conv2d(3, 4, 3)))
-    _, optimizer = train.make_optimizers(model, argparse.Namespace(optimizer="muon", weight_decay=0.0), 1e-3)
+    args = argparse.Namespace(optimizer="muon", weight_decay=0.0, device=torch.device("cpu"))
+    _, optimizer = train.make_optimizers(model, args, 1e-3)
     [kernel] = optimizer.param_groups[0]["params"]
     assert kernel is model["net"].weight
 
