@@ -38,14 +38,17 @@ SIZES = {
                  z_channels=256, groups=32),
     "ds8": dict(image_size=256, vocab_size=16384, code_dim=8, ch=128, ch_mult=(1, 2, 2, 4), n_res=2,
                 z_channels=256, groups=32),
-    # for 32 x 32 pixels: 4 x 4 tokens on a CPU, 8 x 8 on a CPU, 8 x 8 on a GPU
+    # LlamaGen's, small, for 32 x 32 pixels: 4 x 4 tokens on a CPU, 8 x 8 on a CPU, 8 x 8 on a GPU
     "small": dict(image_size=32, vocab_size=1024, code_dim=8, ch=16, ch_mult=(1, 2, 4, 4), n_res=1,
                   z_channels=32, groups=8),
     "fine": dict(image_size=32, vocab_size=512, code_dim=8, ch=16, ch_mult=(1, 2, 4), n_res=1,
                  z_channels=32, groups=8),
     "medium": dict(image_size=32, vocab_size=1024, code_dim=8, ch=64, ch_mult=(1, 2, 4), n_res=2,
                    z_channels=128, groups=16),
-    # for pictures on a CPU: 8 x 8 tokens, 4 x 4 pixels as channels, and the linear path beside the networks
+    # With the linear path beside the networks, on a CPU: 4 x 4 tokens, the default for drawn shapes, and 8 x 8
+    # for pictures. The networks see 2 x 2 and 4 x 4 pixels as channels.
+    "coarse": dict(image_size=32, vocab_size=4096, code_dim=16, l2_norm=False, ema=0.99, stem=2, ch=32,
+                   ch_mult=(1, 2, 2), n_res=1, z_channels=64, groups=8, linear=True),
     "patches": dict(image_size=32, vocab_size=1024, code_dim=16, l2_norm=False, ema=0.99, stem=4, ch=64,
                     ch_mult=(1,), n_res=1, z_channels=64, groups=8, linear=True),
 }

@@ -82,7 +82,8 @@ DEFAULTS = {
                  tok_lr=1e-3, beta=0.02, size="medium", steps=8000, batch_size=256, lr=1e-3),
     # beta: of the commitment. l2 leaves half of the codes unused
     "any-vq": dict(beta=0.25, codebook="l2-ema"),
-    "any-vq-patches": dict(codebook="ema"),                 # the linear path: codes of any length
+    "any-vq-coarse": dict(codebook="ema"),                  # the linear path: codes of any length
+    "any-vq-patches": dict(codebook="ema"),
     "any-lfq": dict(beta=0.05, codebook="lfq"),
     "any-lfq-fsq": dict(beta=None),
     "any-lfq-bsq": dict(beta=0.0),
@@ -92,6 +93,7 @@ DEFAULTS = {
     "any-patches": dict(tok_size="4", tok_steps=0, beta=None),            # pixels: nothing is trained
     "cpu-vae": dict(tok_size="patches", tok_lr=1e-2),
     "cuda-vae": dict(tok_size="patches-medium", tok_steps=2000),
+    "cpu-vq": dict(tok_size="coarse"),
     "cpu-vq-patches": dict(tok_steps=600, tok_lr=2e-3),
     "cpu-lfq": dict(tok_size="coarse"),
     "cpu-titok": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),
@@ -99,6 +101,7 @@ DEFAULTS = {
     "cpu-msvq": dict(tok_steps=1000, tok_lr=2e-3),
     # 2,700 steps of tiny beat 920 of small in the same time: 96.8% of samples recognised for 94.0%
     "cpu-ar-gmm": dict(size="tiny", steps=4500, lr=6e-3),
+    "cpu-ar-categorical": dict(size="tiny", steps=4500, lr=6e-3),
     "cpu-maskgit": dict(steps=3000),  # a pass teaches the masked tokens only: it needs more steps
     "cpu-maskgit-categorical": dict(size="tiny", steps=8000),
     "cpu-mar": dict(size="tiny", steps=7000, dropout=0.0),
