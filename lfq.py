@@ -41,6 +41,13 @@ SIZES = {
     "coarse": dict(image_size=32, bits=10, ch=16, ch_mult=(1, 2, 4, 4), n_res=1, groups=8),
     "small": dict(image_size=32, bits=10, ch=16, ch_mult=(1, 2, 4), n_res=2, groups=8),
     "medium": dict(image_size=32, bits=12, ch=64, ch_mult=(1, 2, 4), n_res=2, groups=16),
+    # With the linear path beside the networks, the defaults on a CPU: 4 x 4 tokens, 8 x 8, and 5 x 4 x 4 of a
+    # clip. The networks see 2 x 2 or 4 x 4 pixels as channels.
+    "patches-coarse": dict(image_size=32, bits=12, ch=32, ch_mult=(1, 2, 2), n_res=1, groups=8, stem=2,
+                           linear=True),
+    "patches": dict(image_size=32, bits=10, ch=64, ch_mult=(1,), n_res=2, groups=8, stem=4, linear=True),
+    "patches-clips": dict(image_size=32, frames=17, bits=12, ch=16, ch_mult=(1, 2, 4), n_res=1, groups=8,
+                          stem=2, linear=True),
     # clips on a CPU, 5 x 4 x 4 tokens, and on a GPU, 5 x 8 x 8
     "clips": dict(image_size=16, frames=17, bits=10, ch=16, ch_mult=(1, 2, 4), n_res=1, groups=8),
     "clips-medium": dict(image_size=64, frames=17, bits=12, ch=64, ch_mult=(1, 2, 4, 4), n_res=2, groups=16),
@@ -329,6 +336,73 @@ class CausalDecoder(nn.Sequential):
         return x
 
 
+# ---- The linear path -------------------------------------------------------------------------------
+
+class LinearPath(nn.Module):
+    """The best linear autoencoder beside the networks: principal components of patches, and back.
+
+    Of all linear maps to D numbers and back, PCA loses the least squared error (Baldi and Hornik 1989).
+    start() computes it from some images, once. Then it stays as it is, and the networks add what lines
+    cannot.
+
+    Before an image is cut into patches, the difference of two pixels that meet at a border is stretched by
+    the factor `border`. When the patches are put together again it shrinks by as much. A JPEG shows its grid
+    of patches because each is rounded by itself; so would samples, whose tokens never agree to the last
+    digit. (A lapped transform: Malvar and Staelin 1989, Tran et al. 2003.) 1: plain patches.
+    """
+
+    def __init__(self, patch, n_in, n_out, border=2.0):
+        super().__init__()
+        self.patch = patch
+        self.border = border
+        self.register_buffer("mean", torch.zeros(n_in))                    # of a patch's n_in numbers
+        self.register_buffer("basis", torch.zeros(n_in, n_out))            # a component per column
+        self.register_buffer("std", torch.ones(n_out))                     # of each component
+
+    @torch.no_grad()
+    def start(self, images):
+        """PCA of the patches of images (N, channels, H, W). A thousand images will do."""
+        patches = self.cut(images).flatten(0, 1).cpu().double()                       # (N * T, n_in)
+        values, vectors = torch.linalg.eigh(patches.T.cov())                          # ascending
+        n = min(self.basis.shape)
+        self.mean.copy_(patches.mean(0))
+        self.basis[:, :n] = vectors.flip(1)[:, :n].to(self.basis)
+        self.std[:n] = values.flip(0)[:n].clamp(min=1e-6).sqrt().to(self.std)
+
+    def forward(self, images):
+        """images (B, channels, H, W) -> (B, T, n_out), each number of mean 0 and variance 1 over the
+        images.
+        """
+        with torch.autocast(images.device.type, enabled=False):         # bfloat16 would cost decibels
+            return (self.cut(images.to(self.mean.dtype)) - self.mean) @ (self.basis / self.std)
+
+    def inverse(self, z, grid):
+        """z (B, T, n_out) -> images (B, channels, H, W)."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self.join(z.to(self.mean.dtype) @ (self.basis * self.std).T + self.mean, grid)
+
+    def cut(self, images):
+        """images (B, channels, H, W) -> patches (B, T, n_in), row by row."""
+        return F.pixel_unshuffle(self.stretch(images, self.border), self.patch).flatten(2).transpose(1, 2)
+
+    def join(self, patches, grid):
+        """The inverse of cut: patches (B, T, n_in) -> images (B, channels, H, W)."""
+        maps = patches.transpose(1, 2).unflatten(2, grid)                             # (B, n_in, h, w)
+        return self.stretch(F.pixel_shuffle(maps, self.patch), 1 / self.border)
+
+    def stretch(self, x, factor):
+        """Multiply the differences across the borders of patches: x (B, channels, H, W) -> the same shape."""
+        for _ in range(2):                                  # across, then, with the axes swapped, down
+            x = x.transpose(-1, -2).contiguous()
+            last = x[..., self.patch - 1:-1:self.patch]
+            first = x[..., self.patch::self.patch]
+            more = (factor - 1) / 2 * (first - last)
+            x = x.clone()
+            x[..., self.patch - 1:-1:self.patch] = last - more
+            x[..., self.patch::self.patch] = first + more
+        return x
+
+
 # ---- The tokenizer ---------------------------------------------------------------------------------
 
 class LFQ(nn.Module):
@@ -341,6 +415,11 @@ class LFQ(nn.Module):
     with 3 channels; the network sees their average. Any other number: images are (B, channels, H, W), such as
     one-hot label maps. The rest: see LookupFreeQuantizer.
 
+    stem: the networks see stem x stem pixels as channels of one position. linear: z = path(frames) +
+    network(frames), and what codes q mean is path_out(q) + network(q). Both networks begin at zero. The path
+    sees as many frames as a token stands for; in front of a clip its first frame is repeated, so the path is
+    causal, too.
+
     codebook: "lfq", or one of the two quantisers below that leave out its losses: "bsq", signs on the sphere
     (entropy is 0.1 then, and beta 0, if they are not given), or "fsq", rounded numbers, whose levels are
     those of FSQ_LEVELS that make most nearly 2^bits codes, if they are not given.
@@ -350,17 +429,18 @@ class LFQ(nn.Module):
 
     def __init__(self, image_size=32, frames=1, bits=10, ch=16, ch_mult=(1, 2, 4), n_res=2, time=None,
                  groups=8, per_frame=True, channels=3, entropy=None, diversity=1.0, beta=None,
-                 temperature=0.1, entropy_groups=1, codebook="lfq", levels=None):
+                 temperature=0.1, entropy_groups=1, codebook="lfq", levels=None, stem=1, linear=False):
         super().__init__()
         downs = len(ch_mult) - 1
-        if image_size % (1 << downs) or image_size < 2 << downs:                   # one token has no variance
-            raise ValueError(f"image_size {image_size} must be a multiple of {1 << downs}, the stride of "
-                             f"this LFQ, and at least {2 << downs}")
+        stride = stem << downs
+        if image_size % stride or image_size < 2 * stride:                         # one token has no variance
+            raise ValueError(f"image_size {image_size} must be a multiple of {stride}, the stride of "
+                             f"this LFQ, and at least {2 * stride}")
         if time is None:
             last_two = tuple(2 if level >= downs - 2 else 1 for level in range(downs))
             time = (1,) * downs if frames == 1 else last_two
         kernel = (1 if frames == math.prod(time) == 1 else 3, 3, 3)
-        side = image_size >> downs
+        side = image_size // stride
         weights = {name: v for name, v in dict(entropy=entropy, beta=beta).items() if v is not None}
         if codebook == "fsq":
             self.quantizer = FiniteScalarQuantizer(levels or FSQ_LEVELS[nearest_size(1 << bits)])
@@ -378,8 +458,15 @@ class LFQ(nn.Module):
         self.space = (side, side)
         self.grid = self.space if frames == 1 else (self.latent_frames(frames), *self.space)
         self.seq_len = math.prod(self.grid)
-        self.encoder = CausalEncoder(n, ch, ch_mult, n_res, kernel, time, groups, per_frame, channels)
-        self.decoder = CausalDecoder(n, ch, ch_mult, n_res, kernel, time, groups, per_frame, channels)
+        self.stem = stem
+        seen = channels * stem**2
+        self.encoder = CausalEncoder(n, ch, ch_mult, n_res, kernel, time, groups, per_frame, seen)
+        self.decoder = CausalDecoder(n, ch, ch_mult, n_res, kernel, time, groups, per_frame, seen)
+        self.path = None
+        if linear:
+            n_in = self.time_stride * channels * stride**2
+            self.path = LinearPath(stride, n_in, n)
+            self.path_out = nn.Linear(n, n_in)              # codes -> patches
         self.init_weights()
 
     def init_weights(self):
@@ -397,6 +484,44 @@ class LFQ(nn.Module):
                 nn.init.ones_(module.gamma.bias)
                 nn.init.zeros_(module.beta.weight)
                 nn.init.zeros_(module.beta.bias)
+        if self.path is not None:                           # at first, the networks add nothing to the path
+            nn.init.zeros_(self.encoder[-1].weight)
+            nn.init.zeros_(self.decoder[-1].weight)
+
+    @torch.no_grad()
+    def start(self, images):
+        """Before training: PCA of the patches of images (N, 3, H, W), or clips, turned at random, so that
+        each bit gets its share of every component; then the linear map from signs to patches with the least
+        squared error.
+
+        Random numbers come from torch's seed and sums are made on the CPU: all processes get the same.
+        """
+        if self.path is None:
+            return
+        frames = self.groups_of_frames(images)
+        self.path.start(frames)
+        self.path.std.fill_(self.path.std.square().mean().sqrt())     # distances are those between patches
+        n = len(self.path.std)
+        turn = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, device="cpu")).Q
+        self.path.basis.copy_(self.path.basis @ turn.to(self.path.basis))
+        z = self.path(frames).flatten(0, 1)
+        q = self.quantizer.codes(self.quantizer.quantize(z)[1]).cpu().double()                  # (N * T, n)
+        patches = self.path.cut(frames).flatten(0, 1).cpu().double()                  # (N * T, n_in)
+        mean = q.mean(0)
+        spread = q.T.cov(correction=0) + 1e-6 * torch.eye(n, dtype=q.dtype, device="cpu")
+        weight = torch.linalg.solve(spread, (q - mean).T @ patches / len(q))          # (n, n_in)
+        self.path_out.weight.copy_(weight.T)
+        self.path_out.bias.copy_(patches.mean(0) - mean @ weight)
+
+    def groups_of_frames(self, images):
+        """images (B, 3, H, W) or clips (B, 3, F, H, W) -> (B * f, time_stride * channels, H, W): the frames
+        that a frame of tokens stands for, as channels. In front of the first one it is repeated.
+        """
+        x = self.pixels(images)
+        x = x.unsqueeze(2) if x.ndim == 4 else x
+        first = x[:, :, :1].expand(-1, -1, self.time_stride - 1, -1, -1)
+        x = torch.cat([first, x], 2).transpose(1, 2)                                  # (B, f * s, C, H, W)
+        return x.reshape(-1, self.time_stride * x.shape[2], *x.shape[3:])
 
     def latent_frames(self, frames):
         """Frames of a clip -> frames of its tokens. The first frame of a clip stands for itself."""
@@ -416,12 +541,26 @@ class LFQ(nn.Module):
         x = self.pixels(images)
         x = x.unsqueeze(2) if x.ndim == 4 else x
         self.latent_frames(x.shape[2])                      # refuses a length that does not fit
-        return self.encoder(x).float().flatten(2).transpose(1, 2)
+        z = self.encoder(self.to_stem(x)).float().flatten(2).transpose(1, 2)
+        if self.path is None:
+            return z
+        return z + self.path(self.groups_of_frames(images)).view(z.shape)
+
+    def to_stem(self, x):
+        """x (B, C, F, H, W) -> (B, C * stem^2, F, H / stem, W / stem)."""
+        return F.pixel_unshuffle(x.transpose(1, 2), self.stem).transpose(1, 2)
 
     def decode_raw(self, q):
         """Codes q (B, T, bits) -> images (B, 3, H, W), or clips if of several frames, not clamped."""
         q = q.transpose(1, 2).unflatten(2, (-1, *self.space))                         # (B, bits, f, h, w)
-        raw = self.decoder(q).float()
+        raw = F.pixel_shuffle(self.decoder(q).float().transpose(1, 2), self.stem)     # (B, F, C, H, W)
+        if self.path is not None:
+            with torch.autocast(q.device.type, enabled=False):
+                patches = self.path_out(q.float().flatten(3).permute(0, 2, 3, 1)).flatten(0, 1)
+                groups = self.path.join(patches, self.space)                          # (B * f, s * C, H, W)
+            frames = groups.view(len(q), -1, *raw.shape[2:])                          # (B, f * s, C, H, W)
+            raw = raw + frames[:, self.time_stride - 1:]
+        raw = raw.transpose(1, 2)
         raw = raw.squeeze(2) if q.shape[2] == 1 else raw
         return raw.repeat_interleave(3, dim=1) if self.channels == 1 else raw
 
@@ -462,7 +601,11 @@ class LFQ(nn.Module):
             old = state_dict[key]
             if old.ndim == 5:
                 old = F.pad(old, (0, 0, 0, 0, new.shape[2] - old.shape[2], 0))
-            ours[key] = old.repeat(new.shape[0] // old.shape[0], *[1] * (old.ndim - 1))
+            if key == "path.basis":                         # it looks at the present frame, the last one
+                old = F.pad(old, (0, 0, len(new) - len(old), 0))
+            if new.ndim:
+                old = old.repeat(new.shape[0] // old.shape[0], *[1] * (old.ndim - 1))
+            ours[key] = old
         self.load_state_dict(ours)
         return self
 

@@ -35,7 +35,7 @@ from common import sharding, tokens
 from data import BadInput
 
 VALIDATED = 2000                                            # images, or frames of clips, per validation loss
-STARTED_FROM = 2000                                         # images that a linear path is computed from
+STARTED_FROM = 2000                                         # images, or frames, that start a linear path
 MEASURED = 5000                                             # images whose tokens say what unit variance is
 SAVE_SECONDS = 60                                           # between checkpoints
 
@@ -232,7 +232,8 @@ def train_tokenizer(args, dist, folder, train_set, val_set, weights=None):
 def start_path(tokenizer, args, train_set):
     """The linear path of a tokenizer that has one, from a first look at images."""
     if hasattr(tokenizer, "start"):
-        index = torch.linspace(0, len(train_set) - 1, min(len(train_set), STARTED_FROM), device="cpu").long()
+        n = min(len(train_set), max(1, STARTED_FROM // args.frames))
+        index = torch.linspace(0, len(train_set) - 1, n, device="cpu").long()
         tokenizer.to(args.device).start(train_set.batch(index)[0])
 
 

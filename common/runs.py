@@ -82,7 +82,7 @@ DEFAULTS = {
                  tok_lr=1e-3, beta=0.02, size="medium", steps=8000, batch_size=256, lr=1e-3),
     # beta: of the commitment. l2 leaves half of the codes unused
     "any-vq": dict(beta=0.25, codebook="l2-ema"),
-    "any-vq-coarse": dict(codebook="ema"),                  # the linear path: codes of any length
+    "any-vq-patches-coarse": dict(codebook="ema"),           # the linear path: codes of any length
     "any-vq-patches": dict(codebook="ema"),
     "any-lfq": dict(beta=0.05, codebook="lfq"),
     "any-lfq-fsq": dict(beta=None),
@@ -93,9 +93,9 @@ DEFAULTS = {
     "any-patches": dict(tok_size="4", tok_steps=0, beta=None),            # pixels: nothing is trained
     "cpu-vae": dict(tok_size="patches", tok_lr=1e-2),
     "cuda-vae": dict(tok_size="patches-medium", tok_steps=2000),
-    "cpu-vq": dict(tok_size="coarse"),
+    "cpu-vq": dict(tok_size="patches-coarse"),
     "cpu-vq-patches": dict(tok_steps=600, tok_lr=2e-3),
-    "cpu-lfq": dict(tok_size="coarse"),
+    "cpu-lfq": dict(tok_size="patches-coarse"),
     "cpu-titok": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),
     "cpu-titok-vae": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),
     "cpu-msvq": dict(tok_steps=1000, tok_lr=2e-3),
@@ -134,14 +134,18 @@ GONE = dict(task="class", joint=False, channels=3, likelihood="mse", corrupt=0.0
 def defaults_of(args, device):
     """args (tokenizer, tok_size, generator, head, frames) -> the default of each flag on this machine."""
     machine = "cuda" if device.type == "cuda" else "cpu"
-    kinds = [args.tokenizer, f"{args.tokenizer}-{getattr(args, 'tok_size', None)}",
-             f"{args.tokenizer}-{getattr(args, 'codebook', None)}", args.generator,
-             f"{args.generator}-{args.head}"]
-    if args.frames not in (None, 1):
-        kinds.append("clips")
     defaults = DEFAULTS["any"] | DEFAULTS[machine]
-    for kind in kinds:
-        defaults |= DEFAULTS.get(f"any-{kind}", {}) | DEFAULTS.get(f"{machine}-{kind}", {})
+
+    def add(kind):
+        defaults.update(DEFAULTS.get(f"any-{kind}", {}) | DEFAULTS.get(f"{machine}-{kind}", {}))
+
+    add(args.tokenizer)
+    size = getattr(args, "tok_size", None) or defaults["tok_size"]        # of the tokenizer here
+    for kind in (f"{args.tokenizer}-{size}", f"{args.tokenizer}-{getattr(args, 'codebook', None)}",
+                 args.generator, f"{args.generator}-{args.head}"):
+        add(kind)
+    if args.frames not in (None, 1):
+        add("clips")
     return defaults
 
 
@@ -523,6 +527,7 @@ def suit(args, train_set):
 
 def take_patches(args):
     """A vq with the linear path instead of the default size, with its own defaults -> what to say."""
+    small = args.tok_size
     before = build_tokenizer(args).seq_len
     args.tok_size = "patches"
     defaults = defaults_of(args, args.device)
@@ -530,8 +535,8 @@ def take_patches(args):
         if name in args.by_default:
             setattr(args, name, defaults[name])
     after = build_tokenizer(args)
-    return (f"{after.seq_len} ids of {after.vocab_size:,}; --tok_size small: {before}, and a generator that "
-            "is three to four times as fast")
+    return (f"{after.seq_len} ids of {after.vocab_size:,}; --tok_size {small}: {before}, and a generator "
+            "that is three to four times as fast")
 
 
 def in_colour(image_set, tint):

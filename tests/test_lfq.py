@@ -312,3 +312,72 @@ def test_lfq_learns_and_uses_its_words():
         usage[weight] = (model.quantizer.count(model.eval().encode(images)) > 0).float().mean().item()
     assert losses[19] < 0.5 * losses[0], f"squared error {losses[0]:.3f} to {losses[19]:.3f}"
     assert usage[0.02] > 1.5 * usage[0.0] and usage[0.02] > 0.5, usage
+
+
+# ---- The linear path -------------------------------------------------------------------------------
+
+def with_path(frames=1, **options):
+    """A small LFQ with the linear path, begun on drawn images or clips -> model, those images."""
+    torch.manual_seed(0)
+    sizes = dict(image_size=16, bits=8, ch=8, ch_mult=(1, 2), n_res=1, groups=4, stem=2, linear=True)
+    model = lfq.LFQ(**sizes | dict(frames=frames, time=None if frames == 1 else (4,)) | options)
+    if frames == 1:
+        x = data.draw(torch.arange(200), 16)[0]
+    else:
+        x = data.draw_clips(torch.arange(24), 16, frames)[0]
+    model.start(x)
+    return model.eval(), x
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+@pytest.mark.parametrize("codebook", ["lfq", "bsq", "fsq"])
+def test_lfq_begins_with_the_best_linear_map_from_codes_to_patches(frames, codebook):
+    model, x = with_path(frames, codebook=codebook)
+    frames_in = model.groups_of_frames(x)
+    patches = model.path.cut(frames_in).flatten(0, 1).double()
+    q = model.quantizer.codes(model.encode(x)).flatten(0, 1).double()
+    ones = torch.cat([q, torch.ones(len(q), 1)], 1)
+    best = ones @ torch.linalg.lstsq(ones, patches, driver="gelsd").solution
+    found = model.path_out(q.float())
+    assert (found - best).square().mean() < 1e-4 * (patches - best).square().mean()
+    still = x if frames == 1 else x[:, :, 1:]               # of the first frame only the last copy is seen
+    rebuilt = model.decode_raw(model.quantizer.codes(model.encode(x)))
+    joined = model.path.join(found.view(len(frames_in), -1, patches.shape[1]), model.space)
+    joined = joined.view(len(x), -1, 3, 16, 16).transpose(1, 2)[:, :, model.time_stride - 1:]
+    close(rebuilt, joined.squeeze(2) if frames == 1 else joined, 1e-5)
+    assert (rebuilt - x).square().mean() < 0.5 * (still - still.mean()).square().mean()
+
+
+def test_lfq_with_the_linear_path_sees_no_later_frame():
+    model, x = with_path(9)
+    nn.init.normal_(model.encoder[-1].weight, std=0.1)
+    later = x.clone()
+    later[:, :, 5:] = 0
+    z, changed = model.latents(x), model.latents(later)
+    first = 2 * model.space[0] * model.space[1]             # tokens of frames 0 and 1 to 4
+    close(z[:, :first], changed[:, :first], 1e-6)
+    assert not torch.allclose(z[:, first:], changed[:, first:])
+
+
+def test_lfq_training_never_ends_below_its_linear_start():
+    model, x = with_path()
+    with torch.no_grad():
+        before = F.mse_loss(model.decode(model.encode(x)), x)
+    opt = torch.optim.AdamW(model.train().parameters(), lr=2e-3)
+    for step in range(60):
+        opt.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 10) * (1 - step / 60)
+        loss, _ = model(x[torch.randint(len(x), (16,))])
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    with torch.no_grad():
+        after = F.mse_loss(model.eval().decode(model.encode(x)), x)
+    assert after < 0.8 * before
+
+
+def test_an_inflated_lfq_with_the_linear_path_keeps_the_ids_and_pixels_of_images():
+    image, x = with_path()
+    clip, _ = with_path(5)
+    clip.inflate(image.state_dict())
+    assert torch.equal(image.encode(x), clip.encode(x))
+    close(image.decode(image.encode(x)), clip.decode(clip.encode(x)), 1e-6)

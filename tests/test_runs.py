@@ -208,7 +208,8 @@ def test_later_lines_of_the_defaults_override_earlier_ones():
     assert (cpu["tok_size"], cpu["size"], cpu["steps"], cpu["image_size"]) == ("clips", "tiny", 6500, 16)
     kind.frames = 1
     cpu = runs.defaults_of(kind, torch.device("cpu"))
-    assert (cpu["tok_size"], cpu["size"], cpu["steps"], cpu["beta"]) == ("coarse", "tiny", 8000, 0.05)
+    assert (cpu["tok_size"], cpu["size"], cpu["steps"], cpu["beta"]) == (
+        "patches-coarse", "tiny", 8000, 0.05)
     cuda = runs.defaults_of(kind, torch.device("cuda"))
     assert (cuda["tok_size"], cuda["size"], cuda["steps"]) == ("medium", "medium", 16_000)
 
@@ -230,16 +231,17 @@ def pretend_set(grey):
 
 @pytest.mark.parametrize("words, grey, size", [
     (["--data", "mine"], False, "patches"),
-    (["--data", "mine"], True, "small"),
+    (["--data", "mine"], True, "patches-coarse"),
     (["--data", "mine", "--tok_size", "fine"], False, "fine"),
-    ([], False, "small"),
+    ([], False, "patches-coarse"),
 ])
 def test_a_vq_of_colour_pictures_has_the_linear_path(words, grey, size, tmp_path, capsys):
     args = args_of(["--tokenizer", "vq", *words], tmp_path)
     runs.suit(args, pretend_set(grey))
     assert args.tok_size == size
-    assert (args.codebook, args.tok_steps) == (("ema", 600) if size == "patches" else ("l2-ema", 1000))
-    said = "colour pictures: 64 ids of 1,024; --tok_size small: 16"
+    assert args.codebook == ("l2-ema" if size == "fine" else "ema")
+    assert args.tok_steps == (600 if size == "patches" else 1000)
+    said = "colour pictures: 64 ids of 1,024; --tok_size patches-coarse: 16"
     assert (said in capsys.readouterr().out) == (size == "patches")
 
 
