@@ -677,5 +677,6 @@ def test_data_py_shows_a_set_of_ones_own_and_a_fresh_process_knows_all_formats(t
         f.unlink()
     done = subprocess.run([sys.executable, ROOT / "data.py", "--data", "d", "--image_size", "8"],
                           cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "d: 24 images in 2 classes: cat (12), dog (12)" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "d: 24 images in 2 classes: cat (12), dog (12)" in done.stdout
     assert Image.open(tmp_path / "data.png").width > 100
