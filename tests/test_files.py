@@ -351,7 +351,8 @@ def test_endings_are_known_before_the_first_picture_is_read():
     An empty module stands for torch, which has no part in it and takes seconds to import.
     """
     asked = ("import sys, types; sys.modules['torch'] = types.ModuleType('torch'); "
-             "from common import reading; print({'.jpg', '.webp', '.tif'} <= reading.picture_endings())")
+             "from common import reading; "
+             "print({'.jpg', '.webp', '.avif', '.tif'} <= reading.picture_endings())")
     done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
 
