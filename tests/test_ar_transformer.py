@@ -220,7 +220,7 @@ def test_ar_three_ways_to_decode_are_one(condition, continuous):
     at first only.
     """
     torch.compiler.reset()
-    n_layer = 1 if condition else 2                         # what stands in front is the same to every layer
+    n_layer = 1 if condition or continuous else 2           # heads and what stands in front are no layer's
     model = small_ar(continuous, n_layer=n_layer, **condition).eval()
     if not continuous:
         model.rope[:model.n_prefix] = 0              # as in LlamaGen's released weights: official/llamagen.py
