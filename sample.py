@@ -59,8 +59,23 @@ def parse_args(argv=None):
     p.add_argument("--device", help="cpu, cuda, mps (default: a GPU if there is one)")
     p.add_argument("--compile", action="store_true",
                    help="torch.compile what is repeated; it pays for thousands of samples (default: not)")
+    add_wish_flags(p)
+    add_output_flags(p)
+    add_drawing_flags(p)
+    add_official_flags(p)
+    args = p.parse_args(argv)
+    if (args.run is None) == (args.official is None):
+        raise BadInput("name a run folder, or weights with --official: one of them")
+    theirs = args.vae or args.vq or args.titok or args.lfq or args.msvq or args.text_encoder
+    if theirs and not args.official:
+        raise BadInput("--vae, --vq, --titok, --lfq, --msvq, --text_encoder: go with --official; a run has "
+                       "its own")
+    return args
+
+
+def add_wish_flags(p):
     g = p.add_argument_group("what is asked for")
-    g.add_argument("--prompt", nargs="+", 
+    g.add_argument("--prompt", nargs="+",
                    help="captions to draw, each in quotes, for a run with --condition text (default: of "
                         "validation images)")
     g.add_argument("--image", help="an image to edit; --mask says where it is repainted")
@@ -72,6 +87,9 @@ def parse_args(argv=None):
     g.add_argument("--known_frames", type=int,
                    help="clips: so many frames of validation clips (or of --image, your own) are given, the "
                         "rest is predicted; --class says how it goes on")
+
+
+def add_output_flags(p):
     g = p.add_argument_group("what is written")
     g.add_argument("--out", help="the picture (default: the next free of RUN/samples-1.png, -2 ...)")
     g.add_argument("--npz", help="also write the samples as uint8 (N, [F,] H, W, 3) `arr_0`, with `labels`")
@@ -81,6 +99,9 @@ def parse_args(argv=None):
                    help="also write the run's validation images as such an .npz, to compare samples with")
     g.add_argument("--gif", nargs="?", const="",
                    help="also write an animation (default: beside --out): tokens appearing, or clips moving")
+
+
+def add_drawing_flags(p):
     g = p.add_argument_group("how tokens are drawn")
     g.add_argument("--steps", type=int, help="maskgit, mar: passes for all tokens (default: 12, mar 64 or T)")
     g.add_argument("--cfg_schedule", choices=["linear", "constant", "power-cosine"],
@@ -107,6 +128,9 @@ def parse_args(argv=None):
     g.add_argument("--clip", type=float, help="gmm: cut every component off at so many sigmas")
     g.add_argument("--beam", type=int, help="ar: search so many sequences for the likeliest; 1 is off")
     g.add_argument("--fan", type=int, help="ar: candidates for each next token of a sequence (default: 8)")
+
+
+def add_official_flags(p):
     g = p.add_argument_group("the authors' weights instead of a run (docs/weights.md has the files)")
     g.add_argument("--official", help="file of the generator, such as mar_base.pth; name its tokenizer too")
     g.add_argument("--vae", help="MAR: the file of its tokenizer, kl16.ckpt")
@@ -118,14 +142,6 @@ def parse_args(argv=None):
                    help="LlamaGen and Open-MAGVIT2: 256 (default), 384 or 512 pixels; VAR: 256 or 512")
     g.add_argument("--text_encoder",
                    help="LlamaGen's text-conditional files: google/flan-t5-xl, or its folder")
-    args = p.parse_args(argv)
-    if (args.run is None) == (args.official is None):
-        raise BadInput("name a run folder, or weights with --official: one of them")
-    theirs = args.vae or args.vq or args.titok or args.lfq or args.msvq or args.text_encoder
-    if theirs and not args.official:
-        raise BadInput("--vae, --vq, --titok, --lfq, --msvq, --text_encoder: go with --official; a run has "
-                       "its own")
-    return args
 
 
 # ---- The program ---------------------------------------------------------------------------------

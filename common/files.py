@@ -202,6 +202,49 @@ def refuse_bad(bad, files, skip_bad, kind):
     print(f"--skip_bad: left out {len(bad)} {which}, the first is {printable(files[first][0])}")
 
 
+def images_in_memory(files, image_size, keep):
+    """Files [(name, opener)] -> images (N, 3, H, W) uint8, good (N positions in files), bad, oblong.
+
+    keep(what, make): cached() for this path and its files.
+    """
+    decoded = keep((image_size,), lambda: decode_images(files, image_size))
+    good = [i for i in range(len(files)) if i not in decoded["bad"]]
+    images = decoded["images"] if not decoded["bad"] else decoded["images"][good]
+    return dict(decoded, images=images, good=good)
+
+
+def images_streamed(path, files, image_size, keep, skip_bad):
+    """As images_in_memory, for a set that does not fit: images is StreamedFiles, and nothing is oblong."""
+    if not path.is_dir():
+        raise BadInput(f"--data {printable(path)}: {len(files)} images at {image_size} pixels do not fit "
+                       "into memory, and an archive cannot be streamed: unpack it and name the folder")
+    bad = {}
+    if skip_bad:
+        bad = keep((image_size, "checked"), lambda: check_images(files, image_size))["bad"]
+    good = [i for i in range(len(files)) if i not in bad]
+    return dict(images=StreamedFiles([files[i] for i in good], image_size), good=good, bad=bad, oblong=0)
+
+
+def clips_in_memory(path, files, image_size, frames, frame_step, keep, fits):
+    """As images_in_memory; images is (N, 3, F, H, W) uint8, several of them from a long film."""
+    try:
+        decoded = keep((image_size, frames, frame_step),
+                       lambda: decode_clips(files, image_size, frames, frame_step, fits))
+    except ValueError:
+        raise BadInput(f"--data {printable(path)}: more clips of {frames} frames at {image_size} pixels than "
+                       "fit into memory: give less of --frames or --image_size, or fewer files") from None
+    return dict(decoded, good=decoded["owner"], oblong=0)
+
+
+def read_captions(found, names):
+    """-> the captions of the images in a Listing, or None unless each has one; names of those without."""
+    captions = caption_readers(found, names)
+    missing = [name for name, read in zip(names, captions) if read is None]
+    if missing:
+        return None, missing
+    return in_threads(lambda i: captions[i](), len(names), "reading captions"), missing
+
+
 def read_files(path, image_size, split, frames=1, frame_step=None, skip_bad=False, fits=None, cache=None):
     """One split of what lies in a path -> images, labels [int], classes, texts or None, summary in words.
 
@@ -209,13 +252,12 @@ def read_files(path, image_size, split, frames=1, frame_step=None, skip_bad=Fals
     the free memory). split: "train" or another. cache: a folder to keep what was decoded, for the next time.
     """
     path = Path(path)
-    shown = printable(path)
     fits = free_bytes("cpu") // 2 if fits is None else fits
     kind = "image" if frames == 1 else "clip"
     if path.suffix.lower() in (".npz", ".npy") and path.is_file():
         if kind == "clip":
-            raise BadInput(f"--data {shown}: clips are read from class folders or an archive of them, not "
-                           f"from an {path.suffix}")
+            raise BadInput(f"--data {printable(path)}: clips are read from class folders or an archive of "
+                           f"them, not from an {path.suffix}")
         return read_array(path, image_size, split, skip_bad, fits, cache)
     found = list_path(path, skip_bad)
     openers = found.pictures
@@ -229,60 +271,48 @@ def read_files(path, image_size, split, frames=1, frame_step=None, skip_bad=Fals
     names = [name for name, _ in rows]
     labels = [sets.classes.index(label) for _, label in rows]
     files = [(f"{path}/{name}", openers[name]) for name in names]
-    captions = caption_readers(found, names) if kind == "image" else [None]
-    missing = [name for name, read in zip(names, captions) if read is None]
-    texts = None if missing else in_threads(lambda i: captions[i](), len(names), "reading captions")
+
     stamped = names if kind == "image" else [*found.pictures, *found.films]
     stamps = [(name, found.stamps.get(name)) for name in stamped]
-    size = len(files) * 3 * frames * image_size ** 2
-    decoded = dict(oblong=0)
+    key = stamps if kind == "image" else (names, stamps)
+    keep = lambda what, make: cached(cache, path, key, (split, *what), make)
+    texts, missing = read_captions(found, names) if kind == "image" else (None, [])
     if kind == "clip":
-        try:
-            decoded = cached(cache, path, (names, stamps), (split, image_size, frames, frame_step),
-                             lambda: decode_clips(files, image_size, frames, frame_step, fits // 2))
-        except ValueError:
-            raise BadInput(f"--data {shown}: more clips of {frames} frames at {image_size} pixels than fit "
-                           "into memory: give less of --frames or --image_size, or fewer files") from None
-        images = decoded["images"]
-        good = decoded["owner"]
-    elif size > fits:
-        if not path.is_dir():
-            raise BadInput(f"--data {shown}: {len(files)} images at {image_size} pixels do not fit into "
-                           "memory, and an archive cannot be streamed: unpack it and name the folder")
-        if skip_bad:
-            decoded = cached(cache, path, stamps, (split, image_size, "checked"),
-                             lambda: check_images(files, image_size))
-        bad = decoded.setdefault("bad", {})
-        good = [i for i in range(len(files)) if i not in bad]
-        images = StreamedFiles([files[i] for i in good], image_size)
+        decoded = clips_in_memory(path, files, image_size, frames, frame_step, keep, fits // 2)
+    elif len(files) * 3 * image_size ** 2 > fits:
+        decoded = images_streamed(path, files, image_size, keep, skip_bad)
     else:
-        decoded = cached(cache, path, stamps, (split, image_size), lambda: decode_images(files, image_size))
-        good = [i for i in range(len(files)) if i not in decoded["bad"]]
-        images = decoded["images"] if not decoded["bad"] else decoded["images"][good]
+        decoded = images_in_memory(files, image_size, keep)
+    good = decoded["good"]
     refuse_bad(decoded["bad"], files, skip_bad, kind)
     if {labels[i] for i in good} != set(labels):
-        raise BadInput(f"--data {shown}: without its unreadable {'and short ' * (kind == 'clip')}{kind}s a "
-                       "class is empty")
+        raise BadInput(f"--data {printable(path)}: without its unreadable "
+                       f"{'and short ' * (kind == 'clip')}{kind}s a class is empty")
+
     notes = [f"left out: {told(found.left_out)}"] if found.left_out else []
-    if decoded.get("oblong"):
-        notes.append(f"{decoded['oblong']} are not square: of those, the middle square is taken")
-    if texts is None and len(missing) < len(names) and kind == "image":
+    notes += middle_square(decoded["oblong"])
+    if texts is not None:
+        notes.append("each has a caption")
+    elif missing and len(missing) < len(names):
         notes.append(f"{len(names) - len(missing)} of {len(names)} have a caption, {printable(missing[0])} "
                      "has none")
-    elif texts is not None:
-        notes.append("each has a caption")
     return SimpleNamespace(
-        images=images,
+        images=decoded["images"],
         labels=[labels[i] for i in good],
         classes=[printable(name) for name in sets.classes],
         texts=[texts[i] for i in good] if texts else None,
         without_text=[printable(name) for name in missing],
-        summary=summary(shown, sets.train, sets.val, sets.how, kind, notes),
-        head=summary(shown, sets.train, sets.val, sets.how, kind, []),
+        summary=summary(path, sets.train, sets.val, sets.how, kind, notes),
+        head=summary(path, sets.train, sets.val, sets.how, kind, []),
         left_out=told(found.left_out),
         unreadable=len(decoded["bad"]),
-        oblong=decoded.get("oblong", 0),
+        oblong=decoded["oblong"],
     )
+
+
+def middle_square(oblong):
+    """The line of a summary, as a list, that tells of so many images that are not square."""
+    return [f"{oblong} are not square: of those, the middle square is taken"] if oblong else []
 
 
 def read_pairs(path, image_size, split):
@@ -351,7 +381,7 @@ def summary(path, train, val, how, kind, notes):
     names = [f"{printable(name)} ({n})" for name, n in sorted(counts.items())]
     which = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     classes = f"1 class: {which}" if len(names) == 1 else f"{len(names)} classes: {which}"
-    lines = [f"{path}: {len(train) + len(val)} {kind}s in {classes}",
+    lines = [f"{printable(path)}: {len(train) + len(val)} {kind}s in {classes}",
              f"{len(train)} to learn from, {len(val)} held out ({how})", *notes]
     return "\n    ".join(lines)
 
@@ -438,6 +468,54 @@ def name_classes(where, values, names):
                    f"{values.max()}")
 
 
+def find_arrays(shown, keys):
+    """The names of an .npz -> the names of its images and of their labels, which may be missing."""
+    pairs = [pair for pair in PAIRS if pair[0] in keys]
+    pairs = [pair for pair in pairs if pair[1] in keys] or pairs
+    if not pairs:
+        holds = ", ".join(printable(name) for name in keys[:9]) or "nothing"
+        raise BadInput(f"{shown}: an .npz needs the array `images` (N, H, W, 3) uint8 and, for classes, "
+                       f"`labels` (N,); it holds {holds}")
+    return pairs[0]
+
+
+def find_val_arrays(keys, key, key_labels):
+    """The names of an .npz's own validation images and labels, or None: with labels where `key` has them."""
+    for pair in VAL_PAIRS.get(key, ()):
+        if pair[0] in keys and (pair[1] in keys) == (key_labels in keys):
+            return pair
+
+
+def read_pair(shown, keys, read, key, key_labels):
+    """-> images (N, H, W, 3 or 4) uint8, their labels (N,), and which have one (N,); see open_arrays."""
+    images = as_pictures(f"{shown}: `{key}`", read(key))
+    if key_labels not in keys:
+        return images, np.full(len(images), "images"), np.ones(len(images), bool)
+    return images, *as_labels(f"{shown}: `{key_labels}`", read(key_labels), len(images))
+
+
+def hold_out_rows(shown, labels, known):
+    """Labels (N,) -> the rows to learn from, the rows held out, and in words how: a tenth of each class."""
+    rows = np.flatnonzero(known)
+    if len(rows) <= len(np.unique(labels[rows])):
+        raise BadInput(f"{shown}: it takes more than one image in at least one class, to hold out one for "
+                       f"validation; here are {len(rows)} in all")
+    held, how = hold_out(labels[rows].tolist())
+    return rows[~held], rows[held], how
+
+
+def refuse_unlabelled(shown, key_labels, known, skip_bad):
+    """Stop where a label is NaN, or with --skip_bad say in a line that such images are left out."""
+    unlabelled = np.flatnonzero(~known)
+    if len(unlabelled) == 0:
+        return
+    if not skip_bad:
+        raise BadInput(f"{shown}: `{key_labels}`[{unlabelled[0]}] is not a number ({len(unlabelled)} of "
+                       f"{len(known)} are not); mend it, or leave such images out with --skip_bad")
+    print(f"--skip_bad: left out {len(unlabelled)} images without a label, the first is number "
+          f"{unlabelled[0]}")
+
+
 def read_array(path, image_size, split, skip_bad, fits, cache):
     """An .npz with `images` (N, H, W, 3) uint8 and `labels` (N,), or only images; `classes` names the labels.
 
@@ -446,49 +524,32 @@ def read_array(path, image_size, split, skip_bad, fits, cache):
     """
     shown = f"--data {printable(path)}"
     keys, read = open_arrays(path)
-    key, key_labels = next((pair for pair in PAIRS if pair[0] in keys and pair[1] in keys),
-                           next((pair for pair in PAIRS if pair[0] in keys), (None, None)))
-    if key is None:
-        holds = ", ".join(printable(name) for name in keys[:9]) or "nothing"
-        raise BadInput(f"{shown}: an .npz needs the array `images` (N, H, W, 3) uint8 and, for classes, "
-                       f"`labels` (N,); it holds {holds}")
-
-    def pair(key, key_labels):
-        images = as_pictures(f"{shown}: `{key}`", read(key))
-        if key_labels not in keys:
-            return images, np.full(len(images), "images"), np.ones(len(images), bool)
-        return images, *as_labels(f"{shown}: `{key_labels}`", read(key_labels), len(images))
-    images, labels, known = pair(key, key_labels)
+    key, key_labels = find_arrays(shown, keys)
+    images, labels, known = read_pair(shown, keys, read, key, key_labels)
     values = np.unique(labels[known])
     if len(values) == 0:
         raise BadInput(f"{shown}: `{key_labels}` holds no labels")
     named = "classes" in keys and key_labels in keys
     classes = name_classes(shown, values, read("classes") if named else None)
-    rows = np.flatnonzero(known)
-    unlabelled = np.flatnonzero(~known)
-    labelled = key_labels in keys
-    own = next((p for p in VAL_PAIRS.get(key, ()) if p[0] in keys and (p[1] in keys) == labelled), None)
+
+    left_out = ""
+    own = find_val_arrays(keys, key, key_labels)
     if own:
-        val_images, val_labels, fine = pair(*own)
-        val_rows = np.flatnonzero(fine & np.isin(val_labels, values))
+        val_images, val_labels, val_known = read_pair(shown, keys, read, *own)
+        rows = np.flatnonzero(known)
+        val_rows = np.flatnonzero(val_known & np.isin(val_labels, values))
         how = f"`{own[0]}`"
+        strange = len(val_labels) - len(val_rows)
+        if strange:
+            left_out = f"{strange} of `{own[0]}` with labels that no training image has"
     else:
-        if len(rows) <= len(values):
-            raise BadInput(f"{shown}: it takes more than one image in at least one class, to hold out one "
-                           f"for validation; here are {len(rows)} in all")
-        held, how = hold_out(labels[rows].tolist())
         val_images, val_labels = images, labels
-        val_rows = rows[held]
-        rows = rows[~held]
-    if len(unlabelled):
-        if not skip_bad:
-            raise BadInput(f"{shown}: `{key_labels}`[{unlabelled[0]}] is not a number ({len(unlabelled)} of "
-                           f"{len(labels)} are not); mend it, or leave such images out with --skip_bad")
-        print(f"--skip_bad: left out {len(unlabelled)} images without a label, the first is number "
-              f"{unlabelled[0]}")
+        rows, val_rows, how = hold_out_rows(shown, labels, known)
+    refuse_unlabelled(shown, key_labels, known, skip_bad)
     name_of = dict(zip(values.tolist(), classes))
     train = [(i, name_of[label]) for i, label in zip(rows.tolist(), labels[rows].tolist())]
     val = [(i, name_of[label]) for i, label in zip(val_rows.tolist(), val_labels[val_rows].tolist())]
+
     chosen, source = (train, images) if split == "train" else (val, val_images)
     if len(chosen) * 3 * image_size ** 2 > fits:
         raise BadInput(f"{shown}: {len(chosen)} images at {image_size} pixels do not fit into memory: give "
@@ -498,12 +559,8 @@ def read_array(path, image_size, split, skip_bad, fits, cache):
     decoded = cached(cache, path, (stamp.st_size, stamp.st_mtime_ns, key, chosen), (split, image_size),
                      lambda: decode_images(files, image_size))
     refuse_bad(decoded["bad"], files, False, "image")
-    notes = []
-    if decoded["oblong"]:
-        notes.append(f"{decoded['oblong']} are not square: of those, the middle square is taken")
-    left_out = ""
-    if len(val_labels) > len(val_rows) and own:
-        left_out = f"{len(val_labels) - len(val_rows)} of `{own[0]}` with labels that no training image has"
+    notes = middle_square(decoded["oblong"])
+    if left_out:
         notes.append(f"left out: {left_out}")
     return SimpleNamespace(
         images=decoded["images"],
@@ -511,9 +568,9 @@ def read_array(path, image_size, split, skip_bad, fits, cache):
         classes=classes,
         texts=None,
         without_text=[],
-        summary=summary(printable(path), train, val, how, "image", notes),
-        head=summary(printable(path), train, val, how, "image", []),
+        summary=summary(path, train, val, how, "image", notes),
+        head=summary(path, train, val, how, "image", []),
         left_out=left_out,
-        unreadable=len(unlabelled) if split == "train" else 0,
+        unreadable=np.count_nonzero(~known) if split == "train" else 0,
         oblong=decoded["oblong"],
     )

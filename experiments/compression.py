@@ -2,13 +2,13 @@
 Tokens as a codec: bits per pixel against PSNR and MS-SSIM, beside JPEG, WebP and H.265.
 
     pip install av  # brings H.265 (x265); without it there are no films and no H.265
-    python experiments/compression.py --film bigbuckbunny.mp4 --test bikes.mp4  # trains, measures; 40 minutes on one core
-    python experiments/compression.py --parts images --n 16 --out /tmp/x  # does it run? (trains what is not there)
+    python experiments/compression.py --film bigbuckbunny.mp4 --test bikes.mp4      # 40 minutes on one core
+    python experiments/compression.py --parts images --n 16 --out /tmp/x            # does it run?
 
-Three tests, on what no model was trained on. images: drawn validation images, train.py's LFQ. clips: drawn
-clips of 9 frames, the image LFQ inflated to video and trained on. film: 27 frames of --test, by the same LFQ
-trained on crops of --film alone. Entropy coders are AR transformers on the training tokens ("no class" nine
-times in ten, for they are asked so).
+Trains what is not there, then measures. Three tests, on what no model was trained on. images: drawn
+validation images, train.py's LFQ. clips: drawn clips of 9 frames, the image LFQ inflated to video and trained
+on. film: 27 frames of --test, by the same LFQ trained on crops of --film alone. Entropy coders are AR
+transformers on the training tokens ("no class" nine times in ten, for they are asked so).
 
 What is compared with what. LFQ: the whole file of recipes.compress, its 40 bytes too, fixed-length or
 arithmetic-coded, all pictures of a test in one file; every file is decoded again, and its ids must be those
@@ -35,14 +35,13 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)                          # before experiments/, for this file is a compression.py, too
-sys.path.append(str(ROOT / "experiments"))
+sys.path.insert(0, str(ROOT))
 import ar_transformer
 import data
 import lfq
 import train
-from benchmark import machine_name
 from common import metrics, pictures, runs
+from experiments.benchmark import machine_name
 from official.lpips import load_lpips
 from recipes import compress
 

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ar_transformer
-from benchmark import machine_name
+from experiments.benchmark import machine_name
 
 CFG = 2.0
 
@@ -107,9 +107,9 @@ def compare(name, model, batches, rounds, device):
             row = dict(model=name, batch=B, way=way, tokens_per_s=B * model.seq_len / median(t),
                        seconds=median(t), fastest=min(t), speedup=median(times["published"]) / median(t),
                        same_greedy_tokens=same[way])
-            print(
-                f"{name:10s} batch {B:2d}  {way:10s} {row['tokens_per_s']:8.0f} tokens/s  {row['seconds']:6.2f} s  "
-                f"{row['speedup']:5.2f} x   same greedy tokens: {same[way]:.1%}", flush=True)
+            print(f"{name:10s} batch {B:2d}  {way:10s} {row['tokens_per_s']:8.0f} tokens/s  "
+                  f"{row['seconds']:6.2f} s  {row['speedup']:5.2f} x   same greedy tokens: {same[way]:.1%}",
+                  flush=True)
             rows.append(row)
     return rows
 
@@ -129,9 +129,9 @@ def bandwidth(name, model, rounds, device):
     ours, copied = (median(t) for t in zip(*times))
     row = dict(model=name, tokens_per_s=model.seq_len / ours, gb_per_s=size * model.seq_len / ours / 1e9,
                copy_gb_per_s=20 * source.numel() / copied / 1e9)
-    print(
-        f"{name:10s} batch  1, no guidance: {row['tokens_per_s']:.0f} tokens/s, {row['gb_per_s']:.0f} GB/s of weights, "
-        f"a copy {row['copy_gb_per_s']:.0f} GB/s: {row['gb_per_s'] / row['copy_gb_per_s']:.0%}", flush=True)
+    share = row["gb_per_s"] / row["copy_gb_per_s"]
+    print(f"{name:10s} batch  1, no guidance: {row['tokens_per_s']:.0f} tokens/s, {row['gb_per_s']:.0f} GB/s "
+          f"of weights, a copy {row['copy_gb_per_s']:.0f} GB/s: {share:.0%}", flush=True)
     return row
 
 

@@ -2,11 +2,13 @@
 Do the heads find every mode? GMM, diffusion and flow heads on 2-D mixtures whose modes are known, after equal
 training.
 
-  data       8 Gaussians on a circle of radius 1.5, std 0.1; 25 Gaussians on a 5 x 5 grid over [-2, 2]^2, std 0.05
+  data       8 Gaussians on a circle of radius 1.5, std 0.1; 25 Gaussians on a 5 x 5 grid over [-2, 2]^2,
+             std 0.05
   training   one learned h, Adam, batches of 128 tokens (4 noise levels each), one thread, until --seconds of
              processor time are gone (not wall time: other programs do not count); the rate falls to 0 with
              that time
-  within     fraction of 20,000 samples within 3 standard deviations of a mode; 1 - exp(-4.5) = 0.989 is perfect
+  within     fraction of 20,000 samples within 3 standard deviations of a mode; 1 - exp(-4.5) = 0.989 is
+             perfect
   weights    smallest and largest share of those samples in one mode, times the number of modes: 1 is perfect
 
     python experiments/head_modes.py  # table and experiments/results/head-modes.json; 7 minutes on one core
@@ -39,9 +41,11 @@ def modes_of(name):
 
 HEADS = {  # name: head, learning rate, options of sample(); rates of the two demos
     "gmm K=32": (lambda: gmm_head.GMMHead(64, 2, n_mix=32), 2e-2, {}),
-    "diffusion, ancestral 100": (lambda: diffusion_head.DiffusionHead(64, 2, 64), 4e-3, dict(diffusion_steps=100)),
+    "diffusion, ancestral 100": (lambda: diffusion_head.DiffusionHead(64, 2, 64), 4e-3,
+                                 dict(diffusion_steps=100)),
     "diffusion, ddim 50": ("diffusion, ancestral 100", None, dict(sampler="ddim", diffusion_steps=50)),
-    "flow, heun 25": (lambda: diffusion_head.DiffusionHead(64, 2, 64, objective="flow"), 4e-3, dict(diffusion_steps=25)),
+    "flow, heun 25": (lambda: diffusion_head.DiffusionHead(64, 2, 64, objective="flow"), 4e-3,
+                      dict(diffusion_steps=25)),
 }
 
 
@@ -92,10 +96,9 @@ def main():
                            within=near.float().mean().item(), weight_min=share.min().item(),
                            weight_max=share.max().item(), sample_us_per_token=seconds / len(x) * 1e6)
                 rows.append(row)
-                print(
-                    f"{data:7s} {name:25s} seed {seed}  {steps:6d} steps   within 3 sigma {row['within']:.3f}   weights "
-                    f"{share.min():.2f} .. {share.max():.2f}   {row['sample_us_per_token']:.1f} us per token",
-                    flush=True)
+                print(f"{data:7s} {name:25s} seed {seed}  {steps:6d} steps   within 3 sigma "
+                      f"{row['within']:.3f}   weights {share.min():.2f} .. {share.max():.2f}   "
+                      f"{row['sample_us_per_token']:.1f} us per token", flush=True)
     result = dict(seconds=args.seconds, torch=torch.__version__, threads=1, rows=rows)
     Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {args.out}")

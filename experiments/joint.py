@@ -7,15 +7,17 @@ per pixel value,
 
     E[ -log p(image | z) ]  +  E[ -log p(z | class) ]  -  H( q(z | image) ),        z ~ q(z | image),
 
-with a discretised logistic likelihood of the 256 values of a pixel (recipes/joint.py), so the comparison is exact,
-on true MNIST pixels (28 x 28, grey). Arms, each with the same networks, batch size, learning rate and number
-of seconds (measured):
+with a discretised logistic likelihood of the 256 values of a pixel (recipes/joint.py), so the comparison is
+exact, on true MNIST pixels (28 x 28, grey). Arms, each with the same networks, batch size, learning rate and
+number of seconds (measured):
 
     VAE alone    its own bound, the prior is N(0, 1): stage 1 of the two-stage arm
     two stages   S steps of the VAE, then S steps of the transformer on its tokens
     joint        S steps of both at once: a step costs about as much as one of each
 
-    python experiments/joint.py --data PATH/mnist.tar.gz  # 3 seeds, about 20 minutes on 1 core; table, JSON, PNG
+    python experiments/joint.py --data PATH/mnist.tar.gz      # 3 seeds, about 20 minutes on 1 core
+
+Prints a table; writes results/joint.json and joint.png.
 """
 import argparse
 import csv
@@ -29,19 +31,19 @@ from statistics import mean, stdev
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark import machine_name
 from common import runs
+from experiments.benchmark import machine_name
 from recipes import joint
 
-FLAGS = ("--image_size 28 --channels 1 --tok_size mnist28 --size tiny --n_mix 8 --tok_batch_size 64 --batch_size 64 "
-         "--dtype fp32")
+FLAGS = ("--image_size 28 --channels 1 --tok_size mnist28 --size tiny --n_mix 8 --tok_batch_size 64 "
+         "--batch_size 64 --dtype fp32")
 
 
 def run_arm(arm, data, seed, steps, parent):
     """Train one arm with one seed -> its run, and the seconds that its steps took."""
     folder = parent / f"{arm}-{seed}"
-    words = f"{FLAGS} --data {data} --seed {seed} --steps {steps} --tok_steps {steps} --eval_every {max(1, steps // 5)}"
-    words += f" --runs {parent} --name {folder.name}"
+    words = f"{FLAGS} --data {data} --seed {seed} --steps {steps} --tok_steps {steps}"
+    words += f" --eval_every {max(1, steps // 5)} --runs {parent} --name {folder.name}"
     if arm != "joint":
         words += f" --two_stages --tok_name vae-{seed}"
     joint.main(words.split())
@@ -149,9 +151,8 @@ def main():
     for arm, results in arms.items():
         average = {k: mean(r[k] for r in results) for k in ("bound", "pixels", "prior", "entropy", "seconds")}
         spread = stdev(r["bound"] for r in results) if len(results) > 1 else 0.0
-        print(
-            f"{arm:12} {average['bound']:8.4f} +- {spread:.4f} {average['pixels']:8.4f} {average['prior']:8.4f} "
-            f"{average['entropy']:8.4f} {average['seconds']:8.0f}")
+        print(f"{arm:12} {average['bound']:8.4f} +- {spread:.4f} {average['pixels']:8.4f} "
+              f"{average['prior']:8.4f} {average['entropy']:8.4f} {average['seconds']:8.0f}")
     out = Path(__file__).parent / "results"
     out.mkdir(exist_ok=True)
     machine = dict(machine=machine_name(torch.device("cpu")), threads=torch.get_num_threads(),

@@ -1,9 +1,10 @@
 """
 MAR's Table 1 at small scale: order x attention x tokens per step x head, at equal budget.
 
-  heads      categorical on the ids of vq.py (4 x 4 of 1024 codes), diffusion on the vectors of vae.py (4 x 4 of 8 numbers)
-  models     the `tiny` transformer, the same training steps, batch and learning rate for all; bidirectional is trained once
-             and sampled twice: one token per step (16 steps), and more than one (4 steps)
+  heads      categorical on the ids of vq.py (4 x 4 of 1024 codes), diffusion on the vectors of vae.py (4 x 4
+             of 8 numbers)
+  models     the `tiny` transformer, the same training steps, batch and learning rate for all; bidirectional
+             is trained once and sampled twice: one token per step (16 steps), and more than one (4 steps)
   seeds      another seed is another drawn world, tokenizer and generator; mean and spread over them
   metrics    of evaluate.py, 1,000 samples, without guidance and with --cfg 2 (nothing is tuned per arm)
 
@@ -27,9 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate
 import train
-from benchmark import machine_name
 from common import classifier, metrics, runs
-from sampling import measure
+from experiments.benchmark import machine_name
+from experiments.sampling import measure
 
 HEADS = {"categorical": "--tokenizer vq", "diffusion": "--tokenizer vae"}
 MODELS = {

@@ -1,15 +1,16 @@
 """
 MAR's four curves at small scale, and how few denoising steps are enough.
 
-    python experiments/mar_curves.py runs/shapes-vae-mar-diffusion                   # from one trained run
-    python experiments/mar_curves.py runs/shapes-vae-mar-diffusion --flow RUN  # and from one with --objective flow
-    python experiments/mar_curves.py runs/shapes-vae-mar-diffusion --heads  # also trains heads of other sizes
+    python experiments/mar_curves.py runs/shapes-vae-mar-diffusion             # from one trained run
+    python experiments/mar_curves.py runs/shapes-vae-mar-diffusion --flow RUN  # and one with --objective flow
+    python experiments/mar_curves.py runs/shapes-vae-mar-diffusion --heads     # trains heads of other sizes
 
   head         width and depth of the head's MLP: one short training each, on the run's tokenizer
   denoising    steps per token
   temperature  of the noise on the way: quality, and diversity as recall
   passes       autoregressive steps K over 16 tokens: quality and time
-  annealing    A:B takes A denoising steps for the first token and B for the last; quality against seconds per image
+  annealing    A:B takes A denoising steps for the first token and B for the last; quality against seconds per
+               image
 
 Writes experiments/results/mar-curves.json with .png and mar-annealing.png. Frechet distance and recall as in
 evaluate.py.
@@ -28,9 +29,9 @@ import data
 import mar
 import sample
 import train
-from benchmark import machine_name
 from common import classifier, drawing, metrics, runs
-from sampling import measure
+from experiments.benchmark import machine_name
+from experiments.sampling import measure
 
 WIDTHS, DEPTHS = (32, 64, 128, 256), (1, 3, 6)
 DENOISING = (2, 5, 10, 25, 50, 100)
@@ -57,15 +58,16 @@ class Scores:
         self.real, _ = classifier.look_at_real(self.net, val_set, torch.arange(len(val_set)))
 
     def __call__(self, run, text, **options):
-        key = f"{run.folder.name}, {run.args.steps} steps, {drawing.default_of(run)}, {text}, {self.n} samples"
+        key = (f"{run.folder.name}, {run.args.steps} steps, {drawing.default_of(run)}, {text}, "
+               f"{self.n} samples")
         if key in self.known:
             return self.known[key]
         if "diffusion_steps" in options:
             options["diffusion_steps"] = sample.parse_steps(options["diffusion_steps"], run)
         row = measure(run, self.n, self.net, self.real, **options)
-        print(
-            f"{text:32s} accuracy {row['sample_accuracy']:5.1f}%  Frechet {row['sample_frechet_small_cnn']:6.2f}  recall "
-            f"{row['sample_recall']:5.1f}%  {1000 * row['seconds_per_image']:.1f} ms per image", flush=True)
+        print(f"{text:32s} accuracy {row['sample_accuracy']:5.1f}%  Frechet "
+              f"{row['sample_frechet_small_cnn']:6.2f}  recall {row['sample_recall']:5.1f}%  "
+              f"{1000 * row['seconds_per_image']:.1f} ms per image", flush=True)
         keep = ("sample_accuracy", "sample_frechet_small_cnn", "sample_precision", "sample_recall",
                 "seconds_per_image")
         return self.keep(key, {k: row[k] for k in keep})

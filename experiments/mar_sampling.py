@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import diffusion_head
 import mar
 import vae
-from benchmark import machine_name
 from common import compiling, runs
+from experiments.benchmark import machine_name
 
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, n_buffer=4)
 

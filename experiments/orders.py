@@ -25,10 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
 import mar
-from benchmark import machine_name
-from claims import judge_claim, judge_test, test
 from common import classifier
 from common.metrics import frechet_distance
+from experiments.benchmark import machine_name
+from experiments.claims import judge_claim, judge_test, test
 
 ORDERS = ("raster", "random", "annealed")
 ARMS = (*ORDERS, "random, own order")

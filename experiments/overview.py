@@ -2,7 +2,7 @@
 The picture on top of README: one sample of every class from every system, the first that the seed gives, none
 chosen.
 
-    python experiments/overview.py runs/shapes-vae-ar-gmm runs/shapes-vq-ar-categorical ...  # writes pictures/overview.png
+    python experiments/overview.py runs/shapes-vae-ar-gmm runs/shapes-vq-ar-categorical ...
 """
 import argparse
 import sys
@@ -25,7 +25,7 @@ def main():
     p = argparse.ArgumentParser(description="Rows are systems, columns are classes.")
     p.add_argument("runs", nargs="+", type=Path, help="run folders of train.py on the same data")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", type=Path, default=ROOT / "pictures" / "overview.png")
+    p.add_argument("--out", type=Path, default=ROOT / "docs" / "pictures" / "overview.png")
     args = p.parse_args()
     rows = []
     for folder in args.runs:

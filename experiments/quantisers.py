@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
 import lfq
-from benchmark import machine_name
 from common.metrics import psnr
+from experiments.benchmark import machine_name
 
 ARMS = {
     "LFQ": dict(codebook="lfq"),

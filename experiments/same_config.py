@@ -3,11 +3,13 @@ Our models at the very configurations at which the authors' code was timed. Medi
 with two threads, float32 as there and bfloat16 as train.py has it where the processor multiplies it; and
 processor time of one thread.
 
-  mar       64 tokens of 16 numbers, 192 wide, 4 + 4 blocks, 4 heads, head 3 x 256, 64 buffer places, dropout .1, batch 32
+  mar       64 tokens of 16 numbers, 192 wide, 4 + 4 blocks, 4 heads, head 3 x 256, 64 buffer places, dropout
+            .1, batch 32
             authors' code on two shared cores of an AMD EPYC: forward + backward 2309 ms; 16 samples 8.45 s,
             of which denoising 2.40 s (the note does not say in how many passes: here 16, with 100 denoising
             steps, no guidance)
-  maskgit   TiTok's generator at 256 wide, 6 layers, 64 ids of 1024, batch 32, dropout .1; 16 samples in 8 passes, guided
+  maskgit   TiTok's generator at 256 wide, 6 layers, 64 ids of 1024, batch 32, dropout .1; 16 samples in 8
+            passes, guided
             authors' code there, two threads: about 600 ms a step, 1.34 s for the samples
 
 Other machine, other minute: a ratio to those figures is a rough one; give the machine to it alone. In float32
@@ -30,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 import diffusion_head
 import mar
 import maskgit
-from benchmark import machine_name
+from experiments.benchmark import machine_name
 
 AUTHORS = {"mar": (2309, 8450), "maskgit": (600, 1340)}     # ms
 
@@ -84,11 +86,9 @@ def main():
         for threads, dtype in ((2, "fp32"), (2, "bf16"), (1, "fp32")):
             train_ms, sample_ms = measure(model, tokens, options, threads, dtype)
             rows[name][f"{threads}-{dtype}"] = dict(train_ms=train_ms, sample_16_ms=sample_ms)
-            print(
-                f"{name:8s} {rows[name]['parameters'] / 1e6:.2f}M  {threads} threads {dtype}  forward + backward {train_ms:.0f} ms "
-                f"(authors {authors_step})" +
-                (f", 16 samples {sample_ms:.0f} ms (authors {authors_sample})" if sample_ms else ""),
-                flush=True)
+            samples = f", 16 samples {sample_ms:.0f} ms (authors {authors_sample})" if sample_ms else ""
+            print(f"{name:8s} {rows[name]['parameters'] / 1e6:.2f}M  {threads} threads {dtype}  forward + "
+                  f"backward {train_ms:.0f} ms (authors {authors_step}){samples}", flush=True)
     out = Path(__file__).parent / "results" / "same-config.json"
     facts = dict(machine=machine_name(torch.device("cpu")), torch=torch.__version__, date=str(date.today()))
     out.write_text(json.dumps(facts | rows, indent=1) + "\n")

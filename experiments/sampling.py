@@ -20,8 +20,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import evaluate
-from benchmark import machine_name
 from common import classifier, drawing, runs
+from experiments.benchmark import machine_name
 
 TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1)
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 3.0)
@@ -78,9 +78,9 @@ def main():
         for v in values:
             curves[name].append((v, measure(run, args.n, net, real, **options(v))))
             r = curves[name][-1][1]
-            print(
-                f"{name} {v:5.2f}: accuracy {r['sample_accuracy']:.1f}%  Frechet {r['sample_frechet_small_cnn']:.2f}  "
-                f"precision {r['sample_precision']:.1f}  recall {r['sample_recall']:.1f}", flush=True)
+            print(f"{name} {v:5.2f}: accuracy {r['sample_accuracy']:.1f}%  Frechet "
+                  f"{r['sample_frechet_small_cnn']:.2f}  precision {r['sample_precision']:.1f}  "
+                  f"recall {r['sample_recall']:.1f}", flush=True)
     out = Path(__file__).parent / "results"
     out.mkdir(exist_ok=True)
     name = run.folder.name

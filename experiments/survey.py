@@ -1,15 +1,17 @@
 """
 One token after the other, many at once, or fewer tokens: what does an image cost, and how good is it?
 
-    python experiments/survey.py  # trains three systems at two widths, measures, draws; about 70 minutes
-    python experiments/survey.py --speed  # seconds only, on a machine without other work; quality from the last full run
-    python experiments/survey.py --paper  # seconds only, random weights at the papers' sizes; minutes, a GPU's work
+    python experiments/survey.py            # trains three systems at two widths, measures; about 70 minutes
+    python experiments/survey.py --speed    # seconds only, on a machine without other work
+    python experiments/survey.py --paper    # seconds only, at the papers' sizes; minutes, a GPU's work
+
+--speed takes the quality from the last full run, --paper has random weights.
 
 Three systems of equal width (64, then 128), depth (4) and data, the first two on the very same tokens:
 
-  AR            64 ids of vq.py (8 x 8), ar_transformer.py with its KV cache: 64 passes of one token; for comparison also
-                without the cache, each pass over all tokens so far, which is what MaskGIT's paper counts
-                against
+  AR            64 ids of vq.py (8 x 8), ar_transformer.py with its KV cache: 64 passes of one token; for
+                comparison also without the cache, each pass over all tokens so far, which is what MaskGIT's
+                paper counts against
   MaskGIT       the same ids, maskgit.py: 4, 8 or 16 passes over all 64
   TiTok         16 ids of titok.py that have no place in the image, maskgit.py: 4 or 8 passes over 16
 
@@ -40,13 +42,14 @@ import maskgit
 import titok
 import train
 import vq
-from benchmark import machine_name
 from common import classifier, metrics, runs
-from sampling import measure
+from experiments.benchmark import machine_name
+from experiments.sampling import measure
 
 SYSTEMS = {                                           # name: run folder, flags of train.py, numbers of passes
     "AR": ("ar", "--tokenizer vq --tok_size fine --tok_name vq-fine --generator ar", (64,)),
-    "MaskGIT": ("maskgit", "--tokenizer vq --tok_size fine --tok_name vq-fine --generator maskgit", (4, 8, 16)),
+    "MaskGIT": ("maskgit", "--tokenizer vq --tok_size fine --tok_name vq-fine --generator maskgit",
+                (4, 8, 16)),
     "TiTok": ("titok", "--tokenizer titok --tokens 16 --tok_name titok-16 --generator maskgit", (4, 8)),
 }
 STEPS = {
@@ -187,8 +190,8 @@ def widths_table(rows):
     best = fastest(rows)
     cell = lambda r: f"{r['ms']:.1f} ({r['threads']} x {r['dtype']})"
     lines = [
-        "| width | guided | AR, ms (threads) | MaskGIT, 8 passes | AR takes, times as long | TiTok, 8 passes | times | "
-        "AR compiled, ms |", "|---" * 8 + "|"
+        "| width | guided | AR, ms (threads) | MaskGIT, 8 passes | AR takes, times as long | "
+        "TiTok, 8 passes | times | AR compiled, ms |", "|---" * 8 + "|"
     ]
     for guided in (True, False):
         for width in sorted({r["width"] for r in rows}):
@@ -282,9 +285,8 @@ def save_figure(path, rows, batches, by_width):
         axes[-1].set_ylim(0)
         axes[-1].grid(alpha=0.3)
         axes[-1].legend(fontsize=8)
-    fig.suptitle(
-        "equal width and data: passes cost time, tokens cost passes, and a wide pass on a CPU costs arithmetic"
-    )
+    fig.suptitle("equal width and data: passes cost time, tokens cost passes, and a wide pass on a CPU costs "
+                 "arithmetic")
     fig.tight_layout()
     fig.savefig(path, dpi=80)
 

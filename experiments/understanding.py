@@ -37,11 +37,11 @@ sys.path.insert(0, str(ROOT))
 import data
 import lfq
 import vq
-from benchmark import machine_name
 from common import metrics
+from experiments.benchmark import machine_name
+from experiments.video_designs import BITS, SIZE, clip_set, fit, patches
 from maskgit import EncoderBlock
 from perceptual_gan import as_frames
-from video_designs import BITS, SIZE, clip_set, fit, patches
 
 PAPER = {  # accuracy on SSv2, %, as this project's notes have it
     "input": {"pixels": "63.1", "LFQ ids": "62.4", "VQ ids": "41.3 (3-D VQ-VAE), 57.3 (MAGVIT)"},

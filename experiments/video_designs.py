@@ -1,8 +1,10 @@
 """
 How should a tokenizer of clips look back in time? MAGVIT-v2's Table 5 at toy scale.
 
-    C-ViViT              patches; transformer within each frame, then a causal one along time (Phenaki's tokenizer)
-    hybrid               an ordinary 3-D CNN on each block of four frames, then C-ViViT's causal transformer over the blocks
+    C-ViViT              patches; transformer within each frame, then a causal one along time (Phenaki's
+                         tokenizer)
+    hybrid               an ordinary 3-D CNN on each block of four frames, then C-ViViT's causal transformer
+                         over the blocks
     causal 3-D CNN       lfq.py as it is
       average pooling    ... whose two strided convolutions become a mean over the cell and a convolution
       no adaptive norm   ... whose decoder has plain norms
@@ -14,9 +16,10 @@ evaluate.py's classifiers.
 
     python experiments/video_designs.py  # 5 designs, 3 seeds, 13 minutes of processor time on one core
     python experiments/video_designs.py --steps 400 800    # a second budget beside it
-    python experiments/video_designs.py --steps 1 --n 72 --classifier_steps 2 --runs /tmp/x --out /tmp/x  # does it run?
+    python experiments/video_designs.py --steps 1 --n 72 --classifier_steps 2 --runs /tmp/x --out /tmp/x
 
-Writes results/video-designs.json and .png. What is already in --runs is not trained again.
+The last only shows that it runs. Writes results/video-designs.json and .png. What is already in --runs is not
+trained again.
 """
 import argparse
 import json
@@ -34,9 +37,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
 import lfq
-from benchmark import machine_name
 from common import classifier, metrics, pictures
 from common.clips import features_of_frames
+from experiments.benchmark import machine_name
 from maskgit import EncoderBlock, attention
 from perceptual_gan import as_frames
 

@@ -1,7 +1,7 @@
 """
 MAGVIT-v2's Figure 1 at small scale: does a larger vocabulary help, and whom?
 
-    python experiments/vocabulary.py  # 2 tokenizers x 5 vocabularies, each with its MaskGIT; about 40 minutes of one core
+    python experiments/vocabulary.py    # 2 tokenizers x 5 vocabularies, each with its MaskGIT; 40 minutes
     python experiments/vocabulary.py --bits 6 8 10 12 14 16      # larger ones take longer, for the softmax
     python experiments/vocabulary.py --bits 6 8 --steps 200 --tok_steps 100      # does it run?
 
@@ -24,9 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate
 import train
-from benchmark import machine_name
 from common import classifier, metrics, runs, tokens
-from sampling import measure
+from experiments.benchmark import machine_name
+from experiments.sampling import measure
 
 KINDS = {"vq": ["--tok_size", "fine"], "lfq": ["--tok_size", "small"]}  # both: 4 x 4 tokens of 16 x 16 pixels
 
@@ -101,13 +101,13 @@ def main():
                  tok_steps=args.tok_steps, steps=args.steps, n=args.n, seed=args.seed)
     out.with_suffix(".json").write_text(json.dumps(facts | dict(rows=rows), indent=1) + "\n")
     save_figure(out.with_suffix(".png"), rows)
-    print(
-        "| vocabulary | kind | PSNR, dB | codes in use | Frechet: reconstructions | samples | class accuracy of samples |\n"
-        + "|---" * 7 + "|")
+    print("| vocabulary | kind | PSNR, dB | codes in use | Frechet: reconstructions | samples | "
+          "class accuracy of samples |")
+    print("|---" * 7 + "|")
     for r in rows:
-        print(
-            f"| 2^{r['bits']} | {r['kind']} | {r['recon_psnr_db']:.1f} | {100 * r['used']:.0f}% | {r['recon_frechet']:.1f} | "
-            f"{r['sample_frechet_small_cnn']:.1f} | {r['sample_accuracy']:.1f}% |")
+        print(f"| 2^{r['bits']} | {r['kind']} | {r['recon_psnr_db']:.1f} | {100 * r['used']:.0f}% | "
+              f"{r['recon_frechet']:.1f} | {r['sample_frechet_small_cnn']:.1f} | "
+              f"{r['sample_accuracy']:.1f}% |")
     print(f"wrote {out}.json and .png")
 
 

@@ -3,7 +3,6 @@ import pytest
 import torch
 
 import ar_transformer
-import data
 import lfq
 import mar
 import maskgit
@@ -12,19 +11,12 @@ import train
 import vae
 import var
 import vq
-from tests.helpers import CLIPS, TINY, call
+from tests import mini
+from tests.helpers import CLIPS, TINY
 
-
+torch.set_num_threads(1)                                    # the tensors are small: two threads lose
+mini.begin()
 KNOWN_SIZES = {m.__name__: list(m.SIZES) for m in (ar_transformer, lfq, mar, maskgit, titok, vae, var, vq)}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def few_are_held_out():
-    """2,000 validation pictures would take most of the time of a tiny run: see tests/quickly.py."""
-    with pytest.MonkeyPatch.context() as m:
-        m.setitem(data.DRAWN, "val", 200)
-        m.setitem(data.DRAWN_CLIPS, "val", 100)
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +31,7 @@ def seeded():
 def tiny_run(tmp_path_factory):
     """One tiny run, uninterrupted -> its runs folder."""
     runs = tmp_path_factory.mktemp("runs")
-    call("train.py", *TINY, "--runs", runs)
+    train.main([*TINY, "--runs", str(runs)])
     return runs
 
 

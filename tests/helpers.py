@@ -132,8 +132,8 @@ def official_mar():
 
 TINY = [
     "--tokenizer", "vae", "--head", "gmm", "--n_shapes", "200", "--tok_steps", "24", "--tok_batch_size", "8",
-    "--image_size", "16", "--steps", "24", "--batch_size", "8", "--size", "tiny", "--log_every", "4",
-    "--eval_every", "12", "--warmup", "4", "--device", "cpu", "--dtype", "fp32"
+    "--image_size", "16", "--steps", "24", "--batch_size", "8", "--size", "mini", "--tok_size", "mini",
+    "--log_every", "4", "--eval_every", "12", "--warmup", "4", "--device", "cpu", "--dtype", "fp32"
 ]
 RARELY = ["--log_every", "12", "--eval_every", "24"]     # where nothing is stopped or resumed
 
@@ -162,6 +162,6 @@ def log_of(runs, name, column="loss"):
 IDS = ["--tokenizer", "vq", "--head", "categorical"]
 CLIPS = [
     *TINY, "--tokenizer", "lfq", "--head", "categorical", "--generator", "maskgit", "--frames", "5",
-    "--image_size", "8", "--vocab_size", "16", "--n_shapes", "60", "--tok_steps", "12", "--tok_batch_size",
-    "4", "--steps", "8", "--batch_size", "4"
+    "--tok_size", "mini-clips", "--image_size", "8", "--vocab_size", "16", "--n_shapes", "60", "--tok_steps",
+    "12", "--tok_batch_size", "4", "--steps", "8", "--batch_size", "4"
 ]

@@ -19,6 +19,7 @@ indices), pinning a CUDA tensor, .numpy() of one. Counted, by (what, file, funct
     gpu.doubles   where a float64 tensor comes to be on the device: MPS has none
 """
 import contextlib
+import functools
 import sys
 from collections import Counter
 from pathlib import Path
@@ -160,6 +161,11 @@ def asked_device(func, args, kwargs):
     return None if asked is None else torch.device(asked)
 
 
+@functools.cache
+def inside(root, path):
+    return str(Path(path).relative_to(root))
+
+
 class Pretend(TorchFunctionMode):
     """Every torch function passes through here: it checks devices, counts, and computes on the CPU."""
 
@@ -176,8 +182,7 @@ class Pretend(TorchFunctionMode):
         while frame is not None:
             code = frame.f_code
             if code.co_filename.startswith(self.root) and code.co_filename != __file__:
-                file = str(Path(code.co_filename).relative_to(self.root))
-                return kind, file, code.co_qualname, frame.f_lineno
+                return kind, inside(self.root, code.co_filename), code.co_qualname, frame.f_lineno
             frame = frame.f_back
         return kind, "torch", "", 0
 

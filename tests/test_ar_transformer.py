@@ -220,7 +220,8 @@ def test_ar_three_ways_to_decode_are_one(condition, continuous):
     at first only.
     """
     torch.compiler.reset()
-    model = small_ar(continuous, **condition).eval()
+    n_layer = 1 if condition or continuous else 2           # heads and what stands in front are no layer's
+    model = small_ar(continuous, n_layer=n_layer, **condition).eval()
     if not continuous:
         model.rope[:model.n_prefix] = 0              # as in LlamaGen's released weights: official/llamagen.py
         nn.init.normal_(model.head.proj.weight)

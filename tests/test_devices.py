@@ -24,6 +24,7 @@ import sample
 import train
 import vae
 from common import drawing, runs
+from experiments import benchmark, mar_sampling
 from tests.helpers import MODELS, PROGRAMS, ROOT
 from tests.pretend_gpu import pretend_gpu
 from tests.small_world import small_world
@@ -435,8 +436,6 @@ def test_the_first_step_on_a_gpu_failed_when_devices_were_compared(tmp_path, mon
 
 def test_the_benchmark_runs_to_its_end_on_a_gpu(tmp_path, monkeypatch):
     """Its numbers mean nothing here. Nothing is compiled: torch.compile gives back what it gets."""
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    import benchmark
     small = "--tok_size dot --size dot --image_size 8 --tok_batch_size 4 --batch_size 4"
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(benchmark, "SYSTEMS", [
@@ -455,8 +454,6 @@ def test_the_benchmark_runs_to_its_end_on_a_gpu(tmp_path, monkeypatch):
 
 
 def test_mar_sampling_runs_to_its_end_on_a_gpu(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    import mar_sampling
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     with pretend_gpu():
         mar_sampling.main(["--quick", "--rounds", "1", "--batches", "2", "--out", str(tmp_path / "x.json")])

@@ -123,7 +123,8 @@ def test_defaults_are_those_of_what_is_drawn():
 
 
 def test_one_class_is_drawn_without_guidance_unless_it_was_trained_for_it():
-    args = argparse.Namespace(condition="class", frames=1, generator="maskgit", head="categorical", label_drop=None)
+    args = argparse.Namespace(condition="class", frames=1, generator="maskgit", head="categorical",
+                              label_drop=None)
     run = SimpleNamespace(args=args, classes=["images"], folder="runs/x", device=torch.device("cpu"))
     assert drawing.default_of(run) == drawing.DEFAULTS["maskgit-categorical"] | dict(cfg=1.0)
     with pytest.raises(data.BadInput, match="--cfg 3.0: runs/x was trained on one class"):

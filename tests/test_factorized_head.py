@@ -126,8 +126,8 @@ def test_maskgit_of_digits_counts_all_of_them():
                                                                                mask)), "a hidden id leaks"
 
 
-@pytest.mark.parametrize("words, shape", [(["--groups", "2"], (16, 128)),
-                                          (["--groups", "3", "--generator", "maskgit"], (12, 128))])
+@pytest.mark.parametrize("words, shape", [(["--groups", "2"], (16, 64)),
+                                          (["--groups", "3", "--generator", "maskgit"], (12, 64))])
 def test_digits_are_trained_and_drawn_by_the_programs(words, shape, tiny_run, capsys):
     name = "digits" + "".join(words).replace("--", "-")
     train.main([

@@ -85,6 +85,10 @@ def test_homework_of_a_file_is_ten_points_and_asks_in_docstrings(name):
         assert len(found) >= 3, f"fewer than three mistakes for {target}"
 
 
+def test_homework_mistakes_are_as_many_as_teachers_are_told():
+    assert f"\n{len(MISTAKES)} planted mistakes" in (ROOT / "docs" / "teachers.md").read_text()
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_homework_right_answers_in_another_style_lose_nothing(target):
     """They print tensors, loop, use other names. The collected homework tests compare the other way round."""

@@ -19,7 +19,7 @@ import train
 import vq
 from common import pictures, runs
 from recipes import compress
-from tests.helpers import ENV, RARELY, ROOT, TINY
+from tests.helpers import ENV, RARELY, ROOT, TINY, command
 
 
 def tiny_codec(clips=True, side=8):
@@ -172,7 +172,7 @@ def test_compress_and_decompress_from_the_command_line(tiny_run, tmp_path, capsy
         sizes.append(Path(b).stat().st_size)
         words = ["decompress", b, c, "--run", ar]           # a run of stage 2 has the tokenizer in it
         if coder:                                           # once in a process of its own
-            subprocess.run([sys.executable, "-m", "recipes.compress", *words], cwd=ROOT, env=ENV, check=True)
+            subprocess.run(command("recipes.compress", *words), cwd=ROOT, env=ENV, check=True)
         else:
             compress.main(words)
         back, ms = compress.read_clip(c)

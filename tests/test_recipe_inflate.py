@@ -19,8 +19,9 @@ def without(words, *flags):
     return kept
 
 
-VIDEO = [*without(CLIPS, "--vocab_size"), "--n_shapes", "40"]        # its size is that of the image tokenizer
-IMAGES = [*without(CLIPS, "--frames"), "--tok_size", "clips", "--n_shapes", "40", "--generator", "none"]
+# The sizes of a video tokenizer are those of the image tokenizer.
+VIDEO = [*without(CLIPS, "--vocab_size", "--tok_size"), "--n_shapes", "40"]
+IMAGES = [*without(CLIPS, "--frames"), "--n_shapes", "40", "--generator", "none"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_a_video_tokenizer_begins_as_the_image_tokenizer(image_run, capsys):
     image = runs.load_run(image_run).tokenizer
     run = runs.load_run(image_run.parent / "shapes-lfq-5f-inflated-maskgit-categorical")
     video = run.tokenizer
-    assert (video.vocab_size, run.args.tok_size) == (16, "clips")                 # as those of the images
+    assert (video.vocab_size, run.args.tok_size) == (16, "mini-clips")            # as those of the images
     x = data.draw(torch.arange(8), 8)[0]
     assert (image.encode(x) == video.encode(x)).float().mean() > 0.99
     assert (video.decode(video.encode(x)) - image.decode(image.encode(x))).abs().max() < 0.1
@@ -55,7 +56,7 @@ def test_a_video_tokenizer_begins_as_the_image_tokenizer(image_run, capsys):
 
 @pytest.mark.parametrize("words, sentence", [
     (["--vocab_size", "32"], "its sizes are others; leave out --tok_size and --vocab_size, which are then "
-                             "clips and 16"),
+                             "mini-clips and 16"),
     (["--tokenizer", "vq"], "only lfq can be inflated"),
     (["--frames", "1"], "there is no time")])
 def test_what_cannot_be_inflated_is_refused(words, sentence, image_run, tmp_path):

@@ -13,8 +13,9 @@ from common import drawing, files, runs
 from recipes import pairs
 
 WORDS = ["--n_shapes", "100", "--image_size", "16", "--tok_steps", "12", "--tok_batch_size", "8",
-         "--steps", "12", "--batch_size", "8", "--size", "tiny", "--warmup", "4", "--log_every", "12",
-         "--eval_every", "12", "--device", "cpu", "--dtype", "fp32", "--n", "12", "--pictures", "2"]
+         "--steps", "12", "--batch_size", "8", "--size", "mini", "--tok_size", "mini", "--warmup",
+         "4", "--log_every", "12", "--eval_every", "12", "--device", "cpu", "--dtype", "fp32", "--n", "12",
+         "--pictures", "2"]
 
 
 @pytest.mark.parametrize("task", ["segment", "depth"])

@@ -67,9 +67,9 @@ def test_probe_adds_to_the_metrics(tiny_run, capsys):
     out, metrics = capsys.readouterr().out, json.loads((folder / "metrics.json").read_text())
     assert metrics.pop("kept") == 1
     assert list(metrics) == ["probe_pixels", "probe_latents", "probe_latents_averaged"
-                             ] + [f"probe_layer_{k}" for k in range(5)]
+                             ] + [f"probe_layer_{k}" for k in range(3)]
     assert all(5 < v <= 100
-               for v in metrics.values()) and "linear probe, layer 4" in out and "samples" not in out
+               for v in metrics.values()) and "linear probe, layer 2" in out and "samples" not in out
     assert Image.open(folder / "probe.png").width > 400
     (folder / "probe.png").unlink(), (folder / "metrics.json").unlink()
     if before:
@@ -80,7 +80,7 @@ def test_probe_reads_the_bits_of_clips(clip_run, capsys):
     folder = clip_run / "shapes-lfq-5f-maskgit-categorical"
     probe.main([str(folder), "--device", "cpu"])
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert {"probe_pixels", "probe_token_bits", "probe_layer_4"} <= metrics.keys()
+    assert {"probe_pixels", "probe_token_bits", "probe_layer_2"} <= metrics.keys()
 
 
 def test_probe_refuses_what_has_no_layers_and_several_processes(tiny_run, monkeypatch):

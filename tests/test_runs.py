@@ -184,7 +184,7 @@ def test_a_flag_is_as_given_or_else_as_saved_or_else_the_default(tiny_run, tmp_p
     """The tiny run was trained with 24 steps, batches of 8 and images of 16 pixels: not repeated here."""
     words = ["--tokenizer", "vae", "--head", "gmm", "--log_every", "7"]
     args = args_of(words, tiny_run)
-    assert (args.tok_steps, args.tok_batch_size, args.image_size, args.size) == (24, 8, 16, "tiny")
+    assert (args.tok_steps, args.tok_batch_size, args.image_size, args.size) == (24, 8, 16, "mini")
     assert args.log_every == 7
     assert (args.stage1_done, args.stage2_done, args.begun[-1].name) == (True, True, "shapes-vae-ar-gmm")
     fresh = args_of(words, tmp_path)

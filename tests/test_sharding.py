@@ -38,7 +38,9 @@ import json, os, shutil, signal, sys
 import torch
 import data, train
 from common import drawing, pictures, runs, sharding
+from tests import mini
 torch.set_num_threads(1)
+mini.begin()
 pairs, parent = json.loads(sys.argv[1]), sys.argv[2]
 dist = runs.join_processes(train.parse_args(pairs["ddp"]))
 drawing.save_reconstructions = pictures.save_curve = lambda *rest: None       # slower than the steps

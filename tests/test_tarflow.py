@@ -3,15 +3,12 @@ import pytest
 import torch
 import torch.nn as nn
 
-from tests.helpers import ROOT
+from experiments import tarflow
 
 
 @pytest.fixture
-def tarflow_of(monkeypatch):
+def tarflow_of():
     """A function: options of TarFlow -> one of random weights in float64."""
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    import tarflow
-
     def built(n_block):
         model = tarflow.TarFlow(5, 3, 4, n_block, 1, n_embd=16, n_head=2).double()
         for block in model.blocks:

@@ -77,9 +77,10 @@ def test_every_combination_trains_loads_and_samples(words, name, tiny_run, capsy
 ONE_AFTER_ANOTHER = """
 import json, os, sys
 import matplotlib.pyplot, torch._dynamo
-import data, train
+import train
+from tests import mini
+mini.begin()
 train.SAVE_SECONDS = 0
-data.DRAWN["val"] = 200
 for words in json.loads(sys.argv[1]):
     child = os.fork()
     if not child:

@@ -171,7 +171,7 @@ def test_vae_linear_path_and_its_stretched_borders_are_invertible():
 
 def test_vae_never_ends_below_its_linear_path():
     images = data.draw(torch.arange(600))[0]
-    model = vae.VAE(**vae.SIZES["patches"])
+    model = vae.VAE(**vae.SIZES["mini"])
     model.start(images)
     with torch.no_grad():
         before = (model.decode(model.normalise(model.posterior(images)[0])) - images).square().mean()
