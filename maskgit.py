@@ -66,7 +66,10 @@ def attention(q, k, v, mask=None, causal=False, dropout=0.0):
 
 
 class EncoderBlock(nn.Module):
-    """A pre-norm transformer block in which every position attends to every other. Biases in the MLP only."""
+    """A pre-norm transformer block in which every position attends to every other. Biases in the MLP only.
+
+    Dropout falls on the attention weights, on what the attention returns and inside the MLP, as in GIVT.
+    """
 
     def __init__(self, n_embd, n_head, n_mlp=None, dropout=0.0):
         super().__init__()
@@ -84,8 +87,8 @@ class EncoderBlock(nn.Module):
     def attend(self, x, mask=None):
         B, S, C = x.shape
         q, k, v = self.wqkv(x).view(B, S, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, n_head, S, d) each
-        y = attention(q, k, v, mask).transpose(1, 2).reshape(B, S, C)
-        return self.dropout(self.wo(y))
+        y = attention(q, k, v, mask, dropout=self.dropout.p if self.training else 0.0)
+        return self.dropout(self.wo(y.transpose(1, 2).reshape(B, S, C)))
 
     def mlp(self, x):
         return self.fc2(self.dropout(self.gelu(self.fc1(x))))

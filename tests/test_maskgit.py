@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import gmm_head
 import mar
@@ -434,3 +435,29 @@ def test_each_pass_reveals_a_token_at_least():
     on_step = lambda i, tokens, mask: left.append(mask.sum(1))
     model.eval().sample(torch.zeros(3, dtype=torch.long), 16, on_step=on_step)
     assert torch.stack(left).tolist() == [[15 - i] * 3 for i in range(16)]
+
+
+def slow_weights(q, k, p):
+    """softmax(q k^T / sqrt(d)) with a share p of the weights dropped: q, k (B, n_head, S, d)."""
+    score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    return F.dropout(score.softmax(-1), p)
+
+
+@pytest.mark.parametrize("B", [1, 3])
+def test_a_maskgit_block_drops_out_where_givts_does(B):
+    """On the attention weights, on the attention's output and after the GELU (big_vision's givt.py)."""
+    block = maskgit.EncoderBlock(32, 4, dropout=0.4).train()
+    x = torch.randn(B, 7, 32)
+
+    def rebuilt(x):
+        q, k, v = block.wqkv(block.norm1(x)).view(B, 7, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        y = (slow_weights(q, k, 0.4) @ v).transpose(1, 2).reshape(B, 7, 32)
+        x = x + F.dropout(block.wo(y), 0.4)
+        h = F.gelu(block.fc1(block.norm2(x)), approximate="tanh")
+        return x + block.fc2(F.dropout(h, 0.4))
+    torch.manual_seed(1)
+    ours = block(x)
+    torch.manual_seed(1)
+    close(ours, rebuilt(x), 1e-5)
+    block.eval()
+    assert torch.equal(block(x), block(x))

@@ -2,6 +2,7 @@
 gave.
 """
 import argparse
+import math
 import zlib
 
 import numpy as np
@@ -257,3 +258,44 @@ def test_titok_generator_loss_is_the_authors(monkeypatch):
     monkeypatch.setattr(model, "training_mask", lambda B, device: g["weights"].bool())
     loss, _ = model(g["labels"], torch.zeros(2, dtype=torch.long))
     close(loss, g["titok_mlm_loss"], 1e-5)
+
+
+def slow_bert_layer(block, x, p):
+    """BertLayer of transformers, written down once more: post-norm, dropout at its three places."""
+    B, S, C = x.shape
+    q, k, v = block.wqkv(x).view(B, S, 3, block.n_head, -1).permute(2, 0, 3, 1, 4)
+    weights = F.dropout((q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1), p)
+    y = block.wo((weights @ v).transpose(1, 2).reshape(B, S, C))
+    x = F.layer_norm(x + F.dropout(y, p), (C,), block.norm1.weight, block.norm1.bias, 1e-12)
+    y = F.dropout(block.fc2(F.gelu(block.fc1(x))), p)
+    return F.layer_norm(x + y, (C,), block.norm2.weight, block.norm2.bias, 1e-12)
+
+
+def test_titoks_bert_drops_out_where_the_published_config_says():
+    """dropout and attn_drop are 0.1: on the embeddings behind their norm, and at three places of a layer."""
+    sd = {k.removeprefix("sd."): v for k, v in golden("tokenizers/imagebert_tiny").items()
+          if k.startswith("sd.")}
+    model = official.load_generator(sd, n_head=4).train()
+    tokens, cond = torch.randint(64, (2, 16)), torch.tensor([3, 10])
+    mask = torch.rand(2, 16) < 0.5
+    torch.manual_seed(1)
+    ours = model.logits(tokens, cond, mask)
+    torch.manual_seed(1)
+    x = torch.cat([model.cls_embed(cond).unsqueeze(1), model.embed(tokens, mask)], 1) + model.pos_embed
+    x = F.dropout(model.norm_in(x), 0.1)
+    for block in model.blocks:
+        x = slow_bert_layer(block, x, 0.1)
+    close(ours, model.head.logits(x[:, 1:]), 1e-5)
+
+
+def test_titoks_uvit_has_no_dropout_as_published():
+    """Its config says 0.1, too, but UViTBert builds its blocks without it."""
+    sd = {k.removeprefix("sd."): v for k, v in golden("tokenizers/uvitbert_tiny").items()
+          if k.startswith("sd.")}
+    model = official.load_generator(sd, n_head=4)
+    tokens, cond = torch.randint(64, (2, 16)), torch.tensor([3, 10])
+    mask = torch.rand(2, 16) < 0.5
+    assert torch.equal(model.train().logits(tokens, cond, mask), model.eval().logits(tokens, cond, mask))
+    size = dict(n_layer=3, n_head=2, n_embd=32, n_mlp=64)
+    other = official.TiTokGenerator(16, 3, 64, "uvit", dropout=0.5, **size).train()
+    assert not torch.equal(other.blocks[0](torch.ones(1, 4, 32)), other.blocks[0](torch.ones(1, 4, 32)))
