@@ -29,9 +29,9 @@ sys.path.insert(0, str(ROOT))
 import data
 import train
 import vae
-from benchmark import machine_name
 from common import runs, yardsticks
 from common.metrics import psnr
+from experiments.benchmark import machine_name
 
 ARMS = ("no path", "orthonormal", "PCA")
 
