@@ -20,7 +20,6 @@ import time
 from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
-from types import SimpleNamespace
 
 import torch
 
