@@ -164,6 +164,6 @@ def save_curve(path, rows, unit):
     ax.set(xlabel="training step", ylabel=unit, title=plain(path.parent.name))
     ax.grid(alpha=0.3)
     ax.legend()
-    fig.tight_layout()
+    fig.subplots_adjust(left=0.14, right=0.97, bottom=0.14, top=0.91)     # tight_layout takes twice as long
     fig.savefig(path, dpi=100)
     plt.close(fig)
