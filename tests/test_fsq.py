@@ -127,9 +127,9 @@ def resolved(tmp_path, *words):
 
 
 def test_flags_choose_the_levels_and_the_bits(tmp_path):
-    for words, vocab_size, n in ((["fsq"], 4375, 5), (["fsq", "--vocab_size", "1000"], 1000, 4),
-                                 (["bsq"], 4096, 12), (["bsq", "--vocab_size", "256"], 256, 8),
-                                 (["lfq"], 4096, 12)):
+    for words, vocab_size, n in ((["fsq"], 1000, 4), (["fsq", "--vocab_size", "4375"], 4375, 5),
+                                 (["bsq"], 1024, 10), (["bsq", "--vocab_size", "256"], 256, 8),
+                                 (["lfq"], 1024, 10)):
         args = resolved(tmp_path, "--codebook", *words)
         model = runs.build_tokenizer(args)
         assert model.vocab_size == vocab_size and model.quantizer.n_channels == n

@@ -240,7 +240,7 @@ def test_a_vq_of_colour_pictures_has_the_linear_path(words, grey, size, tmp_path
     runs.suit(args, pretend_set(grey))
     assert args.tok_size == size
     assert args.codebook == ("l2-ema" if size == "fine" else "ema")
-    assert args.tok_steps == (600 if size == "patches" else 1000)
+    assert args.tok_steps == {"patches": 600, "patches-coarse": 700, "fine": 1000}[size]
     said = "colour pictures: 64 ids of 1,024; --tok_size patches-coarse: 16"
     assert (said in capsys.readouterr().out) == (size == "patches")
 
