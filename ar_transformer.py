@@ -426,6 +426,7 @@ class ARTransformer(nn.Module):
             h, h_uncond = h.chunk(2) if guided else (h, None)
             scale = cfg if t < n_guided else 1.0
             new, _ = self.head.sample(h, h_uncond, scale, temperature, **tricks)      # (B[, D])
+            new = new.type_as(tokens)
             if known is not None:
                 given = known_mask[:, t].view(B, *[1] * (new.ndim - 1))
                 new = torch.where(given, known[:, t].type_as(new), new)

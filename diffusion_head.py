@@ -106,7 +106,7 @@ class TimeEmbedding(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], -1)
 
     def forward(self, t):
-        return self.mlp(self.sinusoid(t))
+        return self.mlp(self.sinusoid(t).to(self.mlp[0].weight.dtype))
 
 
 class AdaLNBlock(nn.Module):
@@ -306,15 +306,16 @@ class DiffusionHead(nn.Module):
             raise ValueError(f"sampler {sampler!r} does not fit objective={self.objective!r}: it has {known}")
         # a tensor: to compiled functions, every other number would be another function
         cfg = None if h_uncond is None or cfg == 1.0 else torch.full((), cfg, device=h.device)
+        dtype = self.net.cond_embed.weight.dtype            # float32, also under autocast
 
         def draw(i):
             if noise is not None:
-                return noise[i]
-            return torch.randn(*h.shape[:-1], self.token_dim, device=h.device)
+                return noise[i].to(dtype)
+            return torch.randn(*h.shape[:-1], self.token_dim, dtype=dtype, device=h.device)
 
         with torch.autocast(h.device.type, enabled=False):
             states = h if cfg is None else torch.stack([h, h_uncond])
-            c = self.net.cond_embed(states.float())         # once, not per step
+            c = self.net.cond_embed(states.to(dtype))       # once, not per step
             x = draw(0) * (1.0 if sampler == "ancestral" else temperature)
             if self.objective == "flow":
                 return self.follow_flow(x, c, cfg, steps, sampler, on_step), None

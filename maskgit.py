@@ -305,13 +305,14 @@ class MaskGIT(nn.Module):
         mask = torch.ones(B, T, dtype=torch.bool, device=device)
         tokens = torch.zeros(B, T, dtype=torch.long, device=device)
         if self.token_dim:
-            tokens = torch.zeros(B, T, self.token_dim, device=device)
+            tokens = torch.zeros(B, T, self.token_dim, dtype=self.mask_embed.dtype, device=device)
         if known is not None:
             tokens, mask = known.to(tokens), ~known_mask
         n_start = mask.sum(1, keepdim=True)                                           # (B, 1)
         for step in range(steps):
             h, h_uncond = self.guided_states(tokens, cond, mask, cfg)                 # (B, T, C), same | None
             drawn, log_p = self.head.sample(h, h_uncond, cfg, temperature, **tricks)  # (B, T[, D]), (B, T)
+            drawn = drawn.type_as(tokens)
             tokens = torch.where(mask.unsqueeze(-1) if self.token_dim else mask, drawn, tokens)
 
             gumbel = -torch.log(-torch.log(torch.rand(B, T, device=device).clamp(1e-20, 1 - 1e-7)))

@@ -7,10 +7,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import ar_transformer
 import diffusion_head
 import gmm_head
 import mar
-from tests.helpers import golden
+import maskgit
+from tests.helpers import close, golden
 
 
 def small_mar(cls=mar.MAR, continuous=True, **options):
@@ -385,3 +387,34 @@ def test_mar_samples_tokens_of_its_own_dtype(cls, dtype):
         assert x.dtype == dtype and x.shape == (2, 12, 3)
     assert torch.equal(x[mask], known[mask].to(dtype))
     assert small_mar(cls, continuous=False).eval().to(dtype).sample(cond).dtype == torch.int64
+
+
+HEADS = {"gmm": lambda: gmm_head.GMMHead(32, 3, 4),
+         "diffusion": lambda: diffusion_head.DiffusionHead(32, 3, width=32, depth=1)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("cls, head", [
+    (mar.MAR, "diffusion"), (mar.MAR, "gmm"), (mar.CausalMAR, "diffusion"), (mar.CausalMAR, "gmm"),
+    (maskgit.MaskGIT, "gmm"), (ar_transformer.ARTransformer, "diffusion"),
+    (ar_transformer.ARTransformer, "gmm")])
+def test_generators_of_vectors_sample_in_the_dtype_of_their_weights(cls, head, dtype):
+    model = cls(HEADS[head](), 4, 5, token_dim=3, n_layer=2, n_head=2, n_embd=32).eval().to(dtype)
+    x = model.sample(torch.arange(2), cfg=2.0)
+    assert x.dtype == dtype and x.shape == (2, 4, 3) and torch.isfinite(x).all()
+
+
+@pytest.mark.parametrize("objective, sampler", [("diffusion", "ancestral"), ("diffusion", "ddim"),
+                                                ("flow", "heun"), ("flow", "euler")])
+def test_the_diffusion_head_denoises_in_the_dtype_of_its_weights(objective, sampler):
+    """From the same noise, float64 is float32 with more digits."""
+    head = diffusion_head.DiffusionHead(32, 3, width=32, depth=1, objective=objective)
+    for p in head.parameters():
+        nn.init.normal_(p, std=0.1)
+    h, noise = torch.randn(2, 5, 32), torch.randn(11, 5, 3)
+    options = dict(cfg=2.0, diffusion_steps=10, sampler=sampler)
+    single, _ = head.sample(*h, noise=noise, **options)
+    double, _ = head.double().sample(*h.double(), noise=noise.double(), **options)
+    assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
+    close(single, double.float(), 1e-4)
+    assert not torch.equal(double.float().double(), double), "all its digits are of float64"

@@ -265,3 +265,38 @@ def test_llamagen_with_grouped_heads_is_refused_in_a_sentence():
     key = "layers.0.attention.wqkv.weight"
     with pytest.raises(ValueError, match="grouped heads are not written here"):
         official.load_gpt(sd | {key: sd[key][:-8]}, n_head=4, grid=(4, 4))
+
+
+def theirs_turn(x, base):
+    """LlamaGen's 2-D rotary turns as complex numbers, written down once more: x (B, 17, heads, 8), grid 4."""
+    speed = base ** -(torch.arange(0, 4, 2) / 4)            # half of a head's 4 pairs for each axis
+    rows, columns = torch.arange(4).repeat_interleave(4), torch.arange(4).repeat(4)
+    angle = torch.cat([rows[:, None] * speed, columns[:, None] * speed], 1)           # (16, 4)
+    turn = torch.cat([torch.zeros(1, 4, dtype=torch.cfloat), torch.polar(torch.ones(16, 4), angle)])
+    pairs = torch.view_as_complex(x.unflatten(-1, (4, 2)).contiguous())
+    return torch.view_as_real(pairs * turn[:, None]).flatten(-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("base, eps", [(10000.0, 1e-5), (500.0, 1e-2)])
+def test_llamagen_of_another_base_and_norm_has_the_logits_of_a_slow_rebuilt_network(base, eps):
+    _, g, sd = llamagen("gpt_c2i_train")
+    model = official.load_gpt(sd, n_head=4, grid=(4, 4), rope_base=base, norm_eps=eps)
+    C = model.norm.weight.shape[0]
+    assert C == 32, "8 numbers in a head"
+    norm = lambda x, w: x * (x.pow(2).mean(-1, keepdim=True) + eps) ** -0.5 * w
+    ids, cond = torch.randint(model.vocab_size, (3, 16)), torch.tensor([0, 2, 5])
+    x = torch.cat([sd["cls_embedding.embedding_table.weight"][cond][:, None],
+                   sd["tok_embeddings.weight"][ids]], 1)
+    for i in range(len(model.blocks)):
+        w = lambda name: sd[f"layers.{i}.{name}.weight"]
+        n = norm(x, w("attention_norm"))
+        q, k, v = (y.view(3, 17, 4, 8) for y in (n @ w("attention.wqkv").T).chunk(3, -1))
+        q, k = theirs_turn(q, base).transpose(1, 2), theirs_turn(k, base).transpose(1, 2)
+        score = (q @ k.transpose(2, 3) / 8**0.5).masked_fill(torch.ones(17, 17).triu(1).bool(), -math.inf)
+        y = (score.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2).reshape(3, 17, C)
+        x = x + y @ w("attention.wo").T
+        n = norm(x, w("ffn_norm"))
+        x = x + (F.silu(n @ w("feed_forward.w1").T) * (n @ w("feed_forward.w3").T)) @ w("feed_forward.w2").T
+    logits = norm(x, sd["norm.weight"]) @ sd["output.weight"].T
+    close(model.logits(ids, cond), logits[:, :16], 1e-4)

@@ -136,3 +136,21 @@ def test_the_vae_takes_the_size_of_the_images():
     assert model.decode(tokens).shape == images.shape
     with pytest.raises(ValueError, match="not a multiple"):
         official.load_vae(sd, image_size=side + 1)
+
+
+def test_the_vae_of_48_pixels_is_the_same_network_on_a_larger_grid():
+    """The default grid refuses to decode what it encodes of 48 pixels; image_size=48 decodes it."""
+    sd, _, _ = official_vae()
+    small, large = official.load_vae(sd, image_size=32), official.load_vae(sd, image_size=48)
+    assert large.grid == (24, 24) and large.seq_len == 576
+    images = torch.rand(2, 3, 48, 48) * 2 - 1
+    images[:, :, :24] /= 4                                  # rows are no columns
+    with torch.no_grad():
+        mean, std = large.posterior(images)
+        maps = small.quant_conv(small.encoder(images))[:, :4]                         # (B, D, 24, 24)
+        rebuilt = small.decoder(small.post_quant_conv(maps))
+        close(mean, maps.flatten(2).transpose(1, 2))
+        close(large.decode_raw(mean), rebuilt)
+        close(large.decode(large.normalise(mean)), rebuilt.clamp(-1, 1))
+        with pytest.raises(RuntimeError, match="576"):
+            small.decode_raw(mean)

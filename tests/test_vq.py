@@ -1,4 +1,5 @@
 """Tests of vq."""
+import copy
 import numpy as np
 import pytest
 import torch
@@ -385,3 +386,21 @@ def test_distances_of_codes_are_the_squared_ones_less_that_of_the_token():
     codes = torch.randn(11, 5, dtype=torch.float64)
     d = vq.VectorQuantizer.distances(z, codes)
     assert torch.allclose(d + z.square().sum(1, keepdim=True), torch.cdist(z, codes) ** 2)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_vq_in_float64_counts_and_quantises_as_in_float32(ema):
+    single = vq.VectorQuantizer(16, 4, ema=ema, restart=0)
+    double = copy.deepcopy(single).double()
+    z = torch.randn(3, 20, 4)
+    for _ in range(3):                                      # and learns, where codes are running means
+        q, ids, loss, logs = single(z)
+        q64, ids64, loss64, logs64 = double(z.double())
+        assert q64.dtype == loss64.dtype == torch.float64
+        assert torch.equal(ids, ids64)
+        slow = torch.tensor([(ids == k).sum() for k in range(16)])
+        assert torch.equal(double.count(ids64), slow.double())
+        assert torch.allclose(loss64, loss.double(), atol=1e-6)
+        assert torch.allclose(q64, q.double(), atol=1e-5)
+        assert torch.allclose(logs64["perplexity"], logs["perplexity"].double(), atol=1e-4)
+    assert torch.allclose(double.codebook, single.codebook.double(), atol=1e-5)
