@@ -15,6 +15,7 @@ matmul take turns, so that a slow minute hurts all alike; then all samplers and 
 
     python experiments/benchmark.py          # table, JSON in experiments/results; 1 minute on 2 CPU cores
     python experiments/benchmark.py --quick  # does it run? 2 rounds, no JSON without --out; 20 seconds
+    python experiments/benchmark.py --against COMMIT      # is it faster than it was? See against.py
 """
 import argparse
 import json
@@ -38,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from common import averages, compiling, drawing, runs
 from data import BadInput
+from experiments import against
 
 KL16 = "--tokenizer vae --tok_size kl16 --image_size 256"
 SYSTEMS = [  # name, devices, classes, flags of train.py; --generator none times the tokenizer itself
@@ -238,17 +240,52 @@ def machine_name(device):
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
+def save(out, result):
+    """Write a result as JSON. BadInput if that cannot be done."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    except OSError as e:
+        raise BadInput(f"could not write {out} ({e})") from None
+    print(f"wrote {out}")
+
+
+def compare(args, device):
+    """What --against does: a table of old and new, one system a line, and its JSON."""
+    rounds = 2 if args.quick else 9
+    if unknown := set(args.systems or ()) - set(against.SYSTEMS):
+        raise BadInput(f"--systems {' '.join(sorted(unknown))}: there are {', '.join(against.SYSTEMS)}")
+    try:
+        result = against.compare(args.against, device.type, rounds, args.systems)
+    except ValueError as e:
+        raise BadInput(str(e)) from None
+    machine = dict(machine=machine_name(device), device=device.type, torch=torch.__version__,
+                   date=str(date.today()), quick=args.quick)
+    out = Path(args.out or Path(__file__).parent / "results" / f"against-{result['old']}.json")
+    if args.out or not args.quick:
+        save(out, machine | result)
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description="Speed of every system, and what this machine could do.")
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: CUDA if there is one")
-    p.add_argument("--quick", action="store_true", help="2 rounds, to see that it runs; not for reporting")
-    p.add_argument("--out", help="JSON to write (default: experiments/results/benchmark-MACHINE-DEVICE.json)")
+    p.add_argument("--quick", action="store_true", help="2 rounds, to see that it runs: nothing to report")
+    p.add_argument("--out", help="JSON to write (default: in experiments/results, "
+                   "benchmark-MACHINE-DEVICE.json or against-COMMIT.json)")
+    p.add_argument("--against", metavar="COMMIT", help="time this code against that of COMMIT instead, in "
+                   "turns: ratio old / new of a training step and of sampling, for each system")
+    p.add_argument("--systems", nargs="+", metavar="NAME", help="with --against: these systems only "
+                   f"(default: {' '.join(against.SYSTEMS)})")
     p.add_argument("--peak", help=argparse.SUPPRESS)        # a child process that prints its own peak memory
     args = p.parse_args(argv)
     device = runs.pick_device(args.device)
     torch.set_float32_matmul_precision("high")              # as in train.py: "fp32" on a GPU is TF32
     if args.peak:
         return print_peak(args.peak)
+    if args.against:
+        return compare(args, device)
+    if args.systems:
+        raise BadInput("--systems goes with --against")
     systems = build_all(device)
     steps, rates = time_training(systems, device, 2 if args.quick else 15)
     sampling, copy = time_sampling(systems, device, 1 if args.quick else 7)
@@ -261,12 +298,7 @@ def main(argv=None):
     slug = re.sub(r"[^a-z0-9]+", "-", machine["machine"].lower()).strip("-")
     out = Path(args.out or Path(__file__).parent / "results" / f"benchmark-{slug}-{device.type}.json")
     if args.out or not args.quick:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(machine | {"systems": rows}, indent=1) + "\n")
-        except OSError as e:
-            raise BadInput(f"could not write {out} ({e})") from None
-        print(f"wrote {out}")
+        save(out, machine | {"systems": rows})
 
 
 if __name__ == "__main__":
