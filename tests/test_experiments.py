@@ -164,3 +164,42 @@ def test_experiments_on_clips_run(tmp_path):
     result = json.loads((tmp_path / "understanding.json").read_text())["accuracy"]
     assert len(result["input"]) == 5 and len(result["target"]) == 4
     assert (tmp_path / "video-designs.png").exists() and (tmp_path / "understanding.png").exists()
+
+
+def test_growth_counts_the_bytes_that_live_at_once():
+    from experiments import growth
+    kept = torch.ones(1000)                                 # was there before
+
+    def job():
+        a = torch.ones(250_000)                             # 1 MB
+        b = a + 1                                           # and another one
+        del a
+        c = b + kept[0]                                     # two at a time again
+        return b, c
+    assert growth.bytes_added(job) == pytest.approx(2e6, abs=1e4)
+    more = lambda: [torch.ones(250_000) for _ in range(3)]
+    assert growth.bytes_added(more) == pytest.approx(3e6, abs=1e4)
+
+
+def test_growth_fills_its_table(tmp_path, monkeypatch, capsys):
+    from experiments import growth
+    monkeypatch.setattr(growth, "TOKENS", 32)
+    monkeypatch.setattr(growth, "processor_time", lambda job: (job(), 0.5)[1])
+    growth.main(["--tokens", "4", "16", "--out", str(tmp_path / "x.json")])
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    expected = [(name, T) for name in ("ar", "maskgit", "mar") for T in (4, 16)]
+    assert [(r["generator"], r["T"]) for r in rows] == expected
+    for r in rows:
+        assert r["step_ms_per_token"] == 500 / 32 and r["sampling_ms_per_token"] == 500 / (2 * r["T"])
+        assert r["step_mb_added"] > 0 and r["sampling_mb_added"] > 0
+    assert "| mar: sampling, ms per token | 62.5 | 15.6 |" in capsys.readouterr().out
+
+
+def test_growth_times_the_processor_and_not_the_clock():
+    import time
+
+    from experiments import growth
+    assert growth.processor_time(lambda: time.sleep(0.02), seconds=1e-6) < 0.01
+    calls = []
+    growth.processor_time(lambda: calls.append(sum(range(100_000))), seconds=0.02)
+    assert len(calls) > 1
