@@ -603,9 +603,7 @@ class LFQ(nn.Module):
                 old = F.pad(old, (0, 0, 0, 0, new.shape[2] - old.shape[2], 0))
             if key == "path.basis":                         # it looks at the present frame, the last one
                 old = F.pad(old, (0, 0, len(new) - len(old), 0))
-            if new.ndim:
-                old = old.repeat(new.shape[0] // old.shape[0], *[1] * (old.ndim - 1))
-            ours[key] = old
+            ours[key] = old.repeat(new.shape[0] // old.shape[0], *[1] * (old.ndim - 1))
         self.load_state_dict(ours)
         return self
 

@@ -340,12 +340,11 @@ def test_lfq_begins_with_the_best_linear_map_from_codes_to_patches(frames, codeb
     best = ones @ torch.linalg.lstsq(ones, patches, driver="gelsd").solution
     found = model.path_out(q.float())
     assert (found - best).square().mean() < 1e-4 * (patches - best).square().mean()
-    still = x if frames == 1 else x[:, :, 1:]               # of the first frame only the last copy is seen
     rebuilt = model.decode_raw(model.quantizer.codes(model.encode(x)))
     joined = model.path.join(found.view(len(frames_in), -1, patches.shape[1]), model.space)
     joined = joined.view(len(x), -1, 3, 16, 16).transpose(1, 2)[:, :, model.time_stride - 1:]
     close(rebuilt, joined.squeeze(2) if frames == 1 else joined, 1e-5)
-    assert (rebuilt - x).square().mean() < 0.5 * (still - still.mean()).square().mean()
+    assert (rebuilt - x).square().mean() < 0.5 * x.var()
 
 
 def test_lfq_with_the_linear_path_sees_no_later_frame():
@@ -378,6 +377,9 @@ def test_lfq_training_never_ends_below_its_linear_start():
 def test_an_inflated_lfq_with_the_linear_path_keeps_the_ids_and_pixels_of_images():
     image, x = with_path()
     clip, _ = with_path(5)
+    for layer in (image.encoder[-1], image.decoder[-1]):    # the networks have begun to say something
+        nn.init.normal_(layer.weight, std=0.1)
     clip.inflate(image.state_dict())
+    close(image.latents(x), clip.latents(x), 1e-5)
     assert torch.equal(image.encode(x), clip.encode(x))
     close(image.decode(image.encode(x)), clip.decode(clip.encode(x)), 1e-6)
