@@ -37,7 +37,7 @@ from PIL import Image
 import maskgit
 from common import captions, clips, compiling, drawing, pictures, runs
 from data import BadInput
-from official import llamagen, mar, open_magvit2, titok, var
+from official import llamagen, mar, open_magvit2, rar, titok, var
 
 TRICKS = ("steps", "schedule", "order", "choice_temperature", "guidance", "top_k", "top_p", "clip", "beam",
           "fan", "cfg_schedule", "cfg_interval", "diffusion_steps", "sampler", "spacing")
@@ -66,10 +66,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if (args.run is None) == (args.official is None):
         raise BadInput("name a run folder, or weights with --official: one of them")
-    theirs = args.vae or args.vq or args.titok or args.lfq or args.msvq or args.text_encoder
-    if theirs and not args.official:
-        raise BadInput("--vae, --vq, --titok, --lfq, --msvq, --text_encoder: go with --official; a run has "
-                       "its own")
+    if not args.official and (args.text_encoder or any(getattr(args, name) for name in RELEASES)):
+        raise BadInput(f"--{', --'.join(RELEASES)}, --text_encoder: go with --official; a run has its own")
     return args
 
 
@@ -138,6 +136,7 @@ def add_official_flags(p):
     g.add_argument("--titok", help="TiTok: the file of its tokenizer, such as tokenizer_titok_l32.bin")
     g.add_argument("--lfq", help="Open-MAGVIT2: the file of its tokenizer")
     g.add_argument("--msvq", help="VAR: the file of its tokenizer, vae_ch160v4096z32.pth")
+    g.add_argument("--vqgan", help="RAR: the file of its tokenizer, maskgit-vqgan-imagenet-f16-256.bin")
     g.add_argument("--image_size", type=int, default=256,
                    help="LlamaGen and Open-MAGVIT2: 256 (default), 384 or 512 pixels; VAR: 256 or 512")
     g.add_argument("--text_encoder",
@@ -422,6 +421,7 @@ RELEASES = {                                                # flag: tokenizer, g
     "titok": (titok.load_tokenizer, titok.load_generator, "titok"),
     "lfq": (open_magvit2.load_tokenizer, open_magvit2.load_gpt, "ar"),
     "msvq": (var.load_vqvae, var.load_var, "var"),
+    "vqgan": (titok.load_maskgit_vqgan, rar.load_generator, "rar"),
 }
 
 
@@ -430,13 +430,14 @@ def official_run(args, device):
     flags = [name for name in RELEASES if getattr(args, name)]
     if len(flags) != 1:
         raise BadInput("--official: name its tokenizer too: --vae kl16.ckpt for MAR, --vq vq_ds16_c2i.pt for "
-                       "LlamaGen, --titok for TiTok, --lfq for Open-MAGVIT2, --msvq for VAR")
+                       "LlamaGen, --titok for TiTok, --lfq for Open-MAGVIT2, --msvq for VAR, --vqgan for RAR")
     load_tokenizer, load_generator, name = RELEASES[flags[0]]
     file = getattr(args, flags[0])
     convolutional = flags[0] in ("vq", "lfq", "msvq")       # it takes any size, so the weights do not tell
     size = dict(image_size=args.image_size) if convolutional else {}
     tokenizer = load_file(flags[0], file, load_tokenizer, **size)
-    more = dict(ar=dict(grid=tokenizer.grid), var=dict(tokenizer=tokenizer)).get(name, {})
+    more = dict(ar=dict(grid=tokenizer.grid), var=dict(tokenizer=tokenizer),
+                rar=dict(seq_len=tokenizer.seq_len)).get(name, {})
     generator = load_file("official", args.official, load_generator, **more)
     reads_captions = getattr(generator, "caption", None) is not None
     if reads_captions and (not args.prompt or not args.text_encoder):

@@ -225,14 +225,15 @@ class VAE(nn.Module):
     corrupt: standard deviation of Gaussian noise on the input pixels while training. With beta=0 this is a
     denoising autoencoder (DAE). channels=1: grey. Images still come and go as (B, 3, H, W); the network in
     between sees their average. Any other number: images are (B, channels, H, W), such as one-hot label maps.
-    likelihood="logistic": see log_likelihood.
+    likelihood="logistic": see log_likelihood. stem, linear, border: the networks see stem x stem pixels as
+    channels; linear puts LinearPath beside them.
     """
 
     vocab_size = None                                       # tokens are continuous
 
     def __init__(self, image_size=32, token_dim=8, beta=1e-2, corrupt=0.0, ch=16, ch_mult=(1, 2, 4, 4),
                  n_res=1, enc_attn=None, dec_attn=(), groups=8, channels=3, likelihood="mse", stem=1,
-                 linear=False):
+                 linear=False, border=2.0):
         super().__init__()
         stride = stem << (len(ch_mult) - 1)
         side = image_size // stride
@@ -254,7 +255,7 @@ class VAE(nn.Module):
         self.quant_conv = nn.Conv2d(2 * token_dim, 2 * token_dim, 1)
         self.post_quant_conv = nn.Conv2d(token_dim, token_dim, 1)
         self.decoder = Decoder(token_dim, ch, ch_mult, n_res, dec_attn, groups, channels * stem**2)
-        self.path = LinearPath(stride, channels * stride**2, token_dim) if linear else None
+        self.path = LinearPath(stride, channels * stride**2, token_dim, border) if linear else None
         self.init_weights()
         if likelihood == "logistic":                      # log s of log_likelihood: about 17 of the 256 steps
             self.log_scale = nn.Parameter(torch.full((channels,), -2.0))

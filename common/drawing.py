@@ -34,6 +34,7 @@ DEFAULTS = {                                                # keywords of sample
     "mar-categorical": dict(cfg=2.0, temperature=1.0),
     "var-categorical": dict(cfg=2.0, temperature=1.0),
     "titok-categorical": dict(cfg=4.5, temperature=9.5),    # the authors' weights: of L-32, as published
+    "rar-categorical": dict(cfg=16.0, temperature=1.0),     # of RAR-B, as published; its guidance grows
     "captions": dict(cfg=3.0, temperature=1.0),             # of ids
 }
 MANY_NUMBERS = 24                            # in a token: 8 tries find no good one, and guidance narrows more

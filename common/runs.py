@@ -116,6 +116,7 @@ DEFAULTS = {
 }
 PER_TOKEN = {"drawn shapes": 16, "grey pictures": 16, "colour pictures": 32}        # numbers: see suit()
 BETA_IN_COLOUR = 0.005                                      # of a vae: less noise in many small components
+BORDER_IN_COLOUR = 2.5                                      # of its linear path: see vae.LinearPath
 LABEL_DROP = 0.1                                            # where there is more than one class, or captions
 STAGE1 = ("data", "image_size", "frames", "frame_step", "flip", "n_shapes", "seed", "tokenizer", "tok_size",
           "tok_steps", "tok_batch_size", "tok_lr", "token_dim", "beta", "vocab_size", "codebook", "tokens",
@@ -515,6 +516,8 @@ def suit(args, train_set):
     elif path:
         args.token_dim = PER_TOKEN[kind]
         said = f"tokens of {args.token_dim} numbers; --token_dim changes it"
+        if kind == "colour pictures":
+            args.tok_options = dict(border=BORDER_IN_COLOUR) | args.tok_options
         if kind == "colour pictures" and "beta" in args.by_default:
             args.beta = BETA_IN_COLOUR
             said += f". --beta {args.beta}"

@@ -64,6 +64,8 @@ class RAR(nn.Module):
     classes, the last of which is "no class". Without dropout, for use and not for training.
     """
 
+    token_dim = None                                        # tokens are ids
+
     def __init__(self, seq_len=256, num_classes=1000, vocab_size=1024, n_layer=24, n_head=16, n_embd=768,
                  n_mlp=3072, n_positions=None, n_timesteps=None):
         super().__init__()
@@ -115,11 +117,12 @@ class RAR(nn.Module):
         return F.cross_entropy(self.logits(ids, cond, order)[:, :-1].flatten(0, 1), ids.flatten())
 
     @torch.no_grad()
-    def sample(self, cond, cfg=16.0, power=2.75, temperature=1.0, on_step=None):
+    def sample(self, cond, cfg=16.0, power=2.75, temperature=1.0, on_step=None, on_logits=None):
         """cond (B,) classes -> ids (B, N), drawn in raster order. The defaults are RAR-B's.
 
         Guidance of token t is 1 + (cfg - 1) (1 - cos(pi (t / N)^power)) / 2; power 0: cfg throughout. cfg 1
-        or 0: none. temperature 0: the likeliest. on_step(t, logits) sees them (B, V), after guidance.
+        or 0: none. temperature 0: the likeliest. on_logits(t, logits) sees them (B, V), after guidance;
+        on_step(t, ids, mask) the ids (B, N) so far, mask (B, N) where they are still missing.
         """
         B, N = len(cond), self.seq_len
         guided = cfg not in (0, 1)
@@ -138,10 +141,13 @@ class RAR(nn.Module):
                 with_class, without = logits.chunk(2)
                 scale = 1 + (cfg - 1) * (1 - math.cos(math.pi * (t / N)**power)) / 2
                 logits = without + scale * (with_class - without)
-            if on_step is not None:
-                on_step(t, logits)
+            if on_logits is not None:
+                on_logits(t, logits)
             p = (logits / max(temperature, 1e-5)).softmax(-1)
             ids = torch.cat([ids, torch.multinomial(p, 1)], 1)
+            if on_step is not None:
+                missing = torch.arange(N, device=cond.device).expand(B, -1) > t
+                on_step(t, F.pad(ids, (0, N - 1 - t)), missing)
         return ids
 
 

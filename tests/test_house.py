@@ -211,6 +211,8 @@ def named_in(tree):
             found |= {item.value for item in node.elts if isinstance(item, ast.Constant)}
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "dict":
             found |= {word.arg for word in node.keywords}
+        if isinstance(node, ast.Dict):
+            found |= {key.value for key in node.keys if isinstance(key, ast.Constant)}
     return found
 
 

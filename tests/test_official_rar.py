@@ -38,7 +38,7 @@ def test_rar_logits_loss_and_gradients_are_the_authors():
 def test_rar_greedy_samples_are_the_authors(name, cfg, power):
     g, _, model = rar_golden()
     seen = []
-    ids = model.sample(g["in/generate_class"], cfg, power, temperature=0, on_step=lambda t, z: seen.append(z))
+    ids = model.sample(g["in/generate_class"], cfg, power, temperature=0, on_logits=lambda t, z: seen.append(z))
     assert torch.equal(ids, g[f"out/{name}_tokens"])
     close(torch.stack(seen, 1), g[f"out/{name}_logits"])
 
@@ -51,7 +51,7 @@ def test_rar_guidance_grows_as_released():
     head = model.head
     model.head = lambda x, c: (seen.append(head(x, c)), seen[-1])[1]
     guided = []
-    model.sample(torch.tensor([1]), 16.0, 2.75, on_step=lambda t, z: guided.append(z))
+    model.sample(torch.tensor([1]), 16.0, 2.75, on_logits=lambda t, z: guided.append(z))
     for t in (0, 50, 128, 255):
         with_class, without = seen[t].chunk(2)
         scale = (guided[t] - without) / (with_class - without)

@@ -16,6 +16,7 @@ import mar
 import official.llamagen
 import official.mar
 import official.open_magvit2
+import official.rar
 import official.titok
 import sample
 from common import drawing, pictures, runs
@@ -291,6 +292,25 @@ def test_sample_draws_from_titoks_files(tmp_path, monkeypatch, capsys):
                             (["--cfg_schedule", "power-cosine"], None)]:
         with pytest.raises(SystemExit, match=sentence) if sentence else contextlib.nullcontext():
             sample.main([*words, *extra])
+
+
+def test_sample_draws_from_rars_files(tmp_path, monkeypatch):
+    """--official and --vqgan: the tiny golden RAR, 16 ids of 32, and a random tokenizer of 4 x 4."""
+    g = golden("beyond/rar_tiny")
+    sd = {name.removeprefix("w/"): v for name, v in g.items() if name.startswith("w/")}
+    vqgan = official.titok.MaskGITVQGAN((4, 4), 32, 8, 32, (1, 1), 1)
+    monkeypatch.setitem(sample.RELEASES, "vqgan", (lambda path: vqgan, official.rar.load_generator, "rar"))
+    for name, weights in (("rar.bin", sd), ("vqgan.bin", {})):
+        torch.save(weights, tmp_path / name)
+    words = ["--official", str(tmp_path / "rar.bin"), "--vqgan", str(tmp_path / "vqgan.bin"), "--label", "1",
+             "--n", "2", "--image_size", "8", *files_in(tmp_path)]
+    sample.main(words)
+    with np.load(tmp_path / "x.npz") as f:
+        drawn = f["arr_0"]
+    model = official.rar.load_generator(sd, seq_len=16)
+    torch.manual_seed(0)
+    ids = model.sample(torch.tensor([1, 1]), cfg=16.0)
+    assert np.array_equal(drawn, as_arrays(vqgan.decode(ids)))
 
 
 def test_sample_draws_from_open_magvit2s_files(tmp_path, monkeypatch, capsys):
