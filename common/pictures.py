@@ -157,7 +157,7 @@ def save_curve(path, rows, unit):
             style = style if len(points) > 1 else "o"       # a line through one point is not seen
             ax.plot(*zip(*points), style, ms=4, label=label)
     ax.set(xlabel="training step", title=plain(path.parent.name))
-    ax.set_ylabel(unit, fontsize="small")                   # "squared error per pixel value + losses ..." fits
+    ax.set_ylabel(unit, fontsize="small")                   # the longest unit just fits
     ax.grid(alpha=0.3)
     ax.legend()
     fig.subplots_adjust(left=0.14, right=0.97, bottom=0.14, top=0.91)     # tight_layout takes twice as long

@@ -363,6 +363,13 @@ def test_commands_of_the_docs_are_understood(doc, words, tmp_path):
         importlib.import_module(file.removesuffix(".py").replace("/", "."))
 
 
+@pytest.mark.parametrize("name", [n for n in sorted(files()) if n.startswith("experiments.")])
+def test_every_experiment_answers_help_instead_of_running(name):
+    """against.py is started by benchmark.py, whose flag it is."""
+    if name != "experiments.against":
+        assert "ArgumentParser(" in files()[name].read_text()
+
+
 def test_flags_in_the_tables_of_readme_go_together(tmp_path):
     rows = re.findall(r"^\|.*?\| `(\w+\.py)` \| `(--[^`]*)` \|", (ROOT / "README.md").read_text(), re.M)
     assert {file.removesuffix(".py") for file, _ in rows} == set(MODELS)
