@@ -15,7 +15,7 @@ Shapes:  B batch, N images in a set, F frames, H W pixels
     index (B,) --hash--> label, colour, place, size, angle (B,) --distance--> images (B, 3, H, W) in [-1, 1]
     clips: index (B,) --> videos (B, 3, F, H, W) in [-1, 1]
 
-    python data.py              # draws data.png: the ten classes, captions, masks, clips; 10 s on 2 CPU cores
+    python data.py              # draws data.png: the ten classes, captions, masks, clips; 3 s of one CPU core
     python data.py --data PATH  # the same for your images: a folder, .zip, .tar[.gz] or .npz
 
 With --frames 17 the files are clips: GIFs, animated WebPs, folders of pictures, or films (see read_clip).

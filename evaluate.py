@@ -14,7 +14,7 @@ with the floor printed below it (real training images), but not with any paper.
 
     python evaluate.py runs/shapes-vae-ar-gmm         # a table, metrics.json and nearest.png
     python evaluate.py runs/shapes-vae-ar-gmm --fid   # the real FID too; needs `pip install clean-fid`
-    torchrun --standalone --nproc_per_node=2 evaluate.py ...          # processes share the drawing
+    torchrun --standalone --nproc_per_node=2 -- evaluate.py ...       # processes share the drawing
 
 A run on clips has two classifiers: ClipCNN, which tells what happens in a clip, and SmallCNN for its
 frames. Captions of the drawn world are judged by a rule that reads pictures, metrics.read_scene. Where the

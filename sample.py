@@ -203,7 +203,8 @@ def draw_classes(run, args, out, gif, options):
         print(f"{out} shows the first {drawing.MOST_ROWS} of {len(classes)} classes")
     if args.image:
         rows = [(str(run.classes[k]), images[labels == k][:12]) for k in classes[:drawing.MOST_ROWS]]
-        title = f"{run.folder.name}: {Path(args.image).name}, repainted {mask}"
+        kept = f" but {args.known_scales} coarse scales" if args.known_scales else ""
+        title = f"{run.folder.name}: {Path(args.image).name}, repainted {mask}{kept}"
         pictures.save_rows(out, [("given", given)] + rows, title)
     else:
         drawing.save_grid(out, run, images, labels, each=12 if args.cls is None else None)

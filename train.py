@@ -6,7 +6,7 @@ Train a tokenizer, then a generator on its tokens.
     python train.py --tokenizer vq --generator maskgit               # MaskGIT: ids, many tokens in each pass
     python train.py --tokenizer vae --generator mar --head diffusion # MAR: random order, a diffusion loss
     python train.py --tokenizer msvq --generator var                 # VAR: from coarse to fine
-    torchrun --standalone --nproc_per_node=2 train.py ...            # two GPUs, still the same batch
+    torchrun --standalone --nproc_per_node=2 -- train.py ...         # two GPUs, still the same batch
 
 Stage 1 trains the tokenizer (images -> tokens -> images), unless its run folder is there already. Then all
 images are encoded once, and stage 2 trains the generator on the tokens. Both stages share one loop, fit(),

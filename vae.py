@@ -523,7 +523,7 @@ def show(rows, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(len(rows), 1, figsize=(9, 0.95 * len(rows) + 0.6), layout="constrained")
+    figure, axes = plt.subplots(len(rows), 1, figsize=(9, 0.72 * len(rows) + 0.6), layout="constrained")
     for ax, (text, images) in zip(axes, rows):
         strip = ((images.clamp(-1, 1) + 1) / 2).permute(2, 0, 3, 1).flatten(1, 2)     # (H, n * W, 3)
         ax.imshow(strip.cpu(), interpolation="nearest")
@@ -536,7 +536,7 @@ def show(rows, path):
 
 def main():
     parser = argparse.ArgumentParser(description="Three autoencoders: which of them can draw from noise?")
-    parser.add_argument("--steps", type=int, default=200, help="training steps of each of the three models")
+    parser.add_argument("--steps", type=int, default=165, help="training steps of each of the three models")
     parser.add_argument("--beta", type=float, default=2.0, help="weight of the VAE's KL")
     args = parser.parse_args()
     import data

@@ -17,7 +17,7 @@ Shapes:  B batch, D numbers of a code, V codes, S = p_K side of the grid, T = su
     ids (B, T) --sum of scales--> f_hat (B, D, S, S) --Decoder--> images (B, 3, H, W) in [-1, 1]
     class (B,), sums so far --embed--> (B, T, C) --class, blocks--> h (B, T, C) --head--> p(i_k,t)
 
-    python var.py              # passes against quality, writes var.png; 90 s on one CPU core
+    python var.py              # passes against quality, writes var.png; a minute of one CPU core
 
 Try it yourself:
   1. Give SCHEDULES the scales (4, 4, 4, 4). What helps: many passes, or passes from coarse to fine?

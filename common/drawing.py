@@ -39,6 +39,7 @@ DEFAULTS = {                                                # keywords of sample
 }
 MANY_NUMBERS = 24                            # in a token: 8 tries find no good one, and guidance narrows more
 MOST_ROWS = 20                                              # of a picture: more classes are unreadable
+ACROSS = 16                                                 # pictures in a row, if a class has more
 
 
 def kind_of(run):
@@ -161,10 +162,23 @@ def first_of_each(labels, each, most=MOST_ROWS):
 
 
 def save_grid(path, run, images, labels, each=None):
-    """Picture: images (N, 3, H, W) in a row per class, `each` in a row, and at most MOST_ROWS rows."""
-    shown = first_of_each(labels, each)
-    title = f"{run.folder.name}: samples"
-    pictures.save_class_grid(path, images[shown], labels[shown], run.classes, title)
+    """Picture: images (N, 3, H, W) class by class, the first `each` of one (None: all), in rows of ACROSS and
+    at most MOST_ROWS rows.
+    """
+    classes = labels.unique()[:MOST_ROWS].tolist()
+    rows = [(str(run.classes[k]), images[(labels == k).nonzero()[:each, 0]]) for k in classes]
+    pictures.save_rows(path, broken(rows)[:MOST_ROWS], f"{run.folder.name}: samples")
+
+
+def broken(rows):
+    """rows [(text, images (n, 3, H, W)), ...] -> the same with at most ACROSS images in a row, as lines of a
+    paragraph: the text stands at the first.
+    """
+    found = []
+    for text, images in rows:
+        first, *others = images.split(ACROSS)
+        found += [(text, first), *[("", part) for part in others]]
+    return found
 
 
 def save_strips(path, run, clips, labels, each=1):
@@ -175,8 +189,10 @@ def save_strips(path, run, clips, labels, each=1):
 
 
 def save_captions(path, run, texts, images):
-    """Picture: a row per caption, images (N, 3, H, W) in the order of the texts, as many of each."""
-    rows = list(zip(texts, images.split(len(images) // len(texts))))
+    """Picture: a row per caption, or more if it has over ACROSS, images (N, 3, H, W) in the order of the
+    texts, as many of each.
+    """
+    rows = broken(zip(texts, images.split(len(images) // len(texts))))
     pictures.save_rows(path, rows[:MOST_ROWS], f"{run.folder.name}: samples")
 
 

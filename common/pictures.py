@@ -82,12 +82,6 @@ def save_rows(path, rows, title=""):
     plt.close(fig)
 
 
-def save_class_grid(path, images, labels, classes, title=""):
-    """A PNG with one labelled row per class: images (N, 3, H, W), labels (N,)."""
-    rows = [(str(name), images[labels.to(images.device) == k]) for k, name in enumerate(classes)]
-    save_rows(path, [row for row in rows if len(row[1])], title)
-
-
 def colour_maps(maps):
     """Label maps (B, n, H, W), whose largest channel wins -> pictures (B, 3, H, W). Channel 0 becomes
     black.
@@ -160,8 +154,10 @@ def save_curve(path, rows, unit):
         points = [(int(row["step"]), float(row[key])) for row in rows if row.get(key) not in (None, "")]
         points = [point for point in points if point[0] > 1] or points            # step 1 would set the scale
         if points:
+            style = style if len(points) > 1 else "o"       # a line through one point is not seen
             ax.plot(*zip(*points), style, ms=4, label=label)
-    ax.set(xlabel="training step", ylabel=unit, title=plain(path.parent.name))
+    ax.set(xlabel="training step", title=plain(path.parent.name))
+    ax.set_ylabel(unit, fontsize="small")                   # the longest unit just fits
     ax.grid(alpha=0.3)
     ax.legend()
     fig.subplots_adjust(left=0.14, right=0.97, bottom=0.14, top=0.91)     # tight_layout takes twice as long

@@ -224,4 +224,6 @@ def cells(found, clock, width):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:                                  # not from Tree, but typed by somebody
+        raise SystemExit("type python experiments/benchmark.py --against COMMIT instead")
     child(*sys.argv[1:])

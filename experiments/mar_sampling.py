@@ -2,7 +2,7 @@
 How fast does MAR draw at the paper's sizes: the transformer, the diffusion head, the decoder?
 
     python experiments/mar_sampling.py           # MAR-B, 256 tokens of 16 numbers; minutes, a GPU's work
-    python experiments/mar_sampling.py --quick   # tiny: does it run? seconds; no JSON without --out
+    python experiments/mar_sampling.py --quick   # tiny: does it run? 2 minutes, to compile; no JSON
 
 Random weights, which are as fast as trained ones; the paper's setting: 64 passes, 100 denoising steps per
 token, guidance, 256 x 256 pixels. As they are and with what sample.py --compile compiles; the first call,

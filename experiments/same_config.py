@@ -18,6 +18,7 @@ Decoding against LlamaGen's, side by side in one process: experiments/decoding.p
 
     python experiments/same_config.py          # 2 minutes; writes experiments/results/same-config.json
 """
+import argparse
 import json
 import sys
 import time
@@ -77,7 +78,10 @@ def measure(model, tokens, options, threads, dtype):
     return train_ms, sample_ms
 
 
-def main():
+def main(argv=None):
+    p = argparse.ArgumentParser(description="Our models at the configurations of the authors' timings.")
+    p.add_argument("--out", help="JSON to write (default: experiments/results/same-config.json)")
+    args = p.parse_args(argv)
     rows = {}
     for name, (authors_step, authors_sample) in AUTHORS.items():
         model, tokens, options = build(name)
@@ -89,7 +93,7 @@ def main():
             samples = f", 16 samples {sample_ms:.0f} ms (authors {authors_sample})" if sample_ms else ""
             print(f"{name:8s} {rows[name]['parameters'] / 1e6:.2f}M  {threads} threads {dtype}  forward + "
                   f"backward {train_ms:.0f} ms (authors {authors_step}){samples}", flush=True)
-    out = Path(__file__).parent / "results" / "same-config.json"
+    out = Path(args.out or Path(__file__).parent / "results" / "same-config.json")
     facts = dict(machine=machine_name(torch.device("cpu")), torch=torch.__version__, date=str(date.today()))
     out.write_text(json.dumps(facts | rows, indent=1) + "\n")
     print(f"wrote {out}")

@@ -14,7 +14,7 @@ The authors' proxy is MaskGIT's VQGAN. Ours is a small vq.VQ, trained here unles
 one.
 
     python -m recipes.titok_two_stage                                  # proxy, both stages and a MaskGIT
-    python -m recipes.titok_two_stage --proxy runs/patches --tokens 8
+    python -m recipes.titok_two_stage --proxy runs/shapes-titok-patches --tokens 8 --tok_name t8 --name t8-mg
     python -m recipes.titok_two_stage --generator none --gan 0.5       # the tokenizer alone
 
 All flags of train.py go with it: --tok_steps is for each of the two stages, --proxy_steps for the proxy. The

@@ -1,6 +1,7 @@
 """Tests of experiments/against.py: an older commit against the working tree."""
 import json
 import subprocess
+import sys
 
 import pytest
 
@@ -105,3 +106,10 @@ def test_this_commit_is_as_fast_as_itself(monkeypatch, tmp_path):
     for row in found["systems"]:
         for job in ("step", "sample"):
             assert 0.5 < row[job]["ratio"] < 2, row
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_against_typed_by_somebody_says_what_to_type(words):
+    done = subprocess.run([sys.executable, ROOT / "experiments" / "against.py", *words], capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "benchmark.py --against" in done.stderr

@@ -162,13 +162,27 @@ def test_labels_of_one_class_and_of_all():
 def test_pictures_of_300_classes_stay_readable(tmp_path, monkeypatch):
     run = fixed_run(tmp_path)
     labels = torch.arange(300).repeat_interleave(2)
-    shown = {}
-    monkeypatch.setattr(pictures, "save_class_grid", lambda path, images, labels, classes, title:
-                        shown.update(images=images, labels=labels))
+    shown = []
+    monkeypatch.setattr(pictures, "save_rows", lambda path, rows, title: shown.extend(rows))
     drawing.save_grid(tmp_path / "x.png", run, drawing.draw_samples(run, labels), labels, each=1)
-    assert shown["labels"].tolist() == list(range(drawing.MOST_ROWS))
-    greys = shown["images"][:, 0, 0, 0] * 300
+    assert [text for text, _ in shown] == [str(run.classes[k]) for k in range(drawing.MOST_ROWS)]
+    greys = torch.cat([images for _, images in shown])[:, 0, 0, 0] * 300
     assert torch.allclose(greys, torch.arange(drawing.MOST_ROWS).float(), atol=1e-4)
+
+
+@pytest.mark.parametrize("n, rows", [(5, [5]), (16, [16]), (37, [16, 16, 5]), (5000, [16] * 20)])
+def test_many_samples_of_one_class_or_caption_are_broken_into_rows(n, rows, tmp_path, monkeypatch):
+    """64 in one row were a strip nobody could read, and 5,000 were more than matplotlib draws."""
+    run, shown = fixed_run(tmp_path), []
+    monkeypatch.setattr(pictures, "save_rows", lambda path, rows, title: shown.extend(rows))
+    images = torch.arange(n).float()[:, None, None, None].expand(-1, 3, 2, 2)
+    for save in (lambda path: drawing.save_grid(path, run, images, torch.zeros(n, dtype=torch.long)),
+                 lambda path: drawing.save_captions(path, run, [str(run.classes[0])], images)):
+        shown.clear()
+        save(tmp_path / "x.png")
+        assert [len(images) for _, images in shown] == rows
+        assert [text for text, _ in shown] == [str(run.classes[0])] + [""] * (len(rows) - 1)
+        assert torch.equal(torch.cat([images for _, images in shown]), images[:sum(rows)])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

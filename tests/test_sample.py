@@ -4,6 +4,7 @@ import contextlib
 import csv
 import functools
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -207,6 +208,20 @@ def test_what_sample_cannot_draw_is_refused_in_a_sentence(tiny_run, tmp_path):
     for folder, sentence in [(tmp_path, "no ckpt.pt"), (tokenizer, "a tokenizer alone cannot draw")]:
         with pytest.raises(data.BadInput, match=sentence):
             sample.main([str(folder)])
+
+
+@pytest.mark.parametrize("words, title", [
+    (["--mask", "right"], "run: x.png, repainted right"),
+    (["--known_scales", "3"], "run: x.png, repainted all but 3 coarse scales")])
+def test_the_title_of_an_edit_says_what_stays(words, title, tmp_path, monkeypatch):
+    run = SimpleNamespace(folder=tmp_path / "run", classes=["a", "b"], device=torch.device("cpu"))
+    args = sample.parse_args(["run", "--image", "x.png", "--n", "2", *words])
+    shown = []
+    images = torch.zeros(2, 3, 4, 4)
+    monkeypatch.setattr(drawing, "edit", lambda *rest, **options: (images, images))
+    monkeypatch.setattr(pictures, "save_rows", lambda path, rows, title: shown.append(title))
+    sample.draw_classes(run, args, tmp_path / "x.png", None, {})
+    assert shown == [title]
 
 
 # ---- The authors' files
