@@ -33,7 +33,7 @@ import time
 
 import torch
 
-from common import captions, clips, compiling, drawing, metrics, pictures, runs, yardsticks
+from common import age, captions, clips, compiling, drawing, metrics, pictures, runs, yardsticks
 from common.classifier import classifier_for, look, look_at_real
 from common.metrics import frechet_distance, precision_recall, psnr, ssim
 from data import BadInput
@@ -124,7 +124,7 @@ def settings(args, run):
     if run.generator is not None:                           # the sampling defaults, or the flags
         used = dict(drawing.default_of(run))
         used.update({k: getattr(args, k) for k in ("cfg", "temperature") if getattr(args, k) is not None})
-    return dict(n=args.n, seed=args.seed) | used | dict(device=str(run.device), machine=machine)
+    return dict(n=args.n, seed=args.seed) | used | dict(device=str(run.device), machine=machine) | age.now()
 
 
 # ---- Runs on images ------------------------------------------------------------------------------

@@ -163,12 +163,6 @@ def unpack(commit, folder):
     return found.stdout.strip()
 
 
-def this_tree():
-    """The short hash of the working tree, and whether files differ from it."""
-    name = git("rev-parse", "--short", "HEAD", text=True).stdout.strip() or "no commit"
-    return name + (" and changes" if git("status", "--porcelain", "-uno").stdout else "")
-
-
 def take_turns(old, new, rounds, clock):
     """old and new: a Tree each, with the same system built -> {job: dict of milliseconds and ratios}.
 
@@ -193,10 +187,11 @@ def take_turns(old, new, rounds, clock):
 
 def compare(commit, device="cpu", rounds=9, systems=None):
     """Time every system of `systems` (names; None: all) in two trees -> facts with the rows. It prints."""
+    from common import age                                  # here: a child loads the rooms of its own tree
     rows = []
     clock = "wall" if device == "cuda" else "cpu"
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        facts = dict(old=unpack(commit, folder), new=this_tree(), clock=clock, rounds=rounds)
+        facts = dict(old=unpack(commit, folder), new=age.commit_of(ROOT), clock=clock, rounds=rounds)
         old, new = Tree("old", folder, device), Tree("new", ROOT, device)
         stack.callback(new.close)
         stack.callback(old.close)

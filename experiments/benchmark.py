@@ -19,13 +19,11 @@ matmul take turns, so that a slow minute hurts all alike; then all samplers and 
 """
 import argparse
 import json
-import platform
 import re
 import resource
 import subprocess
 import sys
 import time
-from datetime import date
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -37,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from common import averages, compiling, drawing, runs
+from common import age, averages, compiling, drawing, runs
 from data import BadInput
 from experiments import against
 
@@ -232,14 +230,6 @@ def print_table(rows):
         print("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))))
 
 
-def machine_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    text = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    found = re.search(r"model name\s*:\s*(.+)", text)
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
 def save(out, result):
     """Write a result as JSON. BadInput if that cannot be done."""
     try:
@@ -259,11 +249,10 @@ def compare(args, device):
         result = against.compare(args.against, device.type, rounds, args.systems)
     except ValueError as e:
         raise BadInput(str(e)) from None
-    machine = dict(machine=machine_name(device), device=device.type, torch=torch.__version__,
-                   date=str(date.today()), quick=args.quick)
+    facts = age.of_run(device) | dict(device=device.type, quick=args.quick)
     out = Path(args.out or Path(__file__).parent / "results" / f"against-{result['old']}.json")
     if args.out or not args.quick:
-        save(out, machine | result)
+        save(out, facts | result)
 
 
 def main(argv=None):
@@ -289,16 +278,15 @@ def main(argv=None):
     systems = build_all(device)
     steps, rates = time_training(systems, device, 2 if args.quick else 15)
     sampling, copy = time_sampling(systems, device, 1 if args.quick else 7)
-    machine = dict(machine=machine_name(device), device=device.type, threads=torch.get_num_threads(),
-                   torch=torch.__version__, date=str(date.today()), quick=args.quick,
-                   **{f"matmul_{k}_tflops": v / 1e12 for k, v in rates.items()}, copy_gb_per_s=copy / 1e9)
+    facts = age.of_run(device) | dict(device=device.type, threads=torch.get_num_threads(), quick=args.quick)
+    facts |= {f"matmul_{k}_tflops": v / 1e12 for k, v in rates.items()} | dict(copy_gb_per_s=copy / 1e9)
     rows = [row_of(s, steps[s.name], rates, sampling, copy) for s in systems]
-    print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in machine.items()))
+    print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()))
     print_table(rows)
-    slug = re.sub(r"[^a-z0-9]+", "-", machine["machine"].lower()).strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", facts["machine"].lower()).strip("-")
     out = Path(args.out or Path(__file__).parent / "results" / f"benchmark-{slug}-{device.type}.json")
     if args.out or not args.quick:
-        save(out, machine | {"systems": rows})
+        save(out, facts | {"systems": rows})
 
 
 if __name__ == "__main__":

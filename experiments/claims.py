@@ -30,7 +30,6 @@ import math
 import sys
 import textwrap
 import time
-from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
@@ -51,9 +50,8 @@ import titok
 import train
 import vae
 import vq
-from common import classifier, drawing, metrics, pictures, runs, tokens
+from common import age, classifier, drawing, metrics, pictures, runs, tokens
 from experiments import mar_ablation
-from experiments.benchmark import machine_name
 from experiments.head_modes import modes_of
 
 # What "small" means on this machine. Sizes are entries of the SIZES of the model files, or made below.
@@ -144,16 +142,16 @@ class Lab:
         return runs.load_run(path, self.device)
 
     def read(self, name, command):
-        """The result file of another experiment -> its contents. Its machine is reported instead of ours."""
+        """The result file of another experiment -> its contents. Its age and machine are told, not ours."""
         path = ROOT / "experiments" / "results" / f"{name}.json"
         if not path.exists():
             raise data.BadInput(f"{path} is missing: run `{command}` first, this claim reads what it "
                                 "measured")
         result = json.loads(path.read_text())
-        self.source = dict(scale=f"that of experiments/results/{name}.json", machine=result["machine"],
-                           date=result["date"], torch=result["torch"], threads=result.get("threads"),
-                           flags=[f"experiments: {command}"],
-                           seconds=result.get("seconds", result.get("wall_s")))
+        self.source = {key: result[key] for key in ("commit", "date", "machine", "torch")}
+        self.source |= dict(scale=f"that of experiments/results/{name}.json", threads=result.get("threads"),
+                            flags=[f"experiments: {command}"],
+                            seconds=result.get("seconds", result.get("wall_s")))
         return result
 
     def classifier_and_features(self):
@@ -954,9 +952,9 @@ def mnist_nats(args, device):
                   test_images=len(nats), published=PUBLISHED, binarisation=" ".join(Binary.__doc__.split()),
                   block=args.block, steps=args.steps, size=args.size, batch_size=args.batch_size, lr=args.lr,
                   seeds=[0], seconds=round(seconds), steps_per_s=args.steps / seconds,
-                  machine=machine_name(device), threads=torch.get_num_threads(), torch=torch.__version__,
-                  date=str(date.today()),
+                  threads=torch.get_num_threads(),
                   curve=[(int(r["step"]), side ** 2 * float(r["val_loss"])) for r in log if r["val_loss"]])
+    result |= age.of_run(device)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "mnist-nats.json").write_text(json.dumps(result, indent=1) + "\n")
     save_nats(args.out / "mnist-nats.png", result)
@@ -1017,10 +1015,10 @@ def run_claim(name, lab, out):
     number, text, paper, remark = words_of(CLAIMS[name])
     tests = [judge_test(t, arms) for t in tests]
     result = dict(claim=name, number=number, text=text, paper=paper, remark=remark,
-                  verdict=judge_claim(tests), tests=tests, machine=machine_name(lab.device),
-                  threads=torch.get_num_threads(), torch=torch.__version__, date=str(date.today()),
+                  verdict=judge_claim(tests), tests=tests, threads=torch.get_num_threads(),
                   seconds=round(sum(lab.spent.values()), 1), seeds=lab.seeds, scale=lab.scale,
-                  flags=list(lab.flags), arms=arms, panels=panels) | lab.source
+                  flags=list(lab.flags), arms=arms, panels=panels)
+    result |= age.of_run(lab.device) | lab.source
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     save_figure(out / f"{name}.png", result)
@@ -1105,7 +1103,7 @@ def table(out):
     """Markdown from the result files: every claim and its verdict, then, folded, the tests, then what is
     missing.
     """
-    lines = ["| claim | reported | verdict | here |", "|---" * 4 + "|"]
+    lines = ["| claim | reported | verdict | here | run |", "|---" * 5 + "|"]
     numbers, missing, verdicts = [], [], []
     for name, claim in CLAIMS.items():
         number, text, paper, remark = words_of(claim)
@@ -1118,7 +1116,7 @@ def table(out):
         tests = [sentence(t) for t in r["tests"]] or ["The table below."]
         here = remark[:1].upper() + remark[1:] or tests[0].rsplit(": ", 1)[0]     # without the verdict
         link = f"[{text}](../experiments/results/claims/{name}.png)"
-        lines.append(f"| {number}. {link} | {paper} | **{verdict_of(r)}** | {here} |")
+        lines.append(f"| {number}. {link} | {paper} | **{verdict_of(r)}** | {here} | {age_of(r)} |")
         numbers.append(f"| {number} | {'<br>'.join(tests)} |")
     lines += ["",
               "<details><summary>The tests in numbers: mean and standard deviation over the seeds</summary>",
@@ -1131,8 +1129,9 @@ def table(out):
         s = r["scale"]
         text += wrapped(f"Claim 21: {s['image_size']} x {s['image_size']} pixels, 16 tokens (TiTok: 8), "
                         f"{s['tok_steps']} + {s['steps']} training steps, {s['n']} samples at sample.py's "
-                        f"guidance, {len(r['seeds'])} seeds, {r['machine']}, threads: {r['threads']}. The "
-                        "validation losses of different heads and tokens are not comparable.")
+                        f"guidance, {len(r['seeds'])} seeds, {r['machine']}, threads: {r['threads']}, "
+                        f"{age_of(r)}. The validation losses of different heads and tokens are not "
+                        "comparable.")
         text += "\n\n" + systems_table(r["arms"])
     if (out / "mnist-nats.json").exists():
         r = json.loads((out / "mnist-nats.json").read_text())
@@ -1140,8 +1139,13 @@ def table(out):
         curve = "[curve](../experiments/results/claims/mnist-nats.png)"
         text += wrapped(f"Binarised MNIST, AR transformer on blocks of 2 x 2 pixels ({curve}): "
                         f"**{r['nats']:.1f}** nats per test image after {r['seconds'] / 60:.0f} minutes "
-                        f"({r['machine']}, threads: {r['threads']}; published: {published}).")
+                        f"({r['machine']}, threads: {r['threads']}, {age_of(r)}; published: {published}).")
     return text + (f"\n\nNot run: {', '.join(missing)}." if missing else "")
+
+
+def age_of(result):
+    """Date and commit of a result, as the table tells them."""
+    return f"{result['date']}, {result['commit']}"
 
 
 def wrapped(paragraph):

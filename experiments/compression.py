@@ -26,7 +26,6 @@ import math
 import sys
 import time
 import zlib
-from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,8 +39,7 @@ import ar_transformer
 import data
 import lfq
 import train
-from common import metrics, pictures, runs
-from experiments.benchmark import machine_name
+from common import age, metrics, pictures, runs
 from official.lpips import load_lpips
 from recipes import compress
 
@@ -383,10 +381,8 @@ def main():
         for part in args.parts:
             tests.append(test := TESTS[part](args, lpips))
             compare_at_equal_rate(test, args.seed)
-            facts = dict(
-                machine=machine_name(torch.device("cpu")), threads=1, torch=torch.__version__,
-                date=str(date.today()), seconds=time.perf_counter() - begun,
-                processor_seconds=time.process_time() - used,
+            facts = age.of_run() | dict(
+                threads=1, seconds=time.perf_counter() - begun, processor_seconds=time.process_time() - used,
                 flags={k: v
                        for k, v in vars(args).items() if k not in ("runs", "out", "seed", "folder")}, seeds=[
                            dict(

@@ -16,7 +16,6 @@ import argparse
 import json
 import sys
 import time
-from datetime import date
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -27,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ar_transformer
-from experiments.benchmark import machine_name
+from common import age
 
 CFG = 2.0
 
@@ -173,8 +172,7 @@ def main():
         name = f"decoding{'-cuda' if device.type == 'cuda' else ''}.json"
         out = args.out or Path(__file__).parent / "results" / name
         out.parent.mkdir(exist_ok=True)
-        facts = dict(machine=machine_name(device), torch=torch.__version__, date=str(date.today()),
-                     rounds=rounds, cfg=CFG)
+        facts = age.of_run(device) | dict(rounds=rounds, cfg=CFG)
         out.write_text(json.dumps(facts | dict(rows=rows, bandwidth=reads), indent=1) + "\n")
         print(f"wrote {out}")
 

@@ -37,10 +37,11 @@ step() {                                                    # step NAME MOST_SEC
     [ $code = 0 ] || { failed=$((failed + 1)); echo "== $name failed with exit code $code; it goes on"; }
     $PYTHON - "$OUT/$name.json" "$name" $code $spent "$*" <<'END'
 import json, sys, torch
+from common import age
 path, name, code, seconds, command = sys.argv[1:]
 gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
 facts = dict(step=name, command=command, exit_code=int(code), seconds=int(seconds), gpu=gpu,
-             torch=torch.__version__)
+             torch=torch.__version__) | age.now()
 open(path, "w").write(json.dumps(facts, indent=1) + "\n")
 END
 }

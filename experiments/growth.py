@@ -11,11 +11,9 @@ that lived at once during a call, less those that were there before it, by the r
 parameters and the scratch space of oneDNN are not in it.
 """
 import argparse
-import json
 import math
 import sys
 import time
-from datetime import date
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -26,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ar_transformer
 import mar
 import maskgit
+from common import age
 from diffusion_head import DiffusionHead
-from experiments.benchmark import machine_name, save
+from experiments.benchmark import save
 from gmm_head import GMMHead
 
 D, TOKENS, DRAWN = 8, 2048, 2                               # numbers in a token, tokens a step, images drawn
@@ -102,8 +101,7 @@ def main(argv=None):
                            ("step_mb_added", "step, MB added"), ("sampling_mb_added", "sampling, MB added")):
             cells = [f"{row[key]:.3g}" for row in rows if row["generator"] == name]
             print(f"| {name}: {label} | " + " | ".join(cells) + " |")
-    facts = dict(machine=machine_name(torch.device("cpu")), torch=torch.__version__, date=str(date.today()),
-                 dropout=args.dropout)
+    facts = age.of_run() | dict(dropout=args.dropout)
     save(args.out or Path(__file__).parent / "results" / "growth.json", facts | dict(rows=rows))
 
 

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import diffusion_head
 import gmm_head
+from common import age
 
 
 def modes_of(name):
@@ -99,7 +100,7 @@ def main():
                 print(f"{data:7s} {name:25s} seed {seed}  {steps:6d} steps   within 3 sigma "
                       f"{row['within']:.3f}   weights {share.min():.2f} .. {share.max():.2f}   "
                       f"{row['sample_us_per_token']:.1f} us per token", flush=True)
-    result = dict(seconds=args.seconds, torch=torch.__version__, threads=1, rows=rows)
+    result = age.of_run() | dict(seconds=args.seconds, threads=1, rows=rows)
     Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {args.out}")
 

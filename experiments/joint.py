@@ -24,15 +24,13 @@ import csv
 import json
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import runs
-from experiments.benchmark import machine_name
+from common import age, runs
 from recipes import joint
 
 FLAGS = ("--image_size 28 --channels 1 --tok_size mnist28 --size tiny --n_mix 8 --tok_batch_size 64 "
@@ -155,10 +153,9 @@ def main():
               f"{average['prior']:8.4f} {average['entropy']:8.4f} {average['seconds']:8.0f}")
     out = Path(__file__).parent / "results"
     out.mkdir(exist_ok=True)
-    machine = dict(machine=machine_name(torch.device("cpu")), threads=torch.get_num_threads(),
-                   torch=torch.__version__, date=str(date.today()), steps=args.steps, flags=FLAGS,
-                   wall_s=round(time.perf_counter() - start))
-    (out / "joint.json").write_text(json.dumps(machine | {"arms": arms}, indent=1) + "\n")
+    facts = age.of_run() | dict(threads=torch.get_num_threads(), steps=args.steps, flags=FLAGS,
+                                wall_s=round(time.perf_counter() - start))
+    (out / "joint.json").write_text(json.dumps(facts | {"arms": arms}, indent=1) + "\n")
     save_figure(out / "joint.png", arms, curves)
     print(f"wrote {out / 'joint.json'} and {out / 'joint.png'}")
 

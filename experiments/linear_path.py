@@ -17,7 +17,6 @@ import json
 import math
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -28,9 +27,8 @@ sys.path.insert(0, str(ROOT))
 import data
 import train
 import vae
-from common import runs, yardsticks
+from common import age, runs, yardsticks
 from common.metrics import psnr
-from experiments.benchmark import machine_name
 
 ARMS = ("no path", "orthonormal", "PCA")
 
@@ -128,8 +126,8 @@ def main():
         db = [value for value, _ in results]
         print(f"{name:12s} {mean(db):.2f} +- {stdev(db) if len(db) > 1 else 0:.2f} dB")
     print(f"PCA alone    {pca:.2f} dB")
-    facts = dict(machine=machine_name(args.device), torch=torch.__version__, date=str(date.today()),
-                 token_dim=token_dim, seconds=args.seconds, seeds=args.seeds, found=found, pca=pca)
+    facts = age.of_run(args.device) | dict(token_dim=token_dim, seconds=args.seconds, seeds=args.seeds,
+                                           found=found, pca=pca)
     name = Path(args.data).name.split(".")[0]
     out = ROOT / "experiments" / "results" / f"linear-path-{name}.json"
     out.write_text(json.dumps(facts) + "\n")

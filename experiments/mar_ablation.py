@@ -18,7 +18,6 @@ import argparse
 import json
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -28,8 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate
 import train
-from common import classifier, metrics, runs
-from experiments.benchmark import machine_name
+from common import age, classifier, metrics, runs
 from experiments.sampling import measure
 
 HEADS = {"categorical": "--tokenizer vq", "diffusion": "--tokenizer vae"}
@@ -161,9 +159,8 @@ def main():
             path.write_text(json.dumps(result))
         seeds.append(json.loads(path.read_text()))
     out = Path(__file__).parent / "results" / "mar-ablation"
-    facts = dict(machine=machine_name(torch.device("cpu")), torch=torch.__version__, date=str(date.today()),
-                 steps=args.steps, n=args.n, seeds=args.seeds, seconds=sum(s["seconds"] for s in seeds),
-                 results=seeds)
+    facts = age.of_run() | dict(steps=args.steps, n=args.n, seeds=args.seeds,
+                                seconds=sum(s["seconds"] for s in seeds), results=seeds)
     out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     save_figure(out.with_suffix(".png"), seeds)
     print(table(seeds))

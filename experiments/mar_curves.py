@@ -18,7 +18,6 @@ evaluate.py.
 import argparse
 import json
 import sys
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -29,8 +28,7 @@ import data
 import mar
 import sample
 import train
-from common import classifier, drawing, metrics, runs
-from experiments.benchmark import machine_name
+from common import age, classifier, drawing, metrics, runs
 from experiments.sampling import measure
 
 WIDTHS, DEPTHS = (32, 64, 128, 256), (1, 3, 6)
@@ -222,9 +220,9 @@ def main():
         arm = arm + f" ({of.args.steps:,} training steps)" * (of.args.steps != run.args.steps)
         arms[arm] = [(text, scores(of, f"{arm} {text}", diffusion_steps=text, **options)) for text in choices]
     out = Path(__file__).parent / "results"
-    facts = dict(machine=machine_name(run.device), torch=torch.__version__, date=str(date.today()), n=args.n,
-                 threads=torch.get_num_threads(), defaults=drawing.default_of(run),
-                 generator_steps=run.args.steps, head_steps=args.head_steps)
+    facts = age.of_run(run.device) | dict(n=args.n, threads=torch.get_num_threads(),
+                                          defaults=drawing.default_of(run), generator_steps=run.args.steps,
+                                          head_steps=args.head_steps)
     (out / "mar-curves.json").write_text(json.dumps(facts | curves | dict(annealing=arms), indent=1) + "\n")
     save_curves(out / "mar-curves.png", curves, run.folder.name, args.head_steps)
     save_annealing(out / "mar-annealing.png", arms, run.folder.name)

@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -23,8 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import diffusion_head
 import mar
 import vae
-from common import compiling, runs
-from experiments.benchmark import machine_name
+from common import age, compiling, runs
 
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, n_buffer=4)
 
@@ -96,8 +94,7 @@ def main(argv=None):
     if args.out or not args.quick:
         name = f"mar-sampling{'-cuda' if device.type == 'cuda' else ''}.json"
         out = args.out or Path(__file__).parent / "results" / name
-        facts = dict(machine=machine_name(device), torch=torch.__version__, date=str(date.today()),
-                     size=args.size, tokens=T, quick=args.quick, rounds=args.rounds)
+        facts = age.of_run(device) | dict(size=args.size, tokens=T, quick=args.quick, rounds=args.rounds)
         out.write_text(json.dumps(facts | dict(rows=rows), indent=1) + "\n")
         print(f"wrote {out}")
 

@@ -15,7 +15,6 @@ import argparse
 import json
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -25,9 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
 import mar
-from common import classifier
+from common import age, classifier
 from common.metrics import frechet_distance
-from experiments.benchmark import machine_name
 from experiments.claims import judge_claim, judge_test, test
 
 ORDERS = ("raster", "random", "annealed")
@@ -131,9 +129,9 @@ def main():
                     for metric in seeds[0][arm]})
     for t in tests:
         print(f"{t['metric']}: annealed lower than {t['other']} by {t['advantage']:.2f}: {t['verdict']}")
-    facts = dict(machine=machine_name(torch.device("cpu")), torch=torch.__version__, date=str(date.today()),
-                 steps=args.steps, n=args.n, seeds=args.seeds, seconds=time.process_time() - start,
-                 verdict=judge_claim(tests), tests=tests, results=seeds)
+    facts = age.of_run() | dict(steps=args.steps, n=args.n, seeds=args.seeds,
+                                seconds=time.process_time() - start, verdict=judge_claim(tests),
+                                tests=tests, results=seeds)
     out = ROOT / "experiments" / "results" / "orders.json"
     out.write_text(json.dumps(facts, indent=1) + "\n")
     save_figure(ROOT / "docs" / "pictures" / "orders.png", seeds)

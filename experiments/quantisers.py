@@ -15,7 +15,6 @@ import argparse
 import json
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -25,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
 import lfq
+from common import age
 from common.metrics import psnr
-from experiments.benchmark import machine_name
 
 ARMS = {
     "LFQ": dict(codebook="lfq"),
@@ -102,8 +101,8 @@ def main():
         print(f"{name:22s} {mean(last[1]):5.1f} +- {spread[1]:.1f}% of the codes, {mean(last[2]):.1f} +- "
               f"{spread[2]:.1f} dB   {time.process_time() - start:.0f} s so far", flush=True)
     out = ROOT / "experiments" / "results" / "quantisers"
-    facts = dict(machine=machine_name(torch.device("cpu")), torch=torch.__version__, date=str(date.today()),
-                 steps=args.steps, seeds=args.seeds, seconds=time.process_time() - start, curves=curves)
+    facts = age.of_run() | dict(steps=args.steps, seeds=args.seeds, seconds=time.process_time() - start,
+                                curves=curves)
     out.with_suffix(".json").write_text(json.dumps(facts) + "\n")
     save_figure(ROOT / "docs" / "pictures" / "quantisers.png", curves)
     print(f"wrote {out}.json and docs/pictures/quantisers.png")

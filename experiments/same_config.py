@@ -22,7 +22,6 @@ import argparse
 import json
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from statistics import median
 
@@ -33,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 import diffusion_head
 import mar
 import maskgit
-from experiments.benchmark import machine_name
+from common import age
 
 AUTHORS = {"mar": (2309, 8450), "maskgit": (600, 1340)}     # ms
 
@@ -94,7 +93,7 @@ def main(argv=None):
             print(f"{name:8s} {rows[name]['parameters'] / 1e6:.2f}M  {threads} threads {dtype}  forward + "
                   f"backward {train_ms:.0f} ms (authors {authors_step}){samples}", flush=True)
     out = Path(args.out or Path(__file__).parent / "results" / "same-config.json")
-    facts = dict(machine=machine_name(torch.device("cpu")), torch=torch.__version__, date=str(date.today()))
+    facts = age.of_run()
     out.write_text(json.dumps(facts | rows, indent=1) + "\n")
     print(f"wrote {out}")
 

@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -20,8 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import evaluate
-from common import classifier, drawing, runs
-from experiments.benchmark import machine_name
+from common import age, classifier, drawing, runs
 
 TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1)
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 3.0)
@@ -84,8 +82,8 @@ def main():
     out = Path(__file__).parent / "results"
     out.mkdir(exist_ok=True)
     name = run.folder.name
-    facts = dict(machine=machine_name(device), torch=torch.__version__, date=str(date.today()), n=args.n,
-                 defaults=drawing.default_of(run), generator_steps=run.args.steps)
+    facts = age.of_run(device) | dict(n=args.n, defaults=drawing.default_of(run),
+                                      generator_steps=run.args.steps)
     (out / f"sampling-{name}.json").write_text(json.dumps(facts | curves, indent=1) + "\n")
     save_figure(out / f"sampling-{name}.png", name, **{f"by_{k}": v for k, v in curves.items()})
     print(f"wrote {out / f'sampling-{name}.json'} and .png")

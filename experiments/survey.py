@@ -27,7 +27,6 @@ import argparse
 import json
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -42,8 +41,7 @@ import maskgit
 import titok
 import train
 import vq
-from common import classifier, metrics, runs
-from experiments.benchmark import machine_name
+from common import age, classifier, metrics, runs
 from experiments.sampling import measure
 
 SYSTEMS = {                                           # name: run folder, flags of train.py, numbers of passes
@@ -311,8 +309,7 @@ def main():
     passes = {"AR": (256, ), "MaskGIT": (8, 12), "TiTok": (8, )
               } if args.paper else {name: s[2]
                                     for name, s in SYSTEMS.items()}
-    facts = dict(machine=machine_name(device), torch=torch.__version__, date=str(date.today()),
-                 rounds=args.rounds)
+    facts = age.of_run(device) | dict(rounds=args.rounds)
     name = f"survey{'-paper' * args.paper}{'-cuda' * (device.type == 'cuda')}"
     out = args.out.with_suffix("") if args.out else Path(__file__).parent / "results" / name
     known = json.loads(out.with_suffix(".json").read_text()) if args.speed else {}

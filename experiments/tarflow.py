@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 import data
 import vae
 from ar_transformer import ARTransformer
+from common import age
 
 
 class FlowBlock(nn.Module):
@@ -119,7 +120,7 @@ def main():
         print(f"{n_block} blocks of {4 // n_block} layers: {bits:.3f} bits per dimension (an upper bound: "
               f"uniform dequantisation), {found[f'{n_block} x {4 // n_block}']['seconds']:.0f} s", flush=True)
     path = ROOT / "experiments" / "results" / "tarflow.json"
-    path.write_text(json.dumps(dict(steps=args.steps, arms=found), indent=1) + "\n")
+    path.write_text(json.dumps(age.of_run() | dict(steps=args.steps, arms=found), indent=1) + "\n")
     print(f"wrote {path}")
 
 

@@ -24,7 +24,6 @@ import argparse
 import json
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from statistics import mean
 
@@ -37,8 +36,7 @@ sys.path.insert(0, str(ROOT))
 import data
 import lfq
 import vq
-from common import metrics
-from experiments.benchmark import machine_name
+from common import age, metrics
 from experiments.video_designs import BITS, SIZE, clip_set, fit, patches
 from maskgit import EncoderBlock
 from perceptual_gan import as_frames
@@ -296,10 +294,9 @@ def main(argv=None):
     args.runs.mkdir(parents=True, exist_ok=True), args.out.mkdir(parents=True, exist_ok=True)
     result, facts = experiment(args)
     out = args.out / "understanding"
-    facts = dict(machine=machine_name(torch.device("cpu")), torch=torch.__version__, date=str(date.today()),
-                 clips=args.n, held_out=args.n // 3, tok_steps=args.tok_steps, steps=args.steps,
-                 pre_steps=args.pre_steps, lr=LR, hidden=HIDDEN, seeds=args.seeds, tokenizers=facts,
-                 accuracy=result)
+    facts = age.of_run() | dict(clips=args.n, held_out=args.n // 3, tok_steps=args.tok_steps,
+                                steps=args.steps, pre_steps=args.pre_steps, lr=LR, hidden=HIDDEN,
+                                seeds=args.seeds, tokenizers=facts, accuracy=result)
     out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     save_figure(out.with_suffix(".png"), result, args.labels)
     print(f"tokenizers: {facts['tokenizers']}\n" + table(result, args.labels))

@@ -25,7 +25,6 @@ import argparse
 import json
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from statistics import mean
 
@@ -37,9 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
 import lfq
-from common import classifier, metrics, pictures
+from common import age, classifier, metrics, pictures
 from common.clips import features_of_frames
-from experiments.benchmark import machine_name
 from maskgit import EncoderBlock, attention
 from perceptual_gan import as_frames
 
@@ -397,10 +395,9 @@ def main(argv=None):
         if (seed, steps) == (args.seeds[0], max(args.steps)):
             strips[design] = model.decode(model.encode(held_out[i:i + 1]))[0]
     out = args.out / "video-designs"
-    facts = dict(machine=machine_name(torch.device("cpu")), torch=torch.__version__, date=str(date.today()),
-                 steps=args.steps, batch_size=args.batch_size, lr=LR, clips=args.n, held_out=len(held_out),
-                 floor_clips=floor[0], floor_frames=floor[1],
-                 real_accuracy=(real[2] == actions).float().mean().item(), rows=rows)
+    facts = age.of_run() | dict(steps=args.steps, batch_size=args.batch_size, lr=LR, clips=args.n,
+                                held_out=len(held_out), floor_clips=floor[0], floor_frames=floor[1],
+                                real_accuracy=(real[2] == actions).float().mean().item(), rows=rows)
     out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     save_figure(out.with_suffix(".png"), rows, floor, held_out[i], strips)
     print(table(rows, floor))

@@ -15,7 +15,6 @@ use over the training images. Runs that are already in --runs are not trained ag
 import argparse
 import json
 import sys
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -24,8 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate
 import train
-from common import classifier, metrics, runs, tokens
-from experiments.benchmark import machine_name
+from common import age, classifier, metrics, runs, tokens
 from experiments.sampling import measure
 
 KINDS = {"vq": ["--tok_size", "fine"], "lfq": ["--tok_size", "small"]}  # both: 4 x 4 tokens of 16 x 16 pixels
@@ -97,8 +95,7 @@ def main():
     args = p.parse_args()
     rows = [arm(kind, bits, args) for bits in args.bits for kind in KINDS]
     out = Path(__file__).parent / "results" / "vocabulary"
-    facts = dict(machine=machine_name(torch.device("cpu")), torch=torch.__version__, date=str(date.today()),
-                 tok_steps=args.tok_steps, steps=args.steps, n=args.n, seed=args.seed)
+    facts = age.of_run() | dict(tok_steps=args.tok_steps, steps=args.steps, n=args.n, seed=args.seed)
     out.with_suffix(".json").write_text(json.dumps(facts | dict(rows=rows), indent=1) + "\n")
     save_figure(out.with_suffix(".png"), rows)
     print("| vocabulary | kind | PSNR, dB | codes in use | Frechet: reconstructions | samples | "

@@ -32,7 +32,7 @@ import torch
 import torch.nn as nn
 
 import train
-from common import drawing, metrics, runs
+from common import age, drawing, metrics, runs
 from data import BadInput
 
 # Options of the VAE beyond the flags of train.py.
@@ -255,7 +255,7 @@ def report(run, batch_size):
     val_set = runs.open_split(run.args, "val", run.device)
     rows = measure_bound(run.tokenizer, run.generator, val_set, batch_size)
     metrics.print_rows(rows)
-    metrics.save_rows(run.folder, rows)
+    metrics.save_rows(run.folder, rows, **age.now("bound_"))
 
 
 if __name__ == "__main__":

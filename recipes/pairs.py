@@ -36,7 +36,7 @@ import torch.nn.functional as F
 import data
 import sample
 import train
-from common import drawing, files, pictures, runs, tokens
+from common import age, drawing, files, pictures, runs, tokens
 from common.metrics import luminance, mean_iou, psnr
 from data import BadInput
 
@@ -419,7 +419,7 @@ def draw_and_measure(own, run):
     options["batch_size"] = own.at_once
     save_pairs(run.folder / "samples.png", run, own.pictures, run.args.seed, **options)
     rows = measure_pairs(run, own.n, **options)
-    metrics = {key: value for key, _, value, _, _ in rows} | dict(n=own.n, **DEFAULT | options)
+    metrics = {key: value for key, _, value, _, _ in rows} | dict(n=own.n, **DEFAULT | options) | age.now()
     (run.folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     for _, name, value, unit, remark in rows:
         print(f"{name:44} {value:8.3f}  {unit:12} {remark}")

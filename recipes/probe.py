@@ -20,7 +20,7 @@ import re
 import torch
 import torch.nn.functional as F
 
-from common import drawing, metrics, runs
+from common import age, drawing, metrics, runs
 from data import BadInput
 
 MOST = 5000                                               # images of each set: enough for a linear classifier
@@ -163,7 +163,7 @@ def main(argv=None):
     refuse(args, run, val_set)
     rows = measure(args, run, train_set, val_set)
     metrics.print_rows(rows)
-    metrics.save_rows(run.folder, rows)
+    metrics.save_rows(run.folder, rows, **age.now("probe_"))
     print(f"wrote {run.folder / 'probe.png'}")
 
 

@@ -1,6 +1,7 @@
 """Tests of experiments."""
 import json
 import math
+from datetime import date
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 import data
 import lfq
-from common import classifier, drawing, pictures
+from common import age, classifier, drawing, pictures
 from experiments import claims, understanding, video_designs
 
 
@@ -40,10 +41,12 @@ def test_claims_are_listed_once_and_judged_by_the_rule(tmp_path, capsys):
     assert claim("holds", "holds") == "holds" and claim("holds", "undecided here") == "undecided here"
     assert claim("holds", "undecided here", "does not hold") == "does not hold"
     tests = [claims.judge_test(claims.test("error", "new", "old"), arms)]
-    (tmp_path / "few-steps.json").write_text(json.dumps(dict(tests=tests, verdict="holds")))
+    (tmp_path / "few-steps.json").write_text(json.dumps(dict(tests=tests, verdict="holds", commit="1a2b3c4",
+                                                          date="2026-11-22")))
     text = claims.table(tmp_path)
     assert "error of the mean / sigma: new 1.2 +- 0.2, lower than old 1.3 +- 0.2: holds" in text
     assert "**holds (1 of 1 tests hold)**" in text
+    assert " | 2026-11-22, 1a2b3c4 |" in text, "the age of its run"
     assert "](../experiments/results/claims/few-steps.png)" in text, "the table stands in docs/"
     assert "Not run: 1 (`gmm-components`)" in text
     assert "`few-steps`" not in text
@@ -75,6 +78,7 @@ def test_a_claim_runs_from_its_flags_to_a_verdict_and_remembers(tmp_path, monkey
     ]
     claims.main(words)
     first, out = json.loads((tmp_path / "vqvae-prior.json").read_text()), capsys.readouterr().out
+    assert first["commit"] == age.COMMIT and first["date"] == str(date.today())
     assert (tmp_path / "vqvae-prior.png").stat().st_size > 0 and first["seeds"] == [0, 1
                                                                                     ] and first["seconds"] > 0
     assert out.count("done in") == 4 and [len(rows) for rows in first["arms"].values()] == [2, 2, 2]

@@ -38,7 +38,8 @@ def test_rar_logits_loss_and_gradients_are_the_authors():
 def test_rar_greedy_samples_are_the_authors(name, cfg, power):
     g, _, model = rar_golden()
     seen = []
-    ids = model.sample(g["in/generate_class"], cfg, power, temperature=0, on_logits=lambda t, z: seen.append(z))
+    ids = model.sample(g["in/generate_class"], cfg, power, temperature=0,
+                       on_logits=lambda t, z: seen.append(z))
     assert torch.equal(ids, g[f"out/{name}_tokens"])
     close(torch.stack(seen, 1), g[f"out/{name}_logits"])
 

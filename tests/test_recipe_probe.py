@@ -10,6 +10,7 @@ from PIL import Image
 import ar_transformer
 import flow_adapter
 import gmm_head
+from common import age
 from recipes import probe
 
 
@@ -66,6 +67,7 @@ def test_probe_adds_to_the_metrics(tiny_run, capsys):
     probe.main([str(folder), "--device", "cpu"])
     out, metrics = capsys.readouterr().out, json.loads((folder / "metrics.json").read_text())
     assert metrics.pop("kept") == 1
+    assert {"probe_" + key: metrics.pop("probe_" + key) for key in ("commit", "date")} == age.now("probe_")
     assert list(metrics) == ["probe_pixels", "probe_latents", "probe_latents_averaged"
                              ] + [f"probe_layer_{k}" for k in range(3)]
     assert all(5 < v <= 100
