@@ -31,6 +31,9 @@ import math
 import platform
 import time
 
+from common import waiting
+
+waiting.gently()                                            # before torch is imported
 import torch
 
 from common import age, captions, clips, compiling, drawing, metrics, pictures, runs, yardsticks

@@ -41,8 +41,8 @@ SIZES = {
     "coarse": dict(image_size=32, bits=10, ch=16, ch_mult=(1, 2, 4, 4), n_res=1, groups=8),
     "small": dict(image_size=32, bits=10, ch=16, ch_mult=(1, 2, 4), n_res=2, groups=8),
     "medium": dict(image_size=32, bits=12, ch=64, ch_mult=(1, 2, 4), n_res=2, groups=16),
-    # With the linear path beside the networks, the defaults on a CPU: 4 x 4 tokens, 8 x 8, and 5 x 4 x 4 of a
-    # clip. The networks see 2 x 2 or 4 x 4 pixels as channels.
+    # With the linear path beside the networks, on a CPU: 4 x 4 tokens, 8 x 8, which is the default, and
+    # 5 x 4 x 4 of a clip. The networks see 2 x 2 or 4 x 4 pixels as channels.
     "patches-coarse": dict(image_size=32, bits=10, ch=32, ch_mult=(1, 2, 2), n_res=1, groups=8, stem=2,
                            linear=True),
     "patches": dict(image_size=32, bits=10, ch=64, ch_mult=(1,), n_res=2, groups=8, stem=4, linear=True),

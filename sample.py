@@ -30,6 +30,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from common import waiting
+
+waiting.gently()                                            # before torch is imported
 import numpy as np
 import torch
 from PIL import Image

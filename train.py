@@ -24,6 +24,9 @@ import math
 import time
 from types import SimpleNamespace
 
+from common import waiting
+
+waiting.gently()                                            # before torch is imported
 import torch
 import torch.distributed
 from torch.nn.parallel import DistributedDataParallel

@@ -45,8 +45,8 @@ SIZES = {
                  z_channels=32, groups=8),
     "medium": dict(image_size=32, vocab_size=1024, code_dim=8, ch=64, ch_mult=(1, 2, 4), n_res=2,
                    z_channels=128, groups=16),
-    # With the linear path beside the networks, the defaults on a CPU: 4 x 4 tokens for shapes, and 8 x 8
-    # for pictures in colour. The networks see 2 x 2 and 4 x 4 pixels as channels.
+    # With the linear path beside the networks, on a CPU: 4 x 4 tokens, and 8 x 8, which is the default. The
+    # networks see 2 x 2 and 4 x 4 pixels as channels.
     "patches-coarse": dict(image_size=32, vocab_size=1024, code_dim=16, l2_norm=False, ema=0.99, stem=2,
                            ch=32, ch_mult=(1, 2, 2), n_res=1, z_channels=64, groups=8, linear=True),
     "patches": dict(image_size=32, vocab_size=1024, code_dim=16, l2_norm=False, ema=0.99, stem=4, ch=64,

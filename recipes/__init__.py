@@ -1,0 +1,4 @@
+"""What is no composition of flags. Each recipe is run as python -m recipes.NAME."""
+from common import waiting
+
+waiting.gently()                                            # before torch is imported

@@ -208,8 +208,7 @@ def test_later_lines_of_the_defaults_override_earlier_ones():
     assert (cpu["tok_size"], cpu["size"], cpu["steps"], cpu["image_size"]) == ("clips", "tiny", 6500, 16)
     kind.frames = 1
     cpu = runs.defaults_of(kind, torch.device("cpu"))
-    assert (cpu["tok_size"], cpu["size"], cpu["steps"], cpu["beta"]) == (
-        "patches-coarse", "tiny", 8000, 0.05)
+    assert (cpu["tok_size"], cpu["size"], cpu["steps"], cpu["beta"]) == ("patches", "tiny", 6000, 0.05)
     cuda = runs.defaults_of(kind, torch.device("cuda"))
     assert (cuda["tok_size"], cuda["size"], cuda["steps"]) == ("medium", "medium", 16_000)
 
@@ -229,34 +228,23 @@ def pretend_set(grey):
     return Pretended()
 
 
-@pytest.mark.parametrize("words, grey, size", [
-    (["--data", "mine"], False, "patches"),
-    (["--data", "mine"], True, "patches-coarse"),
-    (["--data", "mine", "--tok_size", "fine"], False, "fine"),
-    ([], False, "patches-coarse"),
-])
-def test_a_vq_of_colour_pictures_has_the_linear_path(words, grey, size, tmp_path, capsys):
+@pytest.mark.parametrize("words, size, codebook, steps", [
+    ([], "patches", "ema", 600), (["--tok_size", "patches-coarse"], "patches-coarse", "ema", 700),
+    (["--tok_size", "fine"], "fine", "l2-ema", 1000),
+    (["--tok_steps", "7", "--codebook", "l2"], "patches", "l2", 7)])
+def test_a_size_of_vq_brings_its_own_defaults(words, size, codebook, steps, tmp_path):
     args = args_of(["--tokenizer", "vq", *words], tmp_path)
-    runs.suit(args, pretend_set(grey))
-    assert args.tok_size == size
-    assert args.codebook == ("l2-ema" if size == "fine" else "ema")
-    assert args.tok_steps == {"patches": 600, "patches-coarse": 700, "fine": 1000}[size]
-    said = "colour pictures: 64 ids of 1,024; --tok_size patches-coarse: 16"
-    assert (said in capsys.readouterr().out) == (size == "patches")
-
-
-def test_flags_that_were_given_stay_when_the_pictures_choose_the_size(tmp_path):
-    args = args_of(["--tokenizer", "vq", "--data", "mine", "--tok_steps", "7", "--codebook", "l2"], tmp_path)
-    runs.suit(args, pretend_set(grey=False))
-    assert (args.tok_size, args.tok_steps, args.codebook, args.tok_lr) == ("patches", 7, "l2", 2e-3)
+    assert (args.tok_size, args.codebook, args.tok_steps) == (size, codebook, steps)
 
 
 @pytest.mark.parametrize("words, grey, numbers, beta", [
-    ([], False, 32, 0.005), ([], True, 16, 0.02), (["--beta", "0.1"], False, 32, 0.1)])
+    ([], False, 32, 0.005), ([], True, 16, 0.02), (["--beta", "0.1"], False, 32, 0.1),
+    (["--token_dim", "24"], False, 24, 0.005)])
 def test_a_vae_of_colour_pictures_has_more_numbers_per_token(words, grey, numbers, beta, tmp_path):
     args = args_of(["--tokenizer", "vae", "--data", "mine", *words], tmp_path)
     runs.suit(args, pretend_set(grey))
     assert (args.token_dim, args.beta) == (numbers, beta)
+    assert runs.build_tokenizer(args).path.border == (2.0 if grey else runs.BORDER_IN_COLOUR)
 
 
 def test_an_unfinished_run_is_not_overwritten_by_accident(tiny_run, tmp_path):
