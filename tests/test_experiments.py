@@ -1,6 +1,8 @@
 """Tests of experiments."""
+import argparse
 import json
 import math
+import time
 from datetime import date
 
 import pytest
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 import data
 import lfq
 from common import age, classifier, drawing, pictures
-from experiments import claims, understanding, video_designs
+from experiments import claims, compiled, neighbours, understanding, video_designs
 
 
 def test_claims_are_listed_once_and_judged_by_the_rule(tmp_path, capsys):
@@ -200,10 +202,57 @@ def test_growth_fills_its_table(tmp_path, monkeypatch, capsys):
 
 
 def test_growth_times_the_processor_and_not_the_clock():
-    import time
-
     from experiments import growth
     assert growth.processor_time(lambda: time.sleep(0.02), seconds=1e-6) < 0.01
     calls = []
     growth.processor_time(lambda: calls.append(sum(range(100_000))), seconds=0.02)
     assert len(calls) > 1
+
+
+def test_neighbours_run_beside_a_step_and_are_stopped(monkeypatch):
+    """A cell is timed in a process with the setting, and what ran beside it is gone afterwards."""
+    beside = []
+    asked = []
+
+    class Beside:
+        def __init__(self, command, env, stdout):
+            assert "GOMP_SPINCOUNT" not in env              # the neighbour is as it comes
+            beside.append(self)
+            self.alive = True
+
+        def kill(self):
+            self.alive = False
+
+        def wait(self):
+            assert not self.alive
+
+    def run(command, env, **_):
+        asked.append(env.get("GOMP_SPINCOUNT"))
+        return argparse.Namespace(stdout=json.dumps([0.1, 0.3, 0.2]))
+
+    monkeypatch.setattr(neighbours.subprocess, "Popen", Beside)
+    monkeypatch.setattr(neighbours.subprocess, "run", run)
+    found = neighbours.measure(dict(GOMP_SPINCOUNT="1000"), [neighbours.LOOP] * 2, 3)
+    assert found == dict(median=pytest.approx(200), worst=pytest.approx(200))
+    assert asked == ["1000"] and len(beside) == 2 and not any(process.alive for process in beside)
+
+
+def test_compiled_says_after_how_many_steps_it_pays():
+    """A step of 30 ms that is 10 ms when compiled, which takes half a second, pays after 25."""
+    pace = [0.030]
+    waits = [0.0]
+
+    def step():
+        time.sleep(waits.pop() if waits else 0)
+        end = time.process_time() + pace[0]
+        while time.process_time() < end:
+            pass
+
+    def compile_it():
+        pace[0] = 0.010
+        waits.extend([0.5])
+
+    found = compiled.compare(step, compile_it, torch.device("cpu"), 3)
+    assert found["ratio"] == pytest.approx(3, rel=0.2)
+    assert found["compile_s"] == pytest.approx(0.5, rel=0.2)
+    assert found["pays_after"] == pytest.approx(25, rel=0.3)
