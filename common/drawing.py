@@ -32,7 +32,8 @@ DEFAULTS = {                                                # keywords of sample
     "mar-gmm": dict(cfg=1.5, temperature=0.9),
     "mar-diffusion": dict(cfg=4.0, temperature=1.0, cfg_schedule="constant"),
     "mar-categorical": dict(cfg=2.0, temperature=1.0),
-    "var-categorical": dict(cfg=2.0, temperature=1.0),
+    "var-categorical": dict(cfg=3.0, temperature=0.8, cfg_schedule="constant"),
+    "published-var-categorical": dict(cfg=2.5, temperature=1.0),        # the authors' weights: the paper's 1.5
     "titok-categorical": dict(cfg=4.5, temperature=9.5),    # the authors' weights: of L-32, as published
     "rar-categorical": dict(cfg=16.0, temperature=1.0),     # of RAR-B, as published; its guidance grows
     "captions": dict(cfg=3.0, temperature=1.0),             # of ids
@@ -53,7 +54,9 @@ def default_of(run):
     """The keywords with which this run draws when none are given: cfg, temperature, for some more."""
     if kind_of(run) == "captions" and run.args.head == "categorical":
         return DEFAULTS["captions"]
-    default = DEFAULTS[f"{run.args.generator}-{run.args.head}"]
+    name = f"{run.args.generator}-{run.args.head}"
+    published = getattr(run.args, "data", None) == ""       # the authors' weights have no data here
+    default = DEFAULTS.get(f"published-{name}" if published else name, DEFAULTS[name])
     if run.args.head == "gmm" and (getattr(run.args, "token_dim", None) or 0) >= MANY_NUMBERS:
         default = default | dict(cfg=2.0, temperature=1.1, n_tries=32)
     if unguided(run):

@@ -107,7 +107,7 @@ DEFAULTS = {
     "cpu-maskgit": dict(steps=3000),  # a pass teaches the masked tokens only: it needs more steps
     "cpu-maskgit-categorical": dict(size="tiny", steps=6000),
     "cpu-mar": dict(size="tiny", steps=7000, dropout=0.0),
-    "cpu-var": dict(size="tiny", steps=3000, batch_size=32),
+    "cpu-var": dict(size="tiny", steps=5000, batch_size=32),
     "cuda-maskgit": dict(steps=16_000),
     "cuda-mar": dict(steps=16_000, dropout=0.0),
     "cpu-clips": dict(image_size=16, n_shapes=16_000, tok_size="clips", tok_steps=2600, tok_batch_size=8,

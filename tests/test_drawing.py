@@ -292,3 +292,10 @@ def test_an_edit_in_scales_keeps_what_is_outside_of_the_mask(known_scales, mask,
     kept = torch.tensor([letter == "k" for letter in stays.replace(" ", "")])
     assert torch.equal(asked["known_mask"], kept.expand(2, -1))
     assert torch.equal(asked["known"][0], asked["known"][1]) and asked["known"].shape == (2, 14)
+
+
+@pytest.mark.parametrize("data_name, schedule", [("shapes", "constant"), ("", None)])
+def test_runs_and_published_weights_of_var_are_guided_each_in_its_way(data_name, schedule):
+    args = argparse.Namespace(data=data_name, generator="var", head="categorical", condition="class", frames=1)
+    default = drawing.default_of(argparse.Namespace(args=args, classes=["a", "b"]))
+    assert default.get("cfg_schedule") == schedule
