@@ -296,6 +296,7 @@ def test_an_edit_in_scales_keeps_what_is_outside_of_the_mask(known_scales, mask,
 
 @pytest.mark.parametrize("data_name, schedule", [("shapes", "constant"), ("", None)])
 def test_runs_and_published_weights_of_var_are_guided_each_in_its_way(data_name, schedule):
-    args = argparse.Namespace(data=data_name, generator="var", head="categorical", condition="class", frames=1)
+    args = argparse.Namespace(data=data_name, generator="var", head="categorical", condition="class",
+                              frames=1)
     default = drawing.default_of(argparse.Namespace(args=args, classes=["a", "b"]))
     assert default.get("cfg_schedule") == schedule
