@@ -37,6 +37,7 @@ DEFAULTS = {                                                # keywords of sample
     "titok-categorical": dict(cfg=4.5, temperature=9.5),    # the authors' weights: of L-32, as published
     "rar-categorical": dict(cfg=16.0, temperature=1.0),     # of RAR-B, as published; its guidance grows
     "captions": dict(cfg=3.0, temperature=1.0),             # of ids
+    "captions-maskgit": dict(cfg=2.5, temperature=0.6),
 }
 MANY_NUMBERS = 24                            # in a token: 8 tries find no good one, and guidance narrows more
 MOST_ROWS = 20                                              # of a picture: more classes are unreadable
@@ -53,7 +54,7 @@ def kind_of(run):
 def default_of(run):
     """The keywords with which this run draws when none are given: cfg, temperature, for some more."""
     if kind_of(run) == "captions" and run.args.head == "categorical":
-        return DEFAULTS["captions"]
+        return DEFAULTS.get(f"captions-{run.args.generator}", DEFAULTS["captions"])
     name = f"{run.args.generator}-{run.args.head}"
     published = getattr(run.args, "data", None) == ""       # the authors' weights have no data here
     default = DEFAULTS.get(f"published-{name}" if published else name, DEFAULTS[name])
