@@ -33,7 +33,7 @@ DEFAULTS = {                                                # keywords of sample
     "mar-diffusion": dict(cfg=4.0, temperature=1.0, cfg_schedule="constant"),
     "mar-categorical": dict(cfg=2.0, temperature=1.0),
     "var-categorical": dict(cfg=3.0, temperature=0.8, cfg_schedule="constant"),
-    "published-var-categorical": dict(cfg=2.5, temperature=1.0),        # the authors' weights: the paper's 1.5
+    "published-var-categorical": dict(cfg=2.5, temperature=1.0),           # the authors' weights, their 1.5
     "titok-categorical": dict(cfg=4.5, temperature=9.5),    # the authors' weights: of L-32, as published
     "rar-categorical": dict(cfg=16.0, temperature=1.0),     # of RAR-B, as published; its guidance grows
     "captions": dict(cfg=3.0, temperature=1.0),             # of ids

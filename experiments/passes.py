@@ -21,8 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import drawing, runs
 from experiments.benchmark import build
 
-SYSTEMS = [("GIVT", "--tokenizer vae --head gmm"), ("LlamaGen", "--tokenizer vq --generator ar"), ("MaskGIT", "--tokenizer vq --generator maskgit"),
-           ("VAR", "--tokenizer msvq --generator var")]
+SYSTEMS = [
+    ("GIVT", "--tokenizer vae --head gmm"),
+    ("LlamaGen", "--tokenizer vq --generator ar"),
+    ("MaskGIT", "--tokenizer vq --generator maskgit"),
+    ("VAR", "--tokenizer msvq --generator var"),
+]
 
 
 def measure(run, batch, rounds):
