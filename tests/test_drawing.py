@@ -300,3 +300,9 @@ def test_runs_and_published_weights_of_var_are_guided_each_in_its_way(data_name,
                               frames=1)
     default = drawing.default_of(argparse.Namespace(args=args, classes=["a", "b"]))
     assert default.get("cfg_schedule") == schedule
+
+
+@pytest.mark.parametrize("generator, cfg", [("ar", 3.0), ("maskgit", 2.5), ("mar", 3.0)])
+def test_ids_from_captions_are_guided_by_the_generators_own_default(generator, cfg):
+    args = argparse.Namespace(generator=generator, head="categorical", condition="text", frames=1)
+    assert drawing.default_of(argparse.Namespace(args=args, classes=[]))["cfg"] == cfg
