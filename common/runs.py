@@ -105,7 +105,7 @@ DEFAULTS = {
     "cpu-ar-gmm": dict(size="tiny", steps=4500, lr=6e-3),
     "cpu-ar-categorical": dict(size="tiny", steps=3000),
     "cpu-maskgit": dict(steps=3000),  # a pass teaches the masked tokens only: it needs more steps
-    "cpu-maskgit-categorical": dict(size="tiny", steps=6000),
+    "cpu-maskgit-categorical": dict(size="tiny", steps=8000),
     "cpu-mar": dict(size="tiny", steps=7000, dropout=0.0),
     "cpu-var": dict(size="tiny", steps=5000, batch_size=32),
     "cuda-maskgit": dict(steps=16_000),
@@ -516,7 +516,7 @@ def suit(args, train_set):
     else:
         args.token_dim = args.token_dim or PER_TOKEN[kind]
         said = f"tokens of {args.token_dim} numbers; --token_dim changes it"
-        if kind == "colour pictures":
+        if kind == "colour pictures" and "tok_options" in args.by_default:      # a begun run keeps its own
             args.tok_options = dict(border=BORDER_IN_COLOUR) | args.tok_options
         if kind == "colour pictures" and "beta" in args.by_default:
             args.beta = BETA_IN_COLOUR

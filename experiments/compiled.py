@@ -1,13 +1,13 @@
 """
 What torch.compile costs and gives on this machine: for each system the training step and the sampler.
 
-    python experiments/compiled.py            # a table, JSON in experiments/results; a quarter of an hour
+    python experiments/compiled.py            # a table, JSON in experiments/results; minutes for each system
     python experiments/compiled.py vq var     # some of the systems; nothing is written without --out
 
-Systems have train.py's default sizes for this device, random weights
-and inputs. Each runs first as it is and then compiled, in a process of its own, so that no compiler is warm.
-Seconds to compile are those of the first call less those of a later one, by the wall clock; what a step or a
-batch takes is processor time on a CPU, a median. It pays after so many steps or batches.
+Systems have train.py's default sizes for this device, random weights and inputs. Each runs first as it is
+and then compiled, in a process of its own, so that no compiler is warm. Seconds to compile are those of the
+first call less those of a later one, by the wall clock; what a step or a batch takes is processor time on a
+CPU, a median. It pays after so many steps or batches.
 """
 import argparse
 import json

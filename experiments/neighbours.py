@@ -1,7 +1,7 @@
 """
 How slow does training get beside other work, and which setting of torch's threads helps?
 
-    python experiments/neighbours.py         # a table, JSON in experiments/results; 6 minutes on 2 cores
+    python experiments/neighbours.py         # a table, JSON in experiments/results; 4 to 6 minutes on 2 cores
 
 Training steps of the default tokenizer, by the wall clock, in a process of its own for each cell: settings of
 OpenMP, which torch reads when it is imported, beside kinds of other work. A thread that waits for the others

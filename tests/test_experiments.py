@@ -254,5 +254,5 @@ def test_compiled_says_after_how_many_steps_it_pays():
 
     found = compiled.compare(step, compile_it, torch.device("cpu"), 3)
     assert found["ratio"] == pytest.approx(3, rel=0.2)
-    assert found["compile_s"] == pytest.approx(0.5, rel=0.2)
-    assert found["pays_after"] == pytest.approx(25, rel=0.3)
+    assert 0.4 < found["compile_s"] < 1.5                   # by the wall clock, which others may delay
+    assert found["pays_after"] == pytest.approx(found["compile_s"] / 0.020, rel=0.3)

@@ -208,7 +208,7 @@ def test_later_lines_of_the_defaults_override_earlier_ones():
     assert (cpu["tok_size"], cpu["size"], cpu["steps"], cpu["image_size"]) == ("clips", "tiny", 6500, 16)
     kind.frames = 1
     cpu = runs.defaults_of(kind, torch.device("cpu"))
-    assert (cpu["tok_size"], cpu["size"], cpu["steps"], cpu["beta"]) == ("patches", "tiny", 6000, 0.05)
+    assert (cpu["tok_size"], cpu["size"], cpu["steps"], cpu["beta"]) == ("patches", "tiny", 8000, 0.05)
     cuda = runs.defaults_of(kind, torch.device("cuda"))
     assert (cuda["tok_size"], cuda["size"], cuda["steps"]) == ("medium", "medium", 16_000)
 
@@ -245,6 +245,13 @@ def test_a_vae_of_colour_pictures_has_more_numbers_per_token(words, grey, number
     runs.suit(args, pretend_set(grey))
     assert (args.token_dim, args.beta) == (numbers, beta)
     assert runs.build_tokenizer(args).path.border == (2.0 if grey else runs.BORDER_IN_COLOUR)
+
+
+def test_a_run_begun_before_borders_were_stretched_further_goes_on_with_its_own(tmp_path):
+    args = args_of(["--tokenizer", "vae", "--data", "mine"], tmp_path)
+    args.by_default.remove("tok_options")                   # read from a checkpoint, as resolve() does
+    runs.suit(args, pretend_set(grey=False))
+    assert runs.build_tokenizer(args).path.border == 2.0
 
 
 def test_an_unfinished_run_is_not_overwritten_by_accident(tiny_run, tmp_path):
