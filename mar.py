@@ -328,14 +328,14 @@ class MAR(nn.Module):
 
     @torch.no_grad()
     def sample(self, cond, steps=None, cfg=1.0, temperature=1.0, known=None, known_mask=None, on_step=None,
-               cfg_schedule="linear", **tricks):
+               cfg_schedule="linear", encode_every=1, **tricks):
         """cond (B,) labels, or captions -> tokens (B, T[, D]) in `steps` <= T sets (default: 64, at most T).
 
         cfg: guidance scale, 1 is off. cfg_schedule: "linear" | "constant", see guidance(). known (B, T[, D])
         with known_mask (B, T), True where a token is given: any positions, any number per row. They are kept,
         and seen from the start. on_step(i, tokens, mask) is called after each step, mask True where still
         masked. tricks go to the head. One that is a function is asked at every step: diffusion_steps=lambda
-        p: round(50 - 45 * p) goes from 50 to 5.
+        p: round(50 - 45 * p) goes from 50 to 5. encode_every above 1: see ReusingEncoder.
         """
         B, T, device = len(cond), self.seq_len, cond.device
         if steps is not None and not 1 <= steps <= T:
@@ -347,14 +347,18 @@ class MAR(nn.Module):
             fewest, most = torch.stack(known_mask.sum(1).aminmax()).tolist()     # the one wait for the device
             tokens = torch.where(spread(known_mask, tokens), known.type_as(tokens), tokens)
             mask = ~known_mask
+        if encode_every < 1 or (encode_every > 1 and fewest != most):
+            raise ValueError(f"encode_every {encode_every}: 1, or more where as many tokens are given in "
+                             "all rows")
         order = draw_order(self.order, B, T, device, known_mask)               # given tokens come first in it
         counts = masked_counts(T - fewest, min(steps or 64, T - fewest)) if fewest < T else [0]
         guided = cfg != 1.0
         labels = torch.cat([cond, no_condition(self, cond)]) if guided else cond
+        hidden = self.hidden if encode_every == 1 else ReusingEncoder(self, encode_every)
         for i, (before, after) in enumerate(zip(counts, counts[1:])):
             positions = order[:, T - before:T - after]  # (B, n): n never depends on what was drawn
-            h = self.hidden(twice(tokens, guided), labels, twice(mask, guided),
-                            T - before if fewest == most else None)
+            h = hidden(twice(tokens, guided), labels, twice(mask, guided),
+                       T - before if fewest == most else None)
             h = take(h, twice(positions, guided))                                     # (B or 2B, n, C)
             h, h_uncond = h.chunk(2) if guided else (h, None)
             scale = guidance(cfg, cfg_schedule, 1 - max(after, 1) / T)
@@ -419,7 +423,51 @@ def twice(x, guided):
     return torch.cat([x, x]) if guided else x
 
 
-# ---- Extras: the other side of the ablation, patches of latents, a head for ids, captions -----------
+# ---- Extras: a cheaper encoder, causal orders, patches of latents, a head for ids, captions ---------
+
+class ReusingEncoder:
+    """In place of MAR.hidden in sampling: most steps encode only the tokens that the last step drew.
+
+    Each `every`-th step encodes all tokens, as hidden() does. In the steps between, new tokens see the old
+    ones by keys and values that were kept. That is not exact, for the old ones should see the new ones, too:
+    the encoder reads in both directions. docs/results.md has what it costs and saves.
+    """
+
+    def __init__(self, model, every):
+        self.model = model
+        self.every = every
+        self.calls = 0
+
+    def __call__(self, tokens, labels, mask, n_visible):
+        """As MAR.hidden, for the steps of one batch in their order -> h (B, T, C)."""
+        model, P = self.model, self.model.n_buffer
+        buffer, there = read_condition(model, labels)
+        x = torch.cat([buffer.expand(-1, P, -1), embed_tokens(model, tokens)], 1)     # (B, P + T, C)
+        x = model.tok_norm(x + model.encoder_pos)
+        if self.calls % self.every == 0:
+            shape = (2, *x.shape[:2], model.encoder_blocks[0].attn.n_head, -1)
+            self.caches = [x.new_zeros(2, *x.shape).view(shape).transpose(2, 3) for _ in model.encoder_blocks]
+            self.encoded = torch.zeros_like(x)
+            self.rows = torch.zeros(len(x), 0, dtype=torch.long, device=x.device)     # encoded so far
+        self.calls = self.calls + 1
+
+        mask = F.pad(mask, (P, 0))                                                  # (B, P + T), buffer never
+        start, end = self.rows.shape[1], P + n_visible
+        is_old = torch.zeros_like(mask).scatter(1, self.rows, True)
+        new = (mask | is_old).byte().argsort(dim=1, stable=True)[:, :end - start]     # (B, new rows)
+        self.rows = torch.cat([self.rows, new], 1)                                    # (B, P + n_visible)
+        attended = None if there is None else take(there, self.rows)[:, None, None]
+        y = take(x, new)
+        for block, cache in zip(model.encoder_blocks, self.caches):
+            y = block(y, mask=attended, cache=cache, start=start)
+        self.encoded = put(self.encoded, new, model.decoder_embed(model.encoder_norm(y)))
+
+        x = torch.where(mask[..., None], model.mask_embed, self.encoded) + model.decoder_pos
+        attended = None if there is None else there[:, None, None]
+        for block in model.decoder_blocks:
+            x = block(x, mask=attended)
+        return model.decoder_norm(x[:, P:]) + model.head_pos
+
 
 def random_share(step, first, last):
     """RAR: the share of images whose order is random: 1 up to step `first`, then falling to 0 at `last`."""

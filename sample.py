@@ -43,7 +43,7 @@ from data import BadInput
 from official import llamagen, mar, open_magvit2, rar, titok, var
 
 TRICKS = ("steps", "schedule", "order", "choice_temperature", "guidance", "top_k", "top_p", "clip", "beam",
-          "fan", "cfg_schedule", "cfg_interval", "diffusion_steps", "sampler", "spacing")
+          "fan", "cfg_schedule", "cfg_interval", "encode_every", "diffusion_steps", "sampler", "spacing")
 LARGEST_SEED = 4_503_599_626                                # beyond it, train.py's seeds overflow 64 bits
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".pdf", ".svg", ".eps", ".ps")
 
@@ -110,6 +110,9 @@ def add_drawing_flags(p):
                         "only")
     g.add_argument("--cfg_interval", type=int,
                    help="ar: guide only the first so many tokens + 2, as LlamaGen counts; -1: all")
+    g.add_argument("--encode_every", type=int,
+                   help="mar: encode all tokens in each so manyth pass, in others the new ones only; faster, "
+                        "not exact (default: 1, exact)")
     g.add_argument("--diffusion_steps",
                    help="diffusion head: denoising steps per token; mar: 50:5 goes from 50 to 5")
     g.add_argument("--sampler", choices=["ancestral", "ddim", "heun", "euler"],
@@ -243,7 +246,7 @@ def draw_clips(run, args, out, gif, options):
 # ---- What is refused, before anything is drawn ---------------------------------------------------
 
 NUMBERS = [                                                 # flags, what their value must be, the sentence
-    (("n", "batch_size", "beam", "fan", "steps"), lambda v: v >= 1, "must be at least 1"),
+    (("n", "batch_size", "beam", "fan", "steps", "encode_every"), lambda v: v >= 1, "must be at least 1"),
     (("cfg", "temperature", "choice_temperature"), math.isfinite, "must be a finite number"),
     (("temperature", "choice_temperature"), lambda v: v >= 0, "must not be negative"),
     (("top_p", "clip"), lambda v: v > 0, "must be above 0"),

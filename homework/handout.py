@@ -75,7 +75,8 @@ def answers(further=False, released=()):
         if name in released:
             continue
         nodes = functions((ROOT / f"{name}.py").read_text())
-        for target in exercises(name, further):
+        also = [target for test in graded(name, further) for target in test.also]
+        for target in exercises(name, further) + also:
             if target in nodes:                             # in a handout one may be gone
                 found[target.split(".")[-1], code(nodes[target])] = f"{name}.{target}"
     return found

@@ -175,11 +175,12 @@ def named(params):
 
 # ---- Tests -------------------------------------------------------------------------------------------
 
-def exercise(target, points, hidden=False, further=False, goals=()):
+def exercise(target, points, hidden=False, further=False, goals=(), also=()):
     """This test grades `target`, such as "vae.VAE.kl". hidden: it is not in the handout, and graded all the
     same. further: it belongs to the second tier, beyond the ten points of a file. goals: what a capstone is
     to reach, [(what, optimum, distances from it, hint)], in the order in which it tells look.goal(). Each
-    distance kept is a share of the points.
+    distance kept is a share of the points. also: functions of the file, such as "VAE.kl", that would give the
+    answer away; a handout blanks them, too.
     """
     def mark(probe):
         @functools.wraps(probe)
@@ -194,6 +195,7 @@ def exercise(target, points, hidden=False, further=False, goals=()):
         test.points = points
         test.hidden = hidden
         test.further = further
+        test.also = also
         test.goals = [(f"{what}, within {near}", torch.tensor(float(best)), near / max(1, abs(best)), hint)
                       for what, best, distances, hint in goals for near in distances]
         return test

@@ -134,7 +134,7 @@ def test_homework_mar_loss(look):
         look.independent("the masks of the images of a batch", torch.stack(masks)[:, :, 0], 0.4)
 
 
-@exercise("mar.MAR.hidden", points=3, further=True)
+@exercise("mar.MAR.hidden", points=3, further=True, also=["ReusingEncoder.__call__"])
 def test_homework_mar_encoder_and_decoder(look):
     hint = (
         "The encoder sees the buffer and the tokens that are there, at their positions; mask_embed stands "

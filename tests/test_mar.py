@@ -256,6 +256,57 @@ def test_mar_drops_masked_tokens_behind_captions_at_no_loss():
         assert torch.allclose(more, everything, atol=1e-5)
 
 
+@pytest.mark.parametrize("text", [None, (22, "bytes")])
+def test_mar_encodes_new_tokens_alone_as_an_encoder_in_which_old_ones_do_not_see_them(text):
+    """Against one pass over all rows, with a mask: a row sees rows that came with it or before it."""
+    model = small_mar(text=text).eval()
+    cond = captions_as_bytes(*TEXTS) if text else torch.arange(3)
+    tokens = torch.randn(3, 12, 3)
+    order = torch.stack([torch.randperm(12) for _ in range(3)])
+    P, came, reusing = model.n_buffer, torch.full((3, 12), 9), mar.ReusingEncoder(model, 9)
+    for k, (start, end) in enumerate(((0, 3), (3, 4), (4, 9))):
+        new = order[:, start:end]
+        came = came.scatter(1, new, k)
+        h = reusing(tokens, cond, came == 9, end)
+        if k == 0:
+            exact = model.hidden(tokens, cond, came == 9, end)
+            assert torch.allclose(h, exact, atol=1e-5), "at first nothing is kept, so it must be hidden()"
+        when = F.pad(came, (P, 0))                          # (B, P + T), the buffer is there from the start
+        rows, there = mar.read_condition(model, cond)
+        x = torch.cat([rows.expand(-1, P, -1), mar.embed_tokens(model, tokens)], 1)
+        x = model.tok_norm(x + model.encoder_pos)
+        visible = (when[:, None, :] <= when[:, :, None]) & (when < 9)[:, None, :]
+        if text:
+            visible = visible & there[:, None, :]
+        for block in model.encoder_blocks:
+            x = block(x, mask=visible[:, None])
+        x = model.decoder_embed(model.encoder_norm(x))
+        x = torch.where((when == 9)[..., None], model.mask_embed, x) + model.decoder_pos
+        for block in model.decoder_blocks:
+            x = block(x, mask=None if there is None else there[:, None, None])
+        assert torch.allclose(h, model.decoder_norm(x[:, P:]) + model.head_pos, atol=1e-5)
+    assert (h - model.hidden(tokens, cond, came == 9, 9)).abs().max() > 1e-3, "is it exact? then why ask"
+
+
+def test_mar_encodes_all_tokens_in_every_kth_step(monkeypatch):
+    model, rows, block = small_mar().eval(), [], mar.ViTBlock.forward
+
+    def counted(self, x, **options):
+        if self is model.encoder_blocks[0]:
+            rows.append(x.shape[1] - 3)                     # without the buffer, where all are encoded
+        return block(self, x, **options)
+    monkeypatch.setattr(mar.ViTBlock, "forward", counted)
+    model.sample(torch.arange(2), 12, cfg=2.0, encode_every=3)          # 12 steps of 1 token
+    assert rows == [0, -2, -2, 3, -2, -2, 6, -2, -2, 9, -2, -2]
+    known, known_mask = torch.randn(2, 12, 3), torch.arange(12).expand(2, -1) < 5
+    drawn = model.sample(torch.arange(2), 7, known=known, known_mask=known_mask, encode_every=9)
+    assert torch.equal(drawn[:, :5], known[:, :5]) and rows[12:14] == [5, -2]
+    ragged = known_mask & (torch.arange(2)[:, None] < 1)
+    for wrong in (dict(encode_every=0), dict(encode_every=2, known=known, known_mask=ragged)):
+        with pytest.raises(ValueError, match="encode_every"):
+            model.sample(torch.arange(2), **wrong)
+
+
 @pytest.mark.parametrize("cls", [mar.MAR, mar.CausalMAR])
 def test_mar_without_a_caption_is_the_null_caption_alone(cls, monkeypatch):
     model, conds = small_mar(cls, text=(22, "bytes"), label_drop=0.5).eval(), []
