@@ -14,9 +14,7 @@ Writes results/linear-path-DATA.json. Ten minutes of processor time on one core 
 """
 import argparse
 import json
-import math
 import sys
-import time
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -29,6 +27,7 @@ import train
 import vae
 from common import age, runs, yardsticks
 from common.metrics import psnr
+from experiments import equal_time
 
 ARMS = ("no path", "orthonormal", "PCA")
 
@@ -50,39 +49,6 @@ def start_anywhere(path, images):
     path.mean.copy_(patches.mean(0))
     path.basis.copy_(torch.linalg.qr(torch.randn_like(path.basis)).Q)
     path.std.copy_(((patches - path.mean) @ path.basis).std(0))
-
-
-class Arm:
-    """A model, its optimizers and how much processor time it has had."""
-
-    def __init__(self, name, args, token_dim, images, seed):
-        torch.manual_seed(seed)
-        self.model = build(name, token_dim, images)
-        for p in self.model.parameters():
-            if p.ndim == 4:
-                p.data = p.data.contiguous(memory_format=torch.channels_last)
-        self.optimizers = train.make_optimizers(self.model, args, args.lr)
-        self.used = 0.0
-        self.steps = 0
-
-    def train(self, args, images, seconds):
-        """Steps of 32 images (N, 3, H, W) until so much processor time is used, of args.seconds in all."""
-        until = self.used + seconds
-        while self.used < until:
-            start = time.process_time()
-            fall = 0.5 * (1 + math.cos(math.pi * self.used / args.seconds))
-            lr = args.lr * min((self.steps + 1) / 50, fall)
-            loss, _ = self.model(images[torch.randint(len(images), (32,))])
-            for optimizer in self.optimizers:
-                optimizer.zero_grad()
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            for optimizer in self.optimizers:
-                optimizer.step()
-            self.steps += 1
-            self.used += time.process_time() - start
 
 
 @torch.no_grad()
@@ -114,10 +80,13 @@ def main():
     token_dim = runs.PER_TOKEN[kind]
     found = {name: [] for name in ARMS}
     for seed in args.seeds:
-        arms = {name: Arm(name, args, token_dim, images[:train.STARTED_FROM], seed) for name in ARMS}
-        for _ in range(10):                                 # in turns, so that a busy minute meets all alike
-            for arm in arms.values():
-                arm.train(args, images, args.seconds / 10)
+        arms = {}
+        for name in ARMS:
+            torch.manual_seed(seed)
+            model = build(name, token_dim, images[:train.STARTED_FROM])
+            arms[name] = equal_time.Arm(model, train.make_optimizers(model, args, args.lr), args.lr)
+        draw = lambda: (images[torch.randint(len(images), (32,))],)
+        equal_time.train_in_turns(arms, draw, args.seconds)
         for name, arm in arms.items():
             found[name].append((judge(arm.model, held_out), arm.steps))
             print(f"seed {seed}, {name}: {found[name][-1][0]:.2f} dB after {arm.steps} steps", flush=True)

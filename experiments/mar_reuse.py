@@ -62,14 +62,14 @@ def cost_at_paper_size(device):
     return rows
 
 
-def main():
+def main(argv=None):
     p = argparse.ArgumentParser(description="MAR with an encoder that reuses what it said before.")
     p.add_argument("run", help="a run with --generator mar --head diffusion, bidirectional")
     p.add_argument("--paper", action="store_true", help="also the time of MAR-B, random weights")
     p.add_argument("--n", type=int, default=1000, help="samples per row")
     p.add_argument("--diffusion_steps", type=int, default=25, help="denoising steps per token")
     p.add_argument("--out", type=Path, default=ROOT / "experiments" / "results" / "mar-reuse.json")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     device = runs.pick_device("cpu")
     run = runs.load_run(args.run, device)
     if run.generator is None or not hasattr(run.generator, "masked_loss"):

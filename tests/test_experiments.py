@@ -12,8 +12,11 @@ import torch.nn.functional as F
 
 import data
 import lfq
+import train
 from common import age, classifier, drawing, pictures
-from experiments import claims, compiled, neighbours, understanding, video_designs
+from experiments import claims, compiled, equal_time, mar_reuse, neighbours, optimizers, understanding
+from experiments import video_designs
+from tests.small_world import small_world
 
 
 def test_claims_are_listed_once_and_judged_by_the_rule(tmp_path, capsys):
@@ -256,3 +259,69 @@ def test_compiled_says_after_how_many_steps_it_pays():
     assert found["ratio"] == pytest.approx(3, rel=0.2)
     assert 0.4 < found["compile_s"] < 1.5                   # by the wall clock, which others may delay
     assert found["pays_after"] == pytest.approx(found["compile_s"] / 0.020, rel=0.3)
+
+
+class Slow(nn.Module):
+    """A step of this model takes so much processor time, and its loss is that of one number."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
+        self.x = nn.Parameter(torch.ones(()))
+
+    def forward(self, target):
+        end = time.process_time() + self.seconds
+        while time.process_time() < end:
+            pass
+        return (self.x - target) ** 2, {}
+
+
+def test_arms_have_equal_processor_time_and_a_rate_that_falls():
+    arms, rates = {}, {}
+    for name, seconds in (("quick", 0.002), ("slow", 0.008)):
+        model = Slow(seconds)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step, rates[name] = optimizer.step, []
+        optimizer.step = lambda step=step, of=rates[name], group=optimizer.param_groups[0]: (
+            of.append(group["lr"]), step())
+        arms[name] = equal_time.Arm(model, [optimizer], 0.1)
+    equal_time.train_in_turns(arms, lambda: (torch.zeros(()),), 0.4)
+    for name, arm in arms.items():
+        assert arm.used == pytest.approx(0.4, abs=0.03) and len(rates[name]) == arm.steps
+        assert max(rates[name]) > 0.02 > 0.005 > rates[name][-1], "warm-up, then down to nearly 0"
+    assert 2 < arms["quick"].steps / arms["slow"].steps < 5
+    assert abs(arms["quick"].model.x.item()) < abs(arms["slow"].model.x.item()) < 1
+
+
+def test_optimizers_train_the_same_generator_in_three_ways(tiny_run, tmp_path):
+    folder = next(path for path in tiny_run.iterdir() if path.name.endswith("gmm"))
+    out = tmp_path / "x.json"
+    optimizers.main([str(folder), "--seeds", "3", "--seconds", "0.3", "--rounds", "1", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert list(found["found"]) == list(optimizers.ARMS) and found["commit"]
+    for rows in found["found"].values():
+        assert rows[0]["seed"] == 3 and rows[0]["steps"] > 0 and math.isfinite(rows[0]["val_loss"])
+    assert len(found["muon_ms"]) == 4 and all(ms > 0 for ms in found["muon_ms"].values())
+    run = optimizers.runs.load_run(folder, torch.device("cpu"))
+    made = {arm: optimizers.optimizers_of(arm, optimizers.build(run, 0), run.args) for arm in optimizers.ARMS}
+    assert [len(each) for each in made.values()] == [1, 2, 2]
+    assert [made[arm][1].param_groups[0]["rows"] for arm in optimizers.MUON] == [None, 64]
+    with pytest.raises(data.BadInput, match="a tokenizer"):
+        optimizers.main([str(tiny_run / folder.name.removesuffix("-ar-gmm"))])
+
+
+def test_reuse_of_mars_encoder_is_measured(tmp_path, monkeypatch):
+    words = ["--tokenizer", "vae", "--tok_size", "dot", "--tok_steps", "1", "--generator", "mar", "--head",
+             "diffusion", "--size", "dot", "--steps", "1", "--image_size", "16", "--runs", str(tmp_path)]
+    out = tmp_path / "x.json"
+    with small_world():
+        train.main(words)
+        monkeypatch.setattr(mar_reuse, "cost_at_paper_size", lambda device: "not here")
+        mar_reuse.main([str(tmp_path / "shapes-vae-mar-diffusion"), "--paper", "--n", "20", "--out", str(out),
+                        "--diffusion_steps", "2"])
+        found = json.loads(out.read_text())
+        assert [row["encode_every"] for row in found["rows"]] == [1, 2, 4, 8, 16]
+        assert all(math.isfinite(row["sample_frechet_small_cnn"]) for row in found["rows"])
+        assert found["mar_b"] == "not here" and found["n"] == 20
+        with pytest.raises(data.BadInput, match="not a run with --generator mar"):
+            mar_reuse.main([str(tmp_path / "shapes-vae")])
