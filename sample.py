@@ -189,7 +189,9 @@ def draw(args, share=(0, 1)):
         raise BadInput(f"could not write ({e})") from None
     except ValueError as e:                                 # the models say what does not fit them
         raise BadInput(f"{args.run}: {e}") from None
-    print("wrote " + ", ".join(str(path) for path in (out, npz, args.png, reference, gif) if path))
+    written = [out, npz, args.png, f"{Path(args.png)}.csv" if args.png else None, reference,
+               gif]
+    print("wrote " + ", ".join(str(path) for path in written if path))
 
 
 def draw_classes(run, args, out, gif, options):

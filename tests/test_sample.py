@@ -85,9 +85,10 @@ def test_endings_are_added_and_said(drawn_by, tmp_path, capsys):
     assert (tmp_path / "x.JPG").exists()
 
 
-def test_single_files_hold_the_samples_of_the_npz(drawn_by, tmp_path):
+def test_single_files_hold_the_samples_of_the_npz(drawn_by, tmp_path, capsys):
     files = ["--png", tmp_path / "deep" / "er", "--npz", tmp_path / "x.npz", "--out", tmp_path / "x.png"]
     drawn_by("ids", "--n", 3, *files)
+    assert f"{tmp_path / 'deep' / 'er'}, {tmp_path / 'deep' / 'er.csv'}\n" in capsys.readouterr().out
     files = sorted((tmp_path / "deep" / "er").iterdir())
     assert [f.name for f in files] == ["000000.png", "000001.png", "000002.png"]
     asked = [f"{i:06d},{data.SHAPES[10 * i // 3]}" for i in range(3)]
