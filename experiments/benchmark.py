@@ -10,11 +10,11 @@ matmul take turns, so that a slow minute hurts all alike; then all samplers and 
                  many places, so there FlopCounterMode counts forward + backward ("counted")
   sampling       drawing.DEFAULTS with guidance, float32, not compiled; s/image has the decoder, tokens/s not
   % of copy      parameter bytes read per second at batch 1, over bytes read + written per second by a copy;
-                 no share of main memory where the parameters fit into a cache
+                 no share of main memory where the parameters fit into a cache; --generator ar only
   peak MB        of training. CUDA: tensors. CPU: a process of its own, import_mb of it Python with torch
 
-    python experiments/benchmark.py          # table, JSON in experiments/results; 1 minute on 2 CPU cores
-    python experiments/benchmark.py --quick  # does it run? 2 rounds, no JSON without --out; 20 seconds
+    python experiments/benchmark.py          # table, JSON in experiments/results; 5 minutes on 2 CPU cores
+    python experiments/benchmark.py --quick  # does it run? 2 rounds, no JSON without --out; 2 minutes
     python experiments/benchmark.py --against COMMIT      # is it faster than it was? See against.py
 """
 import argparse
@@ -41,11 +41,18 @@ from experiments import against
 
 KL16 = "--tokenizer vae --tok_size kl16 --image_size 256"
 SYSTEMS = [  # name, devices, classes, flags of train.py; --generator none times the tokenizer itself
-    ("vae small", "cpu", 10, "--tokenizer vae --tok_size small --generator none"),
+    ("vae", "cpu", 10, "--tokenizer vae --generator none"),
+    ("vq", "cpu", 10, "--tokenizer vq --generator none"),
+    ("lfq", "cpu", 10, "--tokenizer lfq --generator none"),
+    ("titok", "cpu", 10, "--tokenizer titok --generator none"),
     ("vae medium", "cuda", 10, "--tokenizer vae --tok_size medium --generator none"),
     ("vae kl16 256px", "cuda", 1000, f"{KL16} --tok_batch_size 8 --generator none"),
     ("givt", "cpu cuda", 10, "--tokenizer vae --head gmm"),
     ("givt-maskgit", "cpu cuda", 10, "--tokenizer vae --generator maskgit --head gmm"),
+    ("mar", "cpu", 10, "--tokenizer vae --generator mar --head diffusion"),
+    ("llamagen", "cpu", 10, "--tokenizer vq --head categorical"),
+    ("maskgit", "cpu", 10, "--tokenizer vq --generator maskgit --head categorical"),
+    ("var", "cpu", 10, "--tokenizer msvq --generator var --head categorical"),
     ("givt gpt-b 256px", "cuda", 1000, f"{KL16} --head gmm --n_mix 16 --size gpt-b --batch_size 64"),
 ]
 BATCHES = (1, 64)                                           # images drawn at once
@@ -72,7 +79,10 @@ def build(entry, device):
         x = 2 * torch.rand(B, 3, args.image_size, args.image_size) - 1
     else:
         x = torch.randint(V, (B, T)) if V else torch.randn(B, T, D)
-    raw = raw.to(device, memory_format=torch.channels_last)
+    raw = raw.to(device)
+    for p in raw.parameters():
+        if p.ndim == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
     lr = train.learning_rate(0, 1000, args.warmup, lr)      # that of the first step: the weights stay random
     optimizers = train.make_optimizers(raw, args, lr)
     multiplied = [m for m in raw.modules() if not isinstance(m, nn.Embedding)]
@@ -203,9 +213,9 @@ def row_of(s, step, rates, sampling, copy):
             tokens, decoder = sampling[s.name, B, "tokens"], sampling[s.name, B, "decoder"]
             row[f"s_per_image_batch{B}"] = (tokens + decoder) / B
             row[f"tokens_per_s_batch{B}"] = B * s.T / tokens
-        # float32, and one pass per token for both guided rows (not so for maskgit)
-        read = 4 * s.P * row["tokens_per_s_batch1"]         # bytes/s
-        row |= dict(read_gb_per_s_batch1=read / 1e9, percent_of_copy_batch1=100 * read / copy)
+        if s.args.generator == "ar":                        # one pass per token for both guided rows
+            read = 4 * s.P * row["tokens_per_s_batch1"]     # bytes/s, float32
+            row |= dict(read_gb_per_s_batch1=read / 1e9, percent_of_copy_batch1=100 * read / copy)
     return row
 
 

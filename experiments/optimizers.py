@@ -1,10 +1,11 @@
 """
 Which optimizer teaches a generator most in the same processor time, and what a step of Muon takes?
 
-    python experiments/optimizers.py runs/shapes-vae-ar-gmm        # 3 seeds x 3 arms x 60 s, and two minutes
+    python experiments/optimizers.py runs/shapes-vae-ar-gmm        # 3 seeds x 4 arms x 60 s, and two minutes
 
   arms       AdamW; Muon with whole matrices and five iterations, as published; Muon with blocks of 64 rows
-             and three iterations, as train.py has it (common/muon.py)
+             and three iterations, as train.py has it (common/muon.py); and the first edition's default, the
+             small generator with whole matrices and --lr 4e-3
   model      the run's generator, anew from each seed, on the run's tokens, with its batch size and --lr
   budget     the same processor time for each, in turns; the learning rate falls to 0 in that time
   measured   validation loss; then milliseconds of one step of Muon on these matrices, in float32 and bfloat16
@@ -27,28 +28,29 @@ from common import age, muon, runs, tokens
 from data import BadInput
 from experiments import equal_time
 
-MUON = {"whole matrices, 5 iterations": None, "blocks of 64 rows, 3 iterations": muon.ROWS}
-ARMS = ("AdamW", *MUON)
+ARMS = {                                                    # flags of train.py, and Muon's rows
+    "AdamW": dict(optimizer="adamw"),
+    "Muon, whole matrices": dict(optimizer="muon", rows=None),
+    "Muon, blocks of 64 rows": dict(optimizer="muon", rows=muon.ROWS),
+    "the first edition: small, whole matrices": dict(optimizer="muon", rows=None, size="small", lr=4e-3),
+}
 
 
-def optimizers_of(arm, model, args):
-    """One arm's optimizers, as train.py makes them but for the blocks."""
-    kind = argparse.Namespace(**vars(args) | dict(optimizer="adamw" if arm == "AdamW" else "muon"))
-    made = train.make_optimizers(model, kind, args.lr)
-    if arm in MUON:
-        made[1].param_groups[0]["rows"] = MUON[arm]
-    return made
-
-
-def build(run, seed):
+def build(arm, run, seed):
+    """-> one arm's generator, its optimizers as train.py makes them but for the rows, its learning rate."""
+    flags = dict(ARMS[arm])
+    rows = flags.pop("rows", None)
+    args = argparse.Namespace(**vars(run.args) | flags)
     torch.manual_seed(seed)
-    return runs.build_generator(run.args, run.tokenizer, len(run.classes)).to(run.device)
+    model = runs.build_generator(args, run.tokenizer, len(run.classes)).to(run.device)
+    optimizers = train.make_optimizers(model, args, args.lr)
+    if args.optimizer == "muon":
+        optimizers[1].param_groups[0]["rows"] = rows
+    return model, optimizers, args.lr
 
 
-def step_ms(arm, dtype, model, args, rounds):
-    """Median milliseconds of processor time of one step of Muon for all matrices of the model."""
-    optimizer = optimizers_of(arm, model, args)[1]
-    optimizer.dtype = dtype
+def step_ms(optimizer, rounds):
+    """Median milliseconds of processor time of one step of Muon for all its matrices."""
     found = []
     for _ in range(rounds + 1):
         for group in optimizer.param_groups:
@@ -81,22 +83,22 @@ def main(argv=None):
     draw = lambda: sets["train"].batch(torch.randint(n, (batch_size,)))
     found = {name: [] for name in ARMS}
     for seed in args.seeds:
-        models = {name: build(run, seed) for name in ARMS}
-        arms = {name: equal_time.Arm(model, optimizers_of(name, model, run.args), run.args.lr)
-                for name, model in models.items()}
+        arms = {name: equal_time.Arm(*build(name, run, seed)) for name in ARMS}
         equal_time.train_in_turns(arms, draw, args.seconds)
         for name, arm in arms.items():
             loss = train.validate(2, arm.model, sets["val"], run.args)
             found[name].append(dict(seed=seed, val_loss=loss, steps=arm.steps))
             print(f"seed {seed}, {name}: {loss:.3f} after {arm.steps} steps", flush=True)
     for name, rows in found.items():
-        print(f"{name:32s}{mean(row['val_loss'] for row in rows):8.3f}, mean of {len(rows)}")
+        print(f"{name:42s}{mean(row['val_loss'] for row in rows):8.3f}, mean of {len(rows)}")
     took = {}
-    for arm in MUON:
+    for name in list(ARMS)[1:3]:
         for dtype in (torch.float32, torch.bfloat16):
-            name = f"{arm}, {str(dtype).removeprefix('torch.')}"
-            took[name] = step_ms(arm, dtype, build(run, 0), run.args, args.rounds)
-            print(f"{name:48s}{took[name]:8.1f} ms a step")
+            optimizer = build(name, run, 0)[1][1]
+            optimizer.dtype = dtype
+            kind = f"{name}, {str(dtype).removeprefix('torch.')}"
+            took[kind] = step_ms(optimizer, args.rounds)
+            print(f"{kind:42s}{took[kind]:8.1f} ms a step")
     facts = age.of_run(device) | dict(run=run.folder.name, seconds=args.seconds, lr=run.args.lr,
                                       native_bf16=runs.native_bf16(device), found=found, muon_ms=took)
     args.out.write_text(json.dumps(facts, indent=1) + "\n")

@@ -303,9 +303,12 @@ def test_optimizers_train_the_same_generator_in_three_ways(tiny_run, tmp_path):
         assert rows[0]["seed"] == 3 and rows[0]["steps"] > 0 and math.isfinite(rows[0]["val_loss"])
     assert len(found["muon_ms"]) == 4 and all(ms > 0 for ms in found["muon_ms"].values())
     run = optimizers.runs.load_run(folder, torch.device("cpu"))
-    made = {arm: optimizers.optimizers_of(arm, optimizers.build(run, 0), run.args) for arm in optimizers.ARMS}
-    assert [len(each) for each in made.values()] == [1, 2, 2]
-    assert [made[arm][1].param_groups[0]["rows"] for arm in optimizers.MUON] == [None, 64]
+    made = {arm: optimizers.build(arm, run, 0) for arm in optimizers.ARMS}
+    assert [len(each) for _, each, _ in made.values()] == [1, 2, 2, 2]
+    assert [each[1].param_groups[0]["rows"] for _, each, _ in list(made.values())[1:]] == [None, 64, None]
+    assert [lr for *_, lr in made.values()] == [run.args.lr] * 3 + [4e-3]
+    same = [model for model, *_ in list(made.values())[:3]]
+    assert all(torch.equal(p, q) for model in same for p, q in zip(model.parameters(), same[0].parameters()))
     with pytest.raises(data.BadInput, match="a tokenizer"):
         optimizers.main([str(tiny_run / folder.name.removesuffix("-ar-gmm"))])
 
