@@ -29,6 +29,15 @@ def golden(name):
     return {k: v.float() if v.dtype == torch.float16 else v for k, v in arrays.items()}
 
 
+def like_photographs(n, size=32):
+    """n pictures (n, 3, size, size) with what lines see of photographs: power 1 / f^2, colours nearly grey."""
+    f = torch.fft.fftfreq(size)[:, None].square() + torch.fft.rfftfreq(size).square()
+    noise = torch.fft.rfft2(torch.randn(n, 3, size, size)) / (f + 1 / size**2).sqrt()
+    x = torch.fft.irfft2(noise, s=(size, size))
+    x = 0.2 * x + x.mean(1, keepdim=True)
+    return (0.5 * x / x.std()).clamp(-1, 1)
+
+
 def close(ours, reference, tolerance=1e-4):
     """Equal within `tolerance` of the largest reference value."""
     worst = (ours - reference).abs().max() / reference.abs().max().clamp(min=1e-12)

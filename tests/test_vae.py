@@ -11,6 +11,7 @@ from torch import distributions as D
 import data
 from common import pictures
 import vae
+from tests.helpers import like_photographs
 
 
 def test_vae_of_the_papers_has_its_parameter_count():
@@ -169,8 +170,9 @@ def test_vae_linear_path_and_its_stretched_borders_are_invertible():
     assert torch.allclose(path.join(path.cut(images), (4, 4)), images, atol=1e-6)
 
 
-def test_vae_never_ends_below_its_linear_path():
-    images = data.draw(torch.arange(600))[0]
+@pytest.mark.parametrize("kind", ["drawn shapes", "like photographs"])
+def test_vae_never_ends_below_its_linear_path(kind):
+    images = data.draw(torch.arange(600))[0] if kind == "drawn shapes" else like_photographs(600)
     model = vae.VAE(**vae.SIZES["mini"])
     model.start(images)
     with torch.no_grad():

@@ -11,7 +11,7 @@ import train
 import vq
 from common import pictures, runs, yardsticks
 from official import llamagen
-from tests.helpers import close, tokens_of, vq_golden
+from tests.helpers import close, like_photographs, tokens_of, vq_golden
 
 
 @pytest.mark.parametrize("name", ["res_32_64", "res_32_32", "attn_32", "down_32", "up_32"])
@@ -238,9 +238,9 @@ def test_vq_learns():
 
 # ---- The linear path
 
-def with_path(vocab_size=256, n=300, **options):
-    """A started, untrained VQ of 8 x 8 ids, and the n drawn images that it was started from."""
-    images = data.draw(torch.arange(n))[0]
+def with_path(vocab_size=256, n=300, images=None, **options):
+    """A started, untrained VQ of 8 x 8 ids, and the images, n drawn ones by default, that started it."""
+    images = data.draw(torch.arange(n))[0] if images is None else images
     model = vq.VQ(**vq.SIZES["patches"] | dict(vocab_size=vocab_size) | options)
     model.start(images)
     return model.eval(), images
@@ -331,8 +331,9 @@ def test_vq_start_depends_on_the_seed_alone():
     assert not torch.equal(other.quantizer.codebook, first.quantizer.codebook)
 
 
-def test_vq_never_ends_below_its_linear_path():
-    model, images = with_path(n=200)
+@pytest.mark.parametrize("kind", ["drawn shapes", "like photographs"])
+def test_vq_never_ends_below_its_linear_path(kind):
+    model, images = with_path(n=200, images=like_photographs(200) if kind == "like photographs" else None)
     before = F.mse_loss(model.decode(model.encode(images)), images)
     vq.fit_vq(model.train(), images, steps=25, batch_size=8, lr=2e-3)
     model.eval()
