@@ -445,8 +445,9 @@ class ReusingEncoder:
         x = torch.cat([buffer.expand(-1, P, -1), embed_tokens(model, tokens)], 1)     # (B, P + T, C)
         x = model.tok_norm(x + model.encoder_pos)
         if self.calls % self.every == 0:
-            shape = (2, *x.shape[:2], model.encoder_blocks[0].attn.n_head, -1)
-            self.caches = [x.new_zeros(2, *x.shape).view(shape).transpose(2, 3) for _ in model.encoder_blocks]
+            n_head = model.encoder_blocks[0].attn.n_head
+            empty = x.new_zeros(2, *x.shape).unflatten(-1, (n_head, -1)).transpose(2, 3)
+            self.caches = [empty.clone() for _ in model.encoder_blocks]     # (2, B, n_head, P + T, head_dim)
             self.encoded = torch.zeros_like(x)
             self.rows = torch.zeros(len(x), 0, dtype=torch.long, device=x.device)     # encoded so far
         self.calls = self.calls + 1

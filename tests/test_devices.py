@@ -263,7 +263,7 @@ CLIPS_MASKGIT = ("clips", "--generator", "maskgit", "--head", "categorical")
     (VQ_AR, ["--top_k", "3", "--top_p", "0.9"]), (VQ_AR, ["--beam", "2", "--fan", "3"]),
     (VAE_DIFFUSION, ["--sampler", "ddim"]), (VAE_DIFFUSION, ["--spacing", "official"]),
     (VAE_FLOW, ["--sampler", "euler"]), (VAE_MAR, ["--diffusion_steps", "3:1", "--cfg_schedule", "linear"]),
-    (MSVQ_VAR, ["--gif", "--top_k", "3", "--cfg_schedule", "constant"]),
+    (VAE_MAR, ["--encode_every", "3"]), (MSVQ_VAR, ["--gif", "--top_k", "3", "--cfg_schedule", "constant"]),
     (VQ_MASKGIT, ["--order", "halton"]), (VQ_MASKGIT, ["--schedule", "arccos", "--choice_temperature", "1"]),
     *[(run, ["--prompt", "a star", "a ring"])
       for run in (CAPTIONS, CAPTIONS_MASKGIT, CAPTIONS_MAR, CAPTIONS_CAUSAL)], (CLIPS_MASKGIT, ["--gif"]),
