@@ -30,7 +30,7 @@ def golden(name):
 
 
 def like_photographs(n, size=32):
-    """n pictures (n, 3, size, size) with what lines see of photographs: power 1 / f^2, colours nearly grey."""
+    """n pictures (n, 3, size, size) with what lines see of photographs: power 1 / f^2, nearly grey."""
     f = torch.fft.fftfreq(size)[:, None].square() + torch.fft.rfftfreq(size).square()
     noise = torch.fft.rfft2(torch.randn(n, 3, size, size)) / (f + 1 / size**2).sqrt()
     x = torch.fft.irfft2(noise, s=(size, size))
