@@ -7,7 +7,7 @@ What MAR's encoder costs when it encodes only the new tokens in most steps, and 
 MAR's encoder reads in both directions: a new token changes what it makes of all others, so nothing can be
 reused exactly. sample.py RUN --encode_every K reuses anyway, and encodes all tokens in every Kth step only.
 K = 1 is exact. --paper: 256 tokens, 64 rows of the class, random weights, guidance, one denoising step in
-place of 100, one image; half an hour of one core. Frechet distance and class accuracy as in evaluate.py,
+place of 100, one image. Frechet distance and class accuracy as in evaluate.py,
 seconds of processor time. Writes experiments/results/mar-reuse.json.
 """
 import argparse

@@ -64,7 +64,7 @@ def step_ms(optimizer, rounds):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description="AdamW and two kinds of Muon at equal processor time.")
-    p.add_argument("run", help="a run folder of a generator, with its tokenizer's folder beside it")
+    p.add_argument("run", help="a run folder of a generator; its tokens are kept there")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="which seeds")
     p.add_argument("--seconds", type=float, default=60, help="processor time for each arm and seed")
     p.add_argument("--rounds", type=int, default=5, help="timed steps of Muon")
