@@ -7,8 +7,8 @@ What MAR's encoder costs when it encodes only the new tokens in most steps, and 
 MAR's encoder reads in both directions: a new token changes what it makes of all others, so nothing can be
 reused exactly. sample.py RUN --encode_every K reuses anyway, and encodes all tokens in every Kth step only.
 K = 1 is exact. --paper: 256 tokens, 64 rows of the class, random weights, guidance, one denoising step in
-place of 100, one image. Frechet distance and class accuracy as in evaluate.py,
-seconds of processor time. Writes experiments/results/mar-reuse.json.
+place of 100, one image. Frechet distance and class accuracy are those of evaluate.py, seconds are of the
+processor. Writes experiments/results/mar-reuse.json.
 """
 import argparse
 import json
@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
-from common import age, classifier, runs
+from common import age, classifier, drawing, runs
 from experiments import mar_sampling
 from experiments.sampling import measure
 
@@ -74,6 +74,8 @@ def main(argv=None):
     run = runs.load_run(args.run, device)
     if run.generator is None or not hasattr(run.generator, "masked_loss"):
         raise data.BadInput(f"{args.run}: not a run with --generator mar, whose encoder this is about")
+    if drawing.kind_of(run) != "classes":
+        raise data.BadInput(f"{args.run}: draws {drawing.kind_of(run)}; name a run of images of classes")
     facts = age.of_run(device) | dict(run=run.folder.name, n=args.n, diffusion_steps=args.diffusion_steps)
     rows = quality(run, args.n, args.diffusion_steps)
     if args.paper:

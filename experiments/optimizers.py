@@ -7,7 +7,7 @@ Which optimizer teaches a generator most in the same processor time, and what a 
              and three iterations, as train.py has it (common/muon.py); and the first edition's default, the
              small generator with whole matrices and --lr 4e-3
   model      the run's generator, anew from each seed, on the run's tokens, with its batch size and --lr
-  budget     the same processor time for each, in turns; the learning rate falls to 0 in that time
+  budget     the same processor time for each, in turns, in float32; the learning rate falls to 0 in that time
   measured   validation loss; then milliseconds of one step of Muon on these matrices, in float32 and bfloat16
 
 Writes experiments/results/optimizers.json.
@@ -74,6 +74,8 @@ def main(argv=None):
     run = runs.load_run(args.run, device)
     if run.generator is None:
         raise BadInput(f"{args.run}: a tokenizer; name the run folder of a generator")
+    if run.args.condition == "text":
+        raise BadInput(f"{args.run}: reads captions; name a run of classes")
     sets = {}
     for split in ("train", "val"):
         images = runs.open_split(run.args, split, device)
