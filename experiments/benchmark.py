@@ -13,7 +13,7 @@ matmul take turns, so that a slow minute hurts all alike; then all samplers and 
                  no share of main memory where the parameters fit into a cache; --generator ar only
   peak MB        of training. CUDA: tensors. CPU: a process of its own, import_mb of it Python with torch
 
-    python experiments/benchmark.py          # table, JSON in experiments/results; 5 minutes on 2 CPU cores
+    python experiments/benchmark.py          # table, JSON in experiments/results; 4 minutes on 2 CPU cores
     python experiments/benchmark.py --quick  # does it run? 2 rounds, no JSON without --out; 2 minutes
     python experiments/benchmark.py --against COMMIT      # is it faster than it was? See against.py
 """
