@@ -152,7 +152,7 @@ def measure_images(args, run, train_set, val_set):
         cond, labels = asked_for(run, val_set, args.n)
         images = drawing.draw_samples(run, cond, cfg=args.cfg, temperature=args.temperature,
                                       batch_size=args.batch_size, seed=args.seed).clamp(-1, 1)
-        rows += measure_samples(images, labels, net, real, args.batch_size)
+        rows += measure_samples(images, labels, net, real, args.batch_size, floor)
         shown["samples"] = images
         rows += compare_with_training(run, images, truth, train_set)
     rows += yardsticks.seam_rows(run.tokenizer, **shown)
@@ -289,17 +289,26 @@ def asked_for(run, val_set, n):
     return cond_at(conditions(run, val_set), positions), val_set.labels.cpu()[positions]
 
 
-def measure_samples(images, labels, net, real, batch_size):
-    """Samples (N, 3, [F,] H, W), classes asked for (N,), both on the CPU, real features (M, 128) -> rows."""
+def measure_samples(images, labels, net, real, batch_size, training=None):
+    """Samples (N, 3, [F,] H, W), classes asked for (N,), both on the CPU, real features (M, 128) -> rows.
+
+    training: features (K, 128) of training images. Their precision and recall, which are what samples can
+    reach, stand in the remarks.
+    """
     seen = [look(net, part.to(real.device)) for part in images.split(batch_size)]
     fake = torch.cat([features for features, _ in seen])
     predicted = torch.cat([classes for _, classes in seen])
     right = (predicted.cpu() == labels).float().mean().item()
     m = min(len(fake), len(real))                           # balls shrink as points grow more: equal numbers
     precision, recall = precision_recall(evenly(real, m), evenly(fake, m))
+    looks_real, all_there = "higher: samples look real", "higher: all the variety is there"
+    if training is not None:
+        most = precision_recall(evenly(real, m), evenly(training, min(m, len(training))))
+        looks_real += f"; training data have {100 * most[0]:.1f}"
+        all_there += f"; training data have {100 * most[1]:.1f}"
     return [("sample_accuracy", "class accuracy, samples", 100 * right, "%", "higher is better"),
-            ("sample_precision", "precision", 100 * precision, "%", "higher: samples look real"),
-            ("sample_recall", "recall", 100 * recall, "%", "higher: all the variety is there"),
+            ("sample_precision", "precision", 100 * precision, "%", looks_real),
+            ("sample_recall", "recall", 100 * recall, "%", all_there),
             ("sample_frechet_small_cnn", "Frechet distance (small CNN)", frechet_distance(fake, real), "",
              f"lower is better, {len(fake)} samples to {len(real)} real")]
 
@@ -329,6 +338,7 @@ def measure_clips(args, run, train_set, val_set):
         return clips.features_of_frames(frame_net, x, args.batch_size)
 
     of_real = features(real)
+    of_training = features(floor)
     frames_of_real = frame_features(real)
     rows = clips.measure_clip_reconstruction(run.tokenizer, net, real, labels, at_once)
     rows.append(("classifier_accuracy", "action accuracy, real clips", 100 * accuracy, "%",
@@ -345,13 +355,13 @@ def measure_clips(args, run, train_set, val_set):
                  "sample_recall": "recall, clips",
                  "sample_frechet_small_cnn": "Frechet distance over clips (small CNN)"}
         rows += [(key, names[key], *others)
-                 for key, _, *others in measure_samples(drawn, asked, net, of_real, at_once)]
+                 for key, _, *others in measure_samples(drawn, asked, net, of_real, at_once, of_training)]
         rows.append(("sample_frechet_frames", "Frechet distance of frames (small CNN)",
                      frechet_distance(frame_features(drawn), frames_of_real), "", "lower is better"))
         rows += clips.measure_prediction(run, net, real, labels, temperature=args.temperature,
                                          batch_size=args.batch_size, seed=args.seed)
     return rows + [("floor_frechet_small_cnn", "Frechet distance over clips, training clips",
-                    frechet_distance(features(floor), of_real), "",
+                    frechet_distance(of_training, of_real), "",
                     f"the floor for {len(floor)} samples"),
                    ("floor_frechet_frames", "Frechet distance of frames, training clips",
                     frechet_distance(frame_features(floor), frames_of_real), "", "its floor")]

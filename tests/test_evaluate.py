@@ -10,7 +10,7 @@ from PIL import Image
 import data
 import evaluate
 import train
-from common import age, captions, classifier, pictures, runs
+from common import age, captions, classifier, metrics, pictures, runs
 from tests.helpers import IDS, RARELY, TINY
 
 
@@ -60,6 +60,20 @@ def test_precision_does_not_depend_on_the_order_of_the_real_images(monkeypatch):
         rows = evaluate.measure_samples(torch.zeros(100, 3, 4, 4), labels, None, real[order], 100)
         found = {key: value for key, _, value, *_ in rows}
         assert found["sample_precision"] > 75 and found["sample_recall"] > 75, found
+
+
+def test_beside_precision_and_recall_stand_those_of_training_images(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    real, training = torch.randn(2, 300, 8, generator=g).unbind()
+    fake = torch.randn(100, 8, generator=g) + 20            # nothing like the real ones
+    monkeypatch.setattr(evaluate, "look", lambda net, images: (fake, torch.zeros(100, dtype=torch.long)))
+    labels = torch.zeros(100, dtype=torch.long)
+    rows = evaluate.measure_samples(torch.zeros(100, 3, 4, 4), labels, None, real, 100, training)
+    best_of_both = metrics.precision_recall(evaluate.evenly(real, 100), evaluate.evenly(training, 100))
+    for key, best in zip(("sample_precision", "sample_recall"), best_of_both):
+        value, remark = next((row[2], row[4]) for row in rows if row[0] == key)
+        assert value == 0 and best > 0.5
+        assert f"training data have {100 * best:.1f}" in remark
 
 
 def test_a_run_on_classes_is_measured_and_what_recipes_wrote_stays(tiny_run, capsys):
