@@ -154,7 +154,7 @@ def measure_images(args, run, train_set, val_set):
                                       batch_size=args.batch_size, seed=args.seed).clamp(-1, 1)
         rows += measure_samples(images, labels, net, real, args.batch_size, floor)
         shown["samples"] = images
-        rows += compare_with_training(run, images, truth, train_set)
+        rows += compare_with_training(run, images, truth, train_set, val_set)
     rows += yardsticks.seam_rows(run.tokenizer, **shown)
     rows += [("recon_frechet_small_cnn", "Frechet distance, reconstructions",
               frechet_distance(recon, real), "", "of the same images, so it may pass the floor"),
@@ -216,13 +216,25 @@ def measure_reconstruction(tokenizer, net, val_set, index, batch_size, keep=1):
     return rows, features, torch.cat(kept)[:keep]
 
 
-def compare_with_training(run, images, truth, train_set):
+def compare_with_training(run, images, truth, train_set, val_set):
     """Are samples (N, 3, H, W) copies? -> rows, and nearest.png: samples above their nearest images."""
     train_set.flip = False                                  # as they are
     distances, positions = yardsticks.nearest(images, train_set)
     few = torch.linspace(0, len(images) - 1, min(len(images), 12), device="cpu").long()
-    rows = [("samples", images[few]), ("nearest training images", train_set.batch(positions[few])[0].cpu())]
-    pictures.attempt(pictures.save_rows, run.folder / "nearest.png", rows, run.folder.name)
+    nearest = train_set.batch(positions[few])[0].cpu()
+    path = run.folder / "nearest.png"
+    if drawing.kind_of(run) == "captions":                  # of validation images: see asked_for
+        asked = torch.linspace(0, len(val_set) - 1, len(images), device="cpu").long()[few]
+        texts = captions.of_images(run.args, val_set, "val")
+        near = captions.of_images(run.args, train_set, "train")
+        unseen = [texts[i] for i in asked]
+        rows = [("sample", images[few], unseen),
+                ("nearest in training", nearest, [near[i] for i in positions[few]]),
+                ("so it looks", val_set.batch(asked)[0].cpu(), [""] * len(unseen))]
+        pictures.attempt(pictures.save_captioned, path, rows, f"{run.folder.name}: captions never seen")
+    else:
+        rows = [("samples", images[few]), ("nearest training images", nearest)]
+        pictures.attempt(pictures.save_rows, path, rows, run.folder.name)
     return yardsticks.nearest_rows(distances, yardsticks.nearest(truth, train_set)[0])
 
 

@@ -4,6 +4,8 @@ Pictures that the programs and the demos save: labelled rows of images, film str
 Images are tensors (N, 3, H, W) with values in [-1, 1]; clips are (N, 3, F, H, W). Everything else in the
 project may use this room, and it uses nothing of the project.
 """
+import textwrap
+
 import torch
 from PIL import Image, ImageDraw
 
@@ -78,6 +80,27 @@ def save_rows(path, rows, title=""):
     width, height = fig.get_size_inches()
     fig.subplots_adjust(left=margin / width, right=0.995, bottom=0.01,
                         top=1 - 0.42 * bool(title) / height, hspace=0.04)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def save_captioned(path, rows, title=""):
+    """A PNG of images with words below each: rows = [(text, images (n, 3, H, W) in [-1, 1], n texts)]."""
+    plt = pyplot()
+    n = max(len(images) for _, images, _ in rows)
+    width, height = 1.1 * n + 0.9, 1.5 * len(rows) + 0.4                              # inches
+    fig, axes = plt.subplots(len(rows), n, figsize=(width, height), squeeze=False)
+    for line, (name, images, texts) in zip(axes, rows):
+        line[0].text(-0.1, 0.5, textwrap.fill(plain(name), 11), transform=line[0].transAxes, ha="right",
+                     va="center", fontsize=8)
+        for ax in line:
+            ax.set_axis_off()
+        for ax, image, text in zip(line, to_uint8(images.detach().cpu()), texts):
+            ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+            ax.set_title(textwrap.fill(plain(text), 18, max_lines=3), y=-0.07, va="top", fontsize=6.5)
+    fig.suptitle(plain(title), fontsize=10)
+    fig.subplots_adjust(left=0.9 / width, right=0.995, bottom=0.4 / height, top=1 - 0.35 / height,
+                        hspace=0.35, wspace=0.08)
     fig.savefig(path, dpi=110)
     plt.close(fig)
 

@@ -132,6 +132,26 @@ def test_captions_of_ones_own_are_measured_by_what_needs_no_judge(caption_run):
     assert not evaluate.NEED_CLASSES & found.keys() and not any(key.startswith("caption") for key in found)
 
 
+def test_under_a_sample_stands_the_caption_that_it_was_drawn_by(caption_run, monkeypatch):
+    run = runs.load_run(caption_run, "cpu")
+    train_set, val_set = (runs.open_split(run.args, split, "cpu") for split in ("train", "val"))
+    cond, _ = evaluate.asked_for(run, val_set, 20)
+    truth = train_set.batch(torch.arange(20))[0]            # "samples" whose nearest images are known
+    shown = []
+    monkeypatch.setattr(pictures, "save_captioned", lambda path, rows, title: shown.extend(rows))
+    evaluate.compare_with_training(run, truth, truth, train_set, val_set)
+    (_, samples, asked), (_, _, near), (_, unseen, _) = shown
+
+    def place(image, images):
+        return (images - image).abs().flatten(1).sum(1).argmin().item()
+
+    places = [place(sample, truth) for sample in samples]
+    assert torch.equal(captions.encode(run.args, asked), cond[places])
+    assert near == [train_set.texts[i] for i in places]
+    held_out = val_set.batch(torch.arange(len(val_set)))[0]
+    assert [val_set.texts[place(image, held_out)] for image in unseen] == asked
+
+
 def test_a_likelihood_of_captions_is_that_of_the_caption_of_each_image(caption_run):
     run = runs.load_run(caption_run, "cpu")
     val_set = runs.open_split(run.args, "val", "cpu")
