@@ -25,6 +25,7 @@ from data import BadInput
 
 DEFAULTS = {                                                # keywords of sample, for each generator-head
     "ar-gmm": dict(cfg=1.5, temperature=0.9),
+    "ar-gmm-shapes": dict(cfg=1.35, temperature=0.8, top_p=0.85, n_tries=32),         # drawn ones, of a vae
     "ar-diffusion": dict(cfg=2.5, temperature=1.0),
     "ar-categorical": dict(cfg=2.0, temperature=0.9),
     "maskgit-gmm": dict(cfg=3.0, temperature=0.9),
@@ -58,6 +59,9 @@ def default_of(run):
     name = f"{run.args.generator}-{run.args.head}"
     published = getattr(run.args, "data", None) == ""       # the authors' weights have no data here
     default = DEFAULTS.get(f"published-{name}" if published else name, DEFAULTS[name])
+    of = (getattr(run.args, "data", None), getattr(run.args, "tokenizer", None))
+    if name == "ar-gmm" and of == ("shapes", "vae") and kind_of(run) == "classes":
+        default = DEFAULTS["ar-gmm-shapes"]
     if run.args.head == "gmm" and (getattr(run.args, "token_dim", None) or 0) >= MANY_NUMBERS:
         default = default | dict(cfg=2.0, temperature=1.1, n_tries=32)
     if unguided(run):
@@ -87,6 +91,8 @@ def draw_tokens(run, cond, cfg=None, temperature=None, on_step=None, beam=1, fan
             f"--cfg {cfg}: {run.folder} was trained on one class and without label dropping, so there is "
             "nothing to guide away from; leave it out, or train with --label_drop 0.1")
     temperature = default_temperature if temperature is None else temperature
+    if tricks.get("guidance"):
+        default.pop("n_tries", None)                        # each way of guiding has its own
     tricks = default | tricks
     cond = cond.to(run.device, non_blocking=True)
     with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=getattr(run, "bf16", False)):

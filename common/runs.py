@@ -67,7 +67,7 @@ DEFAULTS = {
                 skip_bad=False, condition="class", text_encoder="bytes", text_len=None,
                 tok_options={}, options={},
                 token_dim=None, vocab_size=None, tokens=None, codebook=None, perceptual=0.0, gan=0.0,
-                adapter="none", n_mix=8, objective="diffusion", groups=1, order="random",
+                adapter="none", n_mix=16, objective="diffusion", groups=1, order="random",
                 attention="bidirectional", label_drop=None, dropout=None, weight_decay=0.02, warmup=50,
                 grad_clip=1.0, ema=None, optimizer="muon"),
     "cpu": dict(tok_size="small", tok_steps=1000, tok_batch_size=32, tok_lr=4e-3, beta=0.02,
@@ -92,6 +92,7 @@ DEFAULTS = {
     "any-titok-vae": dict(beta=0.01),
     "any-patches": dict(tok_size="4", tok_steps=0, beta=None),            # pixels: nothing is trained
     "cpu-vae": dict(tok_size="patches", tok_lr=1e-2),
+    "cpu-vae-patches": dict(tok_steps=700),
     "cuda-vae": dict(tok_size="patches-medium", tok_steps=2000),
     "cpu-vq": dict(tok_size="patches"),
     "cpu-vq-patches-coarse": dict(tok_steps=700),
@@ -102,7 +103,8 @@ DEFAULTS = {
     "cpu-titok-vae": dict(tokens=16, tok_steps=2000, tok_batch_size=16, tok_lr=3e-3),
     "cpu-msvq": dict(tok_steps=1000, tok_lr=2e-3),
     # 2,700 steps of tiny beat 920 of small in the same time: 96.8% of samples recognised for 94.0%
-    "cpu-ar-gmm": dict(size="tiny", steps=4500, lr=6e-3),
+    "cpu-ar-gmm": dict(size="tiny", steps=5000, lr=6e-3),
+    "cpu-ar-gmm-photographs": dict(steps=9000),             # MANY pictures in colour: see suit()
     "cpu-ar-categorical": dict(size="tiny", steps=3000),
     "cpu-maskgit": dict(steps=3000),  # a pass teaches the masked tokens only: it needs more steps
     "cpu-maskgit-categorical": dict(size="tiny", steps=8000),
@@ -115,9 +117,10 @@ DEFAULTS = {
     "cuda-clips": dict(image_size=64, n_shapes=20_000, tok_size="clips-medium", tok_batch_size=32,
                        batch_size=128),
 }
-PER_TOKEN = {"drawn shapes": 16, "grey pictures": 16, "colour pictures": 32}        # numbers: see suit()
+PER_TOKEN = {"drawn shapes": 8, "grey pictures": 8, "colour pictures": 32}          # numbers: see suit()
 BETA_IN_COLOUR = 0.005                                      # of a vae: less noise in many small components
-BORDER_IN_COLOUR = 2.5                                      # of its linear path: see vae.LinearPath
+MANY = 20_000                                               # fewer are learnt by heart in that many steps
+BORDER_IN_COLOUR = 2.25                                     # of its linear path: see vae.LinearPath
 LABEL_DROP = 0.1                                            # where there is more than one class, or captions
 STAGE1 = ("data", "image_size", "frames", "frame_step", "flip", "n_shapes", "seed", "tokenizer", "tok_size",
           "tok_steps", "tok_batch_size", "tok_lr", "token_dim", "beta", "vocab_size", "codebook", "tokens",
@@ -134,9 +137,14 @@ GONE = dict(task="class", joint=False, channels=3, likelihood="mse", corrupt=0.0
             n_buffer=None, mask_min=0.0)
 
 
+def machine_of(device):
+    """The word for a device in the keys of DEFAULTS. Macs' GPUs have the CPU's sizes."""
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
 def defaults_of(args, device):
     """args (tokenizer, tok_size, generator, head, frames) -> the default of each flag on this machine."""
-    machine = "cuda" if device.type == "cuda" else "cpu"
+    machine = machine_of(device)
     defaults = DEFAULTS["any"] | DEFAULTS[machine]
 
     def add(kind):
@@ -500,16 +508,22 @@ def open_data(args):
 
 def suit(args, train_set):
     """Where no flag says it, what the images are says it: the numbers per token of a VAE with a linear path,
-    its beta, and how far the path stretches borders.
+    its beta, how far the path stretches borders, and how long GIVT learns.
     """
     pixels = args.tokenizer == "patches"
     path = pixels or args.tokenizer == "vae" and vae.SIZES.get(args.tok_size, {}).get("linear")
-    if not path or getattr(args, "stage1_done", False):
+    if not path:
         return
     kind = "drawn shapes"
     if args.data != "shapes":
         tint = 0 if pixels else 2 / 127.5                   # of JPEG; to lose it would be no inverse
         kind = "colour pictures" if in_colour(train_set, tint) else "grey pictures"
+    many = kind == "colour pictures" and not pixels and len(train_set) >= MANY
+    if many and "steps" in args.by_default:
+        key = f"{machine_of(args.device)}-{args.generator}-{args.head}-photographs"
+        args.steps = DEFAULTS.get(key, {}).get("steps", args.steps)
+    if getattr(args, "stage1_done", False):
+        return
     if pixels:
         args.token_dim = vae.PATCHES[args.tok_size]["patch"]**2 * (1 if kind == "grey pictures" else 3)
         said = f"tokens of {args.token_dim} numbers, which are pixels"

@@ -1,7 +1,7 @@
 """
 What the linear path of vae.py is worth: none, from a random orthonormal basis, from PCA.
 
-  networks   those of train.py's default VAE, which see 2 x 2 pixels; 16 numbers per token for drawn shapes,
+  networks   those of train.py's default VAE, which see 2 x 2 pixels; 8 numbers per token for drawn shapes,
              32 for pictures in colour
   arms       without the path; the path on a random orthonormal basis; the path on principal components
   budget     the same processor time for each, the arms of a seed in turns; Muon, as in train.py

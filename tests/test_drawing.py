@@ -122,6 +122,24 @@ def test_defaults_are_those_of_what_is_drawn():
     assert drawing.kind_of(run) == "captions" and drawing.default_of(run) == drawing.DEFAULTS["ar-gmm"]
 
 
+@pytest.mark.parametrize("images, tokenizer, key", [
+    ("shapes", "vae", "ar-gmm-shapes"), ("mine", "vae", "ar-gmm"), ("shapes", "patches", "ar-gmm")])
+def test_givt_draws_shapes_with_what_was_measured_on_shapes(images, tokenizer, key):
+    args = argparse.Namespace(condition="class", frames=1, generator="ar", head="gmm", data=images,
+                              tokenizer=tokenizer)
+    assert drawing.default_of(SimpleNamespace(args=args, classes=["a", "b"])) == drawing.DEFAULTS[key]
+
+
+def test_another_way_of_guiding_has_its_own_number_of_tries(tiny_run, monkeypatch):
+    run, seen = runs.load_run(tiny_run / "shapes-vae-ar-gmm", "cpu"), {}
+    monkeypatch.setattr(run.generator, "sample", lambda cond, **given: seen.update(given) or cond)
+    drawing.draw_tokens(run, torch.arange(2))
+    assert seen["n_tries"] == drawing.DEFAULTS["ar-gmm-shapes"]["n_tries"]
+    seen.clear()
+    drawing.draw_tokens(run, torch.arange(2), guidance="rejection")
+    assert seen["guidance"] == "rejection" and "n_tries" not in seen
+
+
 def test_one_class_is_drawn_without_guidance_unless_it_was_trained_for_it():
     args = argparse.Namespace(condition="class", frames=1, generator="maskgit", head="categorical",
                               label_drop=None)

@@ -213,18 +213,18 @@ def test_later_lines_of_the_defaults_override_earlier_ones():
     assert (cuda["tok_size"], cuda["size"], cuda["steps"]) == ("medium", "medium", 16_000)
 
 
-def pretend_set(grey):
-    """What runs.suit asks of a set of images."""
+def pretend_set(grey, n=8):
+    """What runs.suit asks of a set of n images."""
     images = torch.rand(8, 3, 16, 16)
     if grey:
         images = images[:, :1].expand(-1, 3, -1, -1)
 
     class Pretended:
         def __len__(self):
-            return 8
+            return n
 
         def batch(self, index):
-            return images[index], None
+            return images[index % 8], None
     return Pretended()
 
 
@@ -238,13 +238,25 @@ def test_a_size_of_vq_brings_its_own_defaults(words, size, codebook, steps, tmp_
 
 
 @pytest.mark.parametrize("words, grey, numbers, beta", [
-    ([], False, 32, 0.005), ([], True, 16, 0.02), (["--beta", "0.1"], False, 32, 0.1),
+    ([], False, 32, 0.005), ([], True, 8, 0.02), (["--beta", "0.1"], False, 32, 0.1),
     (["--token_dim", "24"], False, 24, 0.005)])
 def test_a_vae_of_colour_pictures_has_more_numbers_per_token(words, grey, numbers, beta, tmp_path):
     args = args_of(["--tokenizer", "vae", "--data", "mine", *words], tmp_path)
     runs.suit(args, pretend_set(grey))
     assert (args.token_dim, args.beta) == (numbers, beta)
     assert runs.build_tokenizer(args).path.border == (2.0 if grey else runs.BORDER_IN_COLOUR)
+
+
+@pytest.mark.parametrize("words, grey, n, steps", [
+    ([], False, 50_000, 9000), ([], False, 2000, 5000), ([], True, 50_000, 5000),
+    (["--steps", "70"], False, 50_000, 70), (["--tok_size", "small"], False, 50_000, 5000),
+    (["--generator", "maskgit"], False, 50_000, 3000)])
+@pytest.mark.parametrize("stage1_done", [False, True])
+def test_givt_learns_longer_from_many_colour_pictures(words, grey, n, steps, stage1_done, tmp_path):
+    args = args_of(["--tokenizer", "vae", "--data", "mine", *words], tmp_path)
+    args.stage1_done = stage1_done
+    runs.suit(args, pretend_set(grey, n))
+    assert args.steps == steps
 
 
 def test_a_run_begun_before_borders_were_stretched_further_goes_on_with_its_own(tmp_path):
