@@ -535,6 +535,8 @@ def suit(args, train_set):
         if kind == "colour pictures" and "beta" in args.by_default:
             args.beta = BETA_IN_COLOUR
             said += f". --beta {args.beta}"
+        if many and "steps" in args.by_default:
+            said += f". --steps {args.steps}"
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{kind}: {said}")
 

@@ -252,11 +252,13 @@ def test_a_vae_of_colour_pictures_has_more_numbers_per_token(words, grey, number
     (["--steps", "70"], False, 50_000, 70), (["--tok_size", "small"], False, 50_000, 5000),
     (["--generator", "maskgit"], False, 50_000, 3000)])
 @pytest.mark.parametrize("stage1_done", [False, True])
-def test_givt_learns_longer_from_many_colour_pictures(words, grey, n, steps, stage1_done, tmp_path):
+def test_givt_learns_longer_from_many_colour_pictures(words, grey, n, steps, stage1_done, tmp_path, capsys):
     args = args_of(["--tokenizer", "vae", "--data", "mine", *words], tmp_path)
     args.stage1_done = stage1_done
     runs.suit(args, pretend_set(grey, n))
     assert args.steps == steps
+    if steps == 9000 and not stage1_done:
+        assert "--steps 9000" in capsys.readouterr().out
 
 
 def test_a_run_begun_before_borders_were_stretched_further_goes_on_with_its_own(tmp_path):
