@@ -63,7 +63,7 @@ def default_of(run):
     if name == "ar-gmm" and of == ("shapes", "vae") and kind_of(run) == "classes":
         default = DEFAULTS["ar-gmm-shapes"]
     if run.args.head == "gmm" and (getattr(run.args, "token_dim", None) or 0) >= MANY_NUMBERS:
-        default = default | dict(cfg=2.0, temperature=1.05, n_tries=32)
+        default = DEFAULTS[name] | dict(cfg=2.0, temperature=1.05, n_tries=32)
     if unguided(run):
         return default | dict(cfg=1.0)
     return default

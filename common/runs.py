@@ -517,10 +517,11 @@ def suit(args, train_set):
     if args.data != "shapes":
         tint = 0 if pixels else 2 / 127.5                   # of JPEG; to lose it would be no inverse
         kind = "colour pictures" if in_colour(train_set, tint) else "grey pictures"
+    key = f"{machine_of(args.device)}-{args.generator}-{args.head}-photographs"
     many = kind == "colour pictures" and not pixels and len(train_set) >= MANY
-    if many and "steps" in args.by_default:
-        key = f"{machine_of(args.device)}-{args.generator}-{args.head}-photographs"
-        args.steps = DEFAULTS.get(key, {}).get("steps", args.steps)
+    longer = many and key in DEFAULTS and "steps" in args.by_default
+    if longer:
+        args.steps = DEFAULTS[key]["steps"]
     if getattr(args, "stage1_done", False):
         return
     if pixels:
@@ -534,7 +535,7 @@ def suit(args, train_set):
         if kind == "colour pictures" and "beta" in args.by_default:
             args.beta = BETA_IN_COLOUR
             said += f". --beta {args.beta}"
-        if many and "steps" in args.by_default:
+        if longer:
             said += f". --steps {args.steps}"
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{kind}: {said}")

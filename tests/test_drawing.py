@@ -127,7 +127,10 @@ def test_defaults_are_those_of_what_is_drawn():
 def test_givt_draws_shapes_with_what_was_measured_on_shapes(images, tokenizer, key):
     args = argparse.Namespace(condition="class", frames=1, generator="ar", head="gmm", data=images,
                               tokenizer=tokenizer)
-    assert drawing.default_of(SimpleNamespace(args=args, classes=["a", "b"])) == drawing.DEFAULTS[key]
+    run = SimpleNamespace(args=args, classes=["a", "b"])
+    assert drawing.default_of(run) == drawing.DEFAULTS[key]
+    args.token_dim = drawing.MANY_NUMBERS                   # was measured on photographs, without top_p
+    assert drawing.default_of(run) == dict(cfg=2.0, temperature=1.05, n_tries=32)
 
 
 def test_another_way_of_guiding_has_its_own_number_of_tries(tiny_run, monkeypatch):
