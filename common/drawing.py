@@ -32,6 +32,7 @@ DEFAULTS = {                                                # keywords of sample
     "maskgit-categorical": dict(cfg=3.0, temperature=1.0),
     "mar-gmm": dict(cfg=1.5, temperature=0.9),
     "mar-diffusion": dict(cfg=4.0, temperature=1.0, cfg_schedule="constant"),
+    "mar-diffusion-causal": dict(cfg=2.0, temperature=1.0, cfg_schedule="constant"),  # of classes
     "mar-categorical": dict(cfg=2.0, temperature=1.0),
     "var-categorical": dict(cfg=3.0, temperature=0.8, cfg_schedule="constant"),
     "published-var-categorical": dict(cfg=2.5, temperature=1.0),           # the authors' weights, their 1.5
@@ -62,6 +63,9 @@ def default_of(run):
     of = (getattr(run.args, "data", None), getattr(run.args, "tokenizer", None))
     if name == "ar-gmm" and of == ("shapes", "vae") and kind_of(run) == "classes":
         default = DEFAULTS["ar-gmm-shapes"]
+    causal = getattr(run.args, "attention", None) == "causal"
+    if name == "mar-diffusion" and causal and kind_of(run) == "classes":
+        default = DEFAULTS["mar-diffusion-causal"]
     if run.args.head == "gmm" and (getattr(run.args, "token_dim", None) or 0) >= MANY_NUMBERS:
         default = DEFAULTS[name] | dict(cfg=2.0, temperature=1.05, n_tries=32)
     if unguided(run):

@@ -133,6 +133,15 @@ def test_givt_draws_shapes_with_what_was_measured_on_shapes(images, tokenizer, k
     assert drawing.default_of(run) == dict(cfg=2.0, temperature=1.05, n_tries=32)
 
 
+@pytest.mark.parametrize("attention, condition, cfg", [
+    ("causal", "class", 2.0), ("bidirectional", "class", 4.0), ("causal", "text", 4.0)])
+def test_causal_mar_needs_less_guidance_for_classes(attention, condition, cfg):
+    args = argparse.Namespace(condition=condition, frames=1, generator="mar", head="diffusion",
+                              attention=attention)
+    run = SimpleNamespace(args=args, classes=["a", "b"])
+    assert drawing.default_of(run) == dict(cfg=cfg, temperature=1.0, cfg_schedule="constant")
+
+
 def test_another_way_of_guiding_has_its_own_number_of_tries(tiny_run, monkeypatch):
     run, seen = runs.load_run(tiny_run / "shapes-vae-ar-gmm", "cpu"), {}
     monkeypatch.setattr(run.generator, "sample", lambda cond, **given: seen.update(given) or cond)
