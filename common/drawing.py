@@ -28,7 +28,7 @@ DEFAULTS = {                                                # keywords of sample
     "ar-gmm-shapes": dict(cfg=1.5, temperature=0.85, top_p=0.85, clip=2.0, n_tries=128),    # drawn, of a vae
     "ar-diffusion": dict(cfg=2.5, temperature=1.0),
     "ar-categorical": dict(cfg=2.0, temperature=0.9),
-    "maskgit-gmm": dict(cfg=3.0, temperature=0.9),
+    "maskgit-gmm": dict(cfg=2.0, temperature=0.9),
     "maskgit-categorical": dict(cfg=3.0, temperature=1.0),
     "mar-gmm": dict(cfg=1.5, temperature=0.9),
     "mar-diffusion": dict(cfg=4.0, temperature=1.0, cfg_schedule="constant"),
