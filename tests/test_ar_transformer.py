@@ -133,7 +133,7 @@ def test_ar_reaches_the_exact_optimum_on_bars_and_stripes():
                                          n_layer=2, n_head=2, n_embd=32, label_drop=0)
     zeros = torch.zeros(64, dtype=torch.long)
     batch = lambda step: (ar_transformer.bars_and_stripes(64, "cpu", 3), zeros)
-    ar_transformer.fit_ids(model, batch, 300, 1e-2)
+    ar_transformer.fit_ids(model, batch, 500, 1e-2)
     everything = ar_transformer.bars_and_stripes(5000, "cpu", 3).unique(dim=0)
     assert len(everything) == 14
     with torch.no_grad():
