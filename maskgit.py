@@ -283,11 +283,14 @@ class MaskGIT(nn.Module):
 
     @torch.no_grad()
     def sample(self, cond, steps=None, cfg=1.0, temperature=1.0, known=None, known_mask=None, on_step=None,
-               schedule="cosine", choice_temperature=None, order="confidence", **tricks):
+               schedule="cosine", choice_temperature=None, order="confidence", cfg_schedule="constant",
+               **tricks):
         """cond (B,) class labels -> tokens (B, T[, D]), drawn in `steps` passes (default: 12, at most T).
 
         known (B, T[, D]), known_mask (B, T): tokens that are given stay and all others see them, so any part
-        of an image can be filled in. cfg: guidance scale, 1 is off. order: keep the tokens of highest
+        of an image can be filled in. cfg: guidance scale, 1 is off. cfg_schedule: "constant", or "linear",
+        from 1 in the first pass up to cfg in the last, so that the first tokens, which decide what the image
+        is, stay varied (Muse, arxiv.org/abs/2301.00704, section 2.7). order: keep the tokens of highest
         "confidence", or go in "halton" order. on_step(step, tokens, mask) is called after each pass, when the
         masked tokens still hold what was just drawn. tricks go to the head.
         """
@@ -299,6 +302,8 @@ class MaskGIT(nn.Module):
             raise ValueError(f"order must be confidence or halton, not {order}")
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, not {schedule}")
+        if cfg_schedule not in ("constant", "linear"):
+            raise ValueError(f"cfg_schedule must be constant or linear, not {cfg_schedule}")
         if choice_temperature is None:
             choice_temperature = self.choice_temperature
 
@@ -310,8 +315,9 @@ class MaskGIT(nn.Module):
             tokens, mask = known.to(tokens), ~known_mask
         n_start = mask.sum(1, keepdim=True)                                           # (B, 1)
         for step in range(steps):
-            h, h_uncond = self.guided_states(tokens, cond, mask, cfg)                 # (B, T, C), same | None
-            drawn, log_p = self.head.sample(h, h_uncond, cfg, temperature, **tricks)  # (B, T[, D]), (B, T)
+            scale = cfg if cfg_schedule == "constant" else 1 + (cfg - 1) * step / max(1, steps - 1)
+            h, h_uncond = self.guided_states(tokens, cond, mask, scale)               # (B, T, C), same | None
+            drawn, log_p = self.head.sample(h, h_uncond, scale, temperature, **tricks)  # (B, T[, D]), (B, T)
             drawn = drawn.type_as(tokens)
             tokens = torch.where(mask.unsqueeze(-1) if self.token_dim else mask, drawn, tokens)
 

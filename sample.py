@@ -106,8 +106,8 @@ def add_drawing_flags(p):
     g = p.add_argument_group("how tokens are drawn")
     g.add_argument("--steps", type=int, help="maskgit, mar: passes for all tokens (default: 12, mar 64 or T)")
     g.add_argument("--cfg_schedule", choices=["linear", "constant", "power-cosine"],
-                   help="mar, var, --titok: guidance grows up to --cfg or is constant; power-cosine: --titok "
-                        "only")
+                   help="maskgit, mar, var, --titok: guidance grows up to --cfg or is constant; "
+                        "power-cosine: --titok only")
     g.add_argument("--cfg_interval", type=int,
                    help="ar: guide only the first so many tokens + 2, as LlamaGen counts; -1: all")
     g.add_argument("--encode_every", type=int,

@@ -112,7 +112,8 @@ def test_homework_maskgit_decoding(look):
     size = dict(n_layer=1, n_head=2, n_embd=8)
     model = look.fill(maskgit.MaskGIT(Oracle(), 6, 3, vocab_size=9, **size).eval(), 0.6)
     for B, steps, words in ((1, 1, {}), (3, 4, {}), (2, 6, dict(cfg=2.0)),
-                            (2, 3, dict(temperature=0.7, extra=1)), (2, 3, dict(schedule="linear"))):
+                            (2, 3, dict(temperature=0.7, extra=1)), (2, 3, dict(schedule="linear")),
+                            (2, 4, dict(cfg=3.0, cfg_schedule="linear"))):
         shown = []
         look.call(f"{B} images in {steps} passes, {words}", lambda cond: model.sample(
             cond, steps, choice_temperature=0.0, on_step=lambda *told: shown.append(told), **words),

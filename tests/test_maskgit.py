@@ -388,6 +388,19 @@ def test_maskgit_guidance_takes_one_pass_and_is_off_at_one(monkeypatch):
     assert [r.tolist() for r in rows] == [[0, 1, 2, 5, 5, 5]] * 4, "classes and their absence share a pass"
 
 
+@pytest.mark.parametrize("steps, cfg_schedule, scales", [
+    (4, "linear", [1, 2, 3, 4]), (4, "constant", [4] * 4), (1, "linear", [1])])
+def test_maskgit_guidance_grows_by_equal_steps_from_off(monkeypatch, steps, cfg_schedule, scales):
+    model, used = small_maskgit(False).eval(), []
+    draw = model.head.sample
+    monkeypatch.setattr(model.head, "sample",
+                        lambda h, u, cfg, *a: used.append((cfg, u is None)) or draw(h, u, cfg, *a))
+    model.sample(torch.arange(3), steps=steps, cfg=4.0, cfg_schedule=cfg_schedule)
+    assert used == [(scale, scale == 1) for scale in scales]
+    with pytest.raises(ValueError, match="cfg_schedule must be constant or linear"):
+        model.sample(torch.arange(3), cfg_schedule="cosine")
+
+
 @pytest.mark.parametrize("options, expected", [(dict(vocab_size=8), 4.5), (dict(token_dim=16), 32.0),
                                                (dict(token_dim=3), 6.0),
                                                (dict(token_dim=3, choice_temperature=1.0), 1.0)])

@@ -51,7 +51,8 @@ class MaskGIT:
 
     @torch.no_grad()
     def sample(self, cond, steps=None, cfg=1.0, temperature=1.0, known=None, known_mask=None, on_step=None,
-               schedule="cosine", choice_temperature=None, order="confidence", **tricks):
+               schedule="cosine", choice_temperature=None, order="confidence", cfg_schedule="constant",
+               **tricks):
         B, T = len(cond), self.seq_len
         steps = steps or min(12, T)
         heat = self.choice_temperature if choice_temperature is None else choice_temperature
@@ -63,8 +64,10 @@ class MaskGIT:
             tokens = known.clone().to(tokens.dtype)
         at_first = open_.sum(1)[:, None]
         for i in range(steps):
-            h, h_uncond = self.guided_states(tokens, cond, open_, cfg)
-            new, sure = self.head.sample(h, h_uncond, cfg, temperature, **tricks)
+            share = 1 if cfg_schedule == "constant" else i / max(1, steps - 1)
+            scale = 1 + share * (cfg - 1)
+            h, h_uncond = self.guided_states(tokens, cond, open_, scale)
+            new, sure = self.head.sample(h, h_uncond, scale, temperature, **tricks)
             tokens[open_] = new[open_]
             noise = torch.distributions.Gumbel(0.0, 1.0).sample((B, T))
             sure = sure + heat * (1 - (i + 1) / steps) * noise
