@@ -54,6 +54,8 @@ def parse_args(argv=None):
     p.add_argument("--cfg", type=float, help="guidance of the samples, 1 is none (default: of sample.py)")
     p.add_argument("--temperature", type=float,
                    help="temperature of the samples (default: that of sample.py)")
+    p.add_argument("--steps", type=int,
+                   help="maskgit, mar: passes in which samples are drawn (default: that of sample.py)")
     p.add_argument("--batch_size", type=int, default=250,
                    help="images at a time; lower it when memory runs out")
     p.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
@@ -88,8 +90,8 @@ def measure(args, run):
     kind = drawing.kind_of(run)
     if kind == "captions" and run.args.data == "shapes":
         args.n = min(args.n, 200)                           # metrics.json tells it too
-        rows = metrics.measure_captions(run, args.n, cfg=args.cfg, temperature=args.temperature,
-                                        batch_size=args.batch_size, seed=args.seed)
+        rows = metrics.measure_captions(run, args.n, batch_size=args.batch_size, seed=args.seed,
+                                        **given(args))
     elif kind == "clips":
         rows = measure_clips(args, run, train_set, val_set)
     else:
@@ -104,18 +106,30 @@ def refuse(args, run, val_set):
         raise BadInput(f"--n {args.n}: at least {least}, with {len(run.classes)} classes")
     if args.batch_size < 1:
         raise BadInput(f"--batch_size {args.batch_size}: at least 1")
-    for flag in ("cfg", "temperature", "fid"):
+    for flag in ("cfg", "temperature", "steps", "fid"):
         value = getattr(args, flag)
         if value not in (None, False) and run.generator is None:
             raise BadInput(f"--{flag}: {args.run} is a tokenizer without a generator, so it has no samples")
         if value is not None and not 0 <= value < math.inf:
             raise BadInput(f"--{flag} {value}: must be 0 or more")
+    if args.steps is not None:
+        if run.args.generator == "ar" or "steps" not in drawing.keywords_of(run):
+            raise BadInput(f"--steps: not for --generator {run.args.generator}; it is for maskgit and mar")
+        T = run.generator.seq_len
+        if not 1 <= args.steps <= T:
+            raise BadInput(f"--steps {args.steps}: must be 1 to {T}, the tokens of an image")
     if len(val_set) < 10:
         raise BadInput(f"{args.run}: its --data has {len(val_set)} validation images, at least 10 are needed")
     if args.fid and val_set.frames > 1:
         raise BadInput("--fid: is of images; this run draws clips")
     if args.fid:
         metrics.import_clean_fid()
+
+
+def given(args):
+    """The flags that say how samples are drawn, those that were given -> keywords of draw_samples."""
+    flags = dict(cfg=args.cfg, temperature=args.temperature, steps=args.steps)
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def settings(args, run):
@@ -125,8 +139,7 @@ def settings(args, run):
         machine = torch.cuda.get_device_name(run.device)
     used = {}
     if run.generator is not None:                           # the sampling defaults, or the flags
-        used = dict(drawing.default_of(run))
-        used.update({k: getattr(args, k) for k in ("cfg", "temperature") if getattr(args, k) is not None})
+        used = drawing.default_of(run) | given(args)
     return dict(n=args.n, seed=args.seed) | used | dict(device=str(run.device), machine=machine) | age.now()
 
 
@@ -150,8 +163,8 @@ def measure_images(args, run, train_set, val_set):
     if run.generator is not None:
         rows += measure_likelihood(run, val_set, index, args.batch_size, args.seed)
         cond, labels = asked_for(run, val_set, args.n)
-        images = drawing.draw_samples(run, cond, cfg=args.cfg, temperature=args.temperature,
-                                      batch_size=args.batch_size, seed=args.seed).clamp(-1, 1)
+        images = drawing.draw_samples(run, cond, batch_size=args.batch_size, seed=args.seed, **given(args))
+        images = images.clamp(-1, 1)
         rows += measure_samples(images, labels, net, real, args.batch_size, floor)
         shown["samples"] = images
         rows += compare_with_training(run, images, truth, train_set, val_set)
@@ -360,7 +373,7 @@ def measure_clips(args, run, train_set, val_set):
         rows += measure_likelihood(run, val_set, index, at_once, args.seed)
         asked, _ = asked_for(run, val_set, args.n)
         start = time.perf_counter()
-        drawn = drawing.draw_samples(run, asked, args.cfg, args.temperature, args.batch_size, args.seed)
+        drawn = drawing.draw_samples(run, asked, batch_size=args.batch_size, seed=args.seed, **given(args))
         seconds = (time.perf_counter() - start) / args.n
         rows.append(("seconds_per_clip", "seconds per clip drawn", seconds, "s", "batched"))
         names = {"sample_accuracy": "action accuracy, samples", "sample_precision": "precision, clips",

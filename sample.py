@@ -23,7 +23,6 @@ On eight GPUs the samples are the same. Torchrun needs the --, or it takes --n f
 """
 import argparse
 import csv
-import inspect
 import math
 import tempfile
 import time
@@ -303,25 +302,13 @@ def refuse(args, run):
     if args.known_frames is not None:
         clips.known_tokens(run, args.known_frames)
     tricks = {name: getattr(args, name) for name in TRICKS if getattr(args, name) is not None}
-    known = keywords_of(run)
+    known = drawing.keywords_of(run)
     for name in tricks:
         if name not in known:
             raise BadInput(f"--{name}: not for --generator {run.args.generator} --head {run.args.head}")
     if args.diffusion_steps:
         tricks["diffusion_steps"] = parse_steps(args.diffusion_steps, run)
     return tricks
-
-
-def keywords_of(run):
-    """The names of all tricks that the run's generator and its head understand."""
-    generator = getattr(run.generator, "generator", run.generator)                    # behind a flow adapter
-    known = inspect.signature(generator.sample).parameters
-    names = set(known)
-    if any(p.kind == p.VAR_KEYWORD for p in known.values()):    # **tricks go to the head
-        names |= set(inspect.signature(generator.head.sample).parameters)
-    if hasattr(generator, "beam_search") and run.args.head != "diffusion":            # which has no density
-        names |= {"beam", "fan"}
-    return names
 
 
 def parse_steps(text, run):

@@ -11,6 +11,7 @@ Shapes:  N images, B in a batch, T tokens, D numbers in a token, P E length and 
     cond (N,) labels or (N, P, E) vectors --draw_tokens--> (B, T[, D]) --decode--> (N, 3, [F,] H, W)
 """
 import contextlib
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -26,9 +27,10 @@ from data import BadInput
 DEFAULTS = {                                                # keywords of sample, for each generator-head
     "ar-gmm": dict(cfg=1.35, temperature=0.85),
     "ar-gmm-shapes": dict(cfg=1.5, temperature=0.85, top_p=0.85, clip=2.0, n_tries=128),    # drawn, of a vae
+    "ar-gmm-vae": dict(cfg=1.35, temperature=0.85, top_p=0.95, clip=3.0, n_tries=32),       # yours, of a vae
     "ar-diffusion": dict(cfg=2.5, temperature=1.0),
     "ar-categorical": dict(cfg=2.0, temperature=0.9),
-    "maskgit-gmm": dict(cfg=2.0, temperature=0.9),
+    "maskgit-gmm": dict(cfg=2.5, temperature=0.85),
     "maskgit-categorical": dict(cfg=3.0, temperature=1.0),
     "mar-gmm": dict(cfg=1.5, temperature=0.9),
     "mar-diffusion": dict(cfg=4.0, temperature=1.0, cfg_schedule="constant"),
@@ -60,9 +62,9 @@ def default_of(run):
     name = f"{run.args.generator}-{run.args.head}"
     published = getattr(run.args, "data", None) == ""       # the authors' weights have no data here
     default = DEFAULTS.get(f"published-{name}" if published else name, DEFAULTS[name])
-    of = (getattr(run.args, "data", None), getattr(run.args, "tokenizer", None))
-    if name == "ar-gmm" and of == ("shapes", "vae") and kind_of(run) == "classes":
-        default = DEFAULTS["ar-gmm-shapes"]
+    if name == "ar-gmm" and getattr(run.args, "tokenizer", None) == "vae" and kind_of(run) == "classes":
+        drawn = getattr(run.args, "data", None) == "shapes"
+        default = DEFAULTS["ar-gmm-shapes" if drawn else "ar-gmm-vae"]
     causal = getattr(run.args, "attention", None) == "causal"
     if name == "mar-diffusion" and causal and kind_of(run) == "classes":
         default = DEFAULTS["mar-diffusion-causal"]
@@ -71,6 +73,18 @@ def default_of(run):
     if unguided(run):
         return default | dict(cfg=1.0)
     return default
+
+
+def keywords_of(run):
+    """The names of all tricks that the run's generator and its head understand."""
+    generator = getattr(run.generator, "generator", run.generator)                    # behind a flow adapter
+    known = inspect.signature(generator.sample).parameters
+    names = set(known)
+    if any(p.kind == p.VAR_KEYWORD for p in known.values()):    # **tricks go to the head
+        names |= set(inspect.signature(generator.head.sample).parameters)
+    if hasattr(generator, "beam_search") and run.args.head != "diffusion":            # which has no density
+        names |= {"beam", "fan"}
+    return names
 
 
 def unguided(run):

@@ -34,7 +34,6 @@ import torch
 import torch.nn.functional as F
 
 import data
-import sample
 import train
 from common import age, drawing, files, pictures, runs, tokens
 from common.metrics import luminance, mean_iou, psnr
@@ -412,7 +411,7 @@ def draw_and_measure(own, run):
     """samples.png, metrics.json and the table of a trained run."""
     names = ("cfg", "temperature", "beam", "top_p", "clip", "guidance", "diffusion_steps", "sampler")
     options = {name: getattr(own, name) for name in names if getattr(own, name) is not None}
-    known = sample.keywords_of(run)
+    known = drawing.keywords_of(run)
     for name in options:
         if name not in known:
             raise BadInput(f"--{name}: not for --head {run.args.head}")

@@ -123,8 +123,9 @@ def test_defaults_are_those_of_what_is_drawn():
 
 
 @pytest.mark.parametrize("images, tokenizer, key", [
-    ("shapes", "vae", "ar-gmm-shapes"), ("mine", "vae", "ar-gmm"), ("shapes", "patches", "ar-gmm")])
-def test_givt_draws_shapes_with_what_was_measured_on_shapes(images, tokenizer, key):
+    ("shapes", "vae", "ar-gmm-shapes"), ("mine", "vae", "ar-gmm-vae"), ("shapes", "patches", "ar-gmm"),
+    ("mine", "patches", "ar-gmm")])
+def test_givt_draws_shapes_and_digits_with_what_was_measured_on_each(images, tokenizer, key):
     args = argparse.Namespace(condition="class", frames=1, generator="ar", head="gmm", data=images,
                               tokenizer=tokenizer)
     run = SimpleNamespace(args=args, classes=["a", "b"])

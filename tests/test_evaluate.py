@@ -1,4 +1,5 @@
 """Tests of evaluate.py."""
+import argparse
 import json
 import math
 import sys
@@ -9,8 +10,9 @@ from PIL import Image
 
 import data
 import evaluate
+import maskgit
 import train
-from common import age, captions, classifier, metrics, pictures, runs
+from common import age, captions, classifier, drawing, metrics, pictures, runs
 from tests.helpers import IDS, RARELY, TINY
 
 
@@ -176,6 +178,7 @@ def test_a_likelihood_of_captions_is_that_of_the_caption_of_each_image(caption_r
     (["--cfg", "-1"], "--cfg -1.0: must be 0 or more"),
     (["--temperature", "inf"], "--temperature inf"),
     (["--temperature", "nan"], "--temperature nan"),
+    (["--steps", "3"], "--steps: not for --generator ar; it is for maskgit and mar"),
 ])
 def test_evaluate_refuses_in_one_sentence(words, sentence, tiny_run):
     with pytest.raises(SystemExit, match=sentence):
@@ -185,6 +188,22 @@ def test_evaluate_refuses_in_one_sentence(words, sentence, tiny_run):
 def test_a_tokenizer_has_no_samples_to_guide(tiny_run):
     with pytest.raises(SystemExit, match="--cfg: .* has no samples"):
         evaluate.main([str(tiny_run / "shapes-vae"), "--device", "cpu", "--cfg", "2"])
+
+
+def test_samples_are_drawn_in_the_passes_asked_for(monkeypatch, tmp_path):
+    model = maskgit.MaskGIT(maskgit.CategoricalHead(8, 5), 6, 2, vocab_size=5, n_layer=1, n_head=1, n_embd=8)
+    args = argparse.Namespace(generator="maskgit", head="categorical", condition="class", frames=1)
+    run = argparse.Namespace(args=args, generator=model.eval(), classes=["a", "b"], folder=tmp_path,
+                             device=torch.device("cpu"))
+    flags = evaluate.parse_args(["RUN", "--steps", "4"])
+    passes = []
+    drawing.draw_tokens(run, torch.arange(2), on_step=lambda step, *_: passes.append(step),
+                        **evaluate.given(flags))
+    assert passes == [0, 1, 2, 3] and evaluate.settings(flags, run)["steps"] == 4
+    ten = torch.zeros(10)
+    flags.steps = 7
+    with pytest.raises(data.BadInput, match="--steps 7: must be 1 to 6, the tokens of an image"):
+        evaluate.refuse(flags, run, ten)
 
 
 def test_fid_names_the_package_that_is_missing(tiny_run, monkeypatch):
