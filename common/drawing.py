@@ -27,7 +27,7 @@ from data import BadInput
 DEFAULTS = {                                                # keywords of sample, for each generator-head
     "ar-gmm": dict(cfg=1.35, temperature=0.85),
     "ar-gmm-shapes": dict(cfg=1.5, temperature=0.85, top_p=0.85, clip=2.0, n_tries=128),    # drawn, of a vae
-    "ar-gmm-vae": dict(cfg=1.35, temperature=0.85, top_p=0.95, clip=3.0, n_tries=32),       # yours, of a vae
+    "ar-gmm-vae": dict(cfg=1.25, temperature=1.0, top_p=0.95, clip=2.0, n_tries=32),        # yours, of a vae
     "ar-diffusion": dict(cfg=2.5, temperature=1.0),
     "ar-categorical": dict(cfg=2.0, temperature=0.9),
     "maskgit-gmm": dict(cfg=2.5, temperature=0.85),
