@@ -316,7 +316,7 @@ class MaskGIT(nn.Module):
         n_start = mask.sum(1, keepdim=True)                                           # (B, 1)
         for step in range(steps):
             scale = cfg if cfg_schedule == "constant" else 1 + (cfg - 1) * step / max(1, steps - 1)
-            h, h_uncond = self.guided_states(tokens, cond, mask, scale)               # (B, T, C), same | None
+            h, h_uncond = self.guided_states(tokens, cond, mask, cfg)                 # (B, T, C), same | None
             drawn, log_p = self.head.sample(h, h_uncond, scale, temperature, **tricks)  # (B, T[, D]), (B, T)
             drawn = drawn.type_as(tokens)
             tokens = torch.where(mask.unsqueeze(-1) if self.token_dim else mask, drawn, tokens)

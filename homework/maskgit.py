@@ -100,7 +100,7 @@ class Oracle(nn.Module):
     """A head that draws ids by a rule, surer of some positions than of others."""
 
     def sample(self, h, h_uncond=None, cfg=1.0, temperature=1.0, **tricks):
-        score = h.sum(-1) + (0 if h_uncond is None else cfg * h_uncond.cos().sum(-1))
+        score = h.sum(-1) + (0 if h_uncond is None else (cfg - 1) * h_uncond.cos().sum(-1))
         score = score + sum(tricks.values()) + temperature
         return (score.abs() * 100).long() % 9, -score.abs()
 

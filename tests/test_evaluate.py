@@ -190,7 +190,7 @@ def test_a_tokenizer_has_no_samples_to_guide(tiny_run):
         evaluate.main([str(tiny_run / "shapes-vae"), "--device", "cpu", "--cfg", "2"])
 
 
-def test_samples_are_drawn_in_the_passes_asked_for(monkeypatch, tmp_path):
+def test_samples_are_drawn_in_the_passes_asked_for(tmp_path):
     model = maskgit.MaskGIT(maskgit.CategoricalHead(8, 5), 6, 2, vocab_size=5, n_layer=1, n_head=1, n_embd=8)
     args = argparse.Namespace(generator="maskgit", head="categorical", condition="class", frames=1)
     run = argparse.Namespace(args=args, generator=model.eval(), classes=["a", "b"], folder=tmp_path,
@@ -200,10 +200,9 @@ def test_samples_are_drawn_in_the_passes_asked_for(monkeypatch, tmp_path):
     drawing.draw_tokens(run, torch.arange(2), on_step=lambda step, *_: passes.append(step),
                         **evaluate.given(flags))
     assert passes == [0, 1, 2, 3] and evaluate.settings(flags, run)["steps"] == 4
-    ten = torch.zeros(10)
     flags.steps = 7
     with pytest.raises(data.BadInput, match="--steps 7: must be 1 to 6, the tokens of an image"):
-        evaluate.refuse(flags, run, ten)
+        evaluate.refuse(flags, run, val_set=[])
 
 
 def test_fid_names_the_package_that_is_missing(tiny_run, monkeypatch):

@@ -66,7 +66,7 @@ class MaskGIT:
         for i in range(steps):
             share = 1 if cfg_schedule == "constant" else i / max(1, steps - 1)
             scale = 1 + share * (cfg - 1)
-            h, h_uncond = self.guided_states(tokens, cond, open_, scale)
+            h, h_uncond = self.guided_states(tokens, cond, open_, cfg)
             new, sure = self.head.sample(h, h_uncond, scale, temperature, **tricks)
             tokens[open_] = new[open_]
             noise = torch.distributions.Gumbel(0.0, 1.0).sample((B, T))
