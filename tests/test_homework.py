@@ -5,6 +5,7 @@ import csv
 import functools
 import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -424,7 +425,7 @@ def test_homework_list_is_in_reading_order():
     lines = run_command("list").split("\n")
     assert [line.split(".py")[0] for line in lines if line and line[0] != " "] == list(MODELS)
     table = re.findall(r"^\|.*?\| `(\w+)\.py` \| `--", (ROOT / "README.md").read_text(), re.M)
-    assert table == list(MODELS)
+    assert [name for name, _ in itertools.groupby(table)] == list(MODELS)       # maskgit.py has two rows
     assert lines[0].startswith("gmm_head.py: 10 points, about 120 minutes, medium")
     assert len(run_command("list", "mar",
                            "--further").split("\n")) > len(run_command("list", "mar").split("\n"))
