@@ -103,7 +103,6 @@ DEFAULTS = {
     "cpu-msvq": dict(tok_steps=1000, tok_lr=2e-3),
     # 2,700 steps of tiny beat 920 of small in the same time: 96.8% of samples recognised for 94.0%
     "cpu-ar-gmm": dict(size="tiny", steps=4500, lr=6e-3),
-    "cpu-ar-gmm-photographs": dict(steps=9000),             # MANY pictures in colour: see suit()
     "cpu-ar-categorical": dict(size="tiny", steps=3000),
     "cpu-maskgit": dict(steps=3000),  # a pass teaches the masked tokens only: it needs more steps
     "cpu-maskgit-categorical": dict(size="tiny", steps=8000),
@@ -118,7 +117,6 @@ DEFAULTS = {
 }
 PER_TOKEN = {"drawn shapes": 8, "grey pictures": 8, "colour pictures": 32}          # numbers: see suit()
 BETA_IN_COLOUR = 0.005                                      # of a vae: less noise in many small components
-MANY = 20_000                                               # fewer are learnt by heart in that many steps
 BORDER_IN_COLOUR = 2.25                                     # of its linear path: see vae.LinearPath
 LABEL_DROP = 0.1                                            # where there is more than one class, or captions
 STAGE1 = ("data", "image_size", "frames", "frame_step", "flip", "n_shapes", "seed", "tokenizer", "tok_size",
@@ -507,23 +505,16 @@ def open_data(args):
 
 def suit(args, train_set):
     """Where no flag says it, what the images are says it: the numbers per token of a VAE with a linear path,
-    its beta, how far the path stretches borders, and how long GIVT learns.
+    its beta, and how far the path stretches borders.
     """
     pixels = args.tokenizer == "patches"
     path = pixels or args.tokenizer == "vae" and vae.SIZES.get(args.tok_size, {}).get("linear")
-    if not path:
+    if not path or getattr(args, "stage1_done", False):
         return
     kind = "drawn shapes"
     if args.data != "shapes":
         tint = 0 if pixels else 2 / 127.5                   # of JPEG; to lose it would be no inverse
         kind = "colour pictures" if in_colour(train_set, tint) else "grey pictures"
-    key = f"{machine_of(args.device)}-{args.generator}-{args.head}-photographs"
-    many = kind == "colour pictures" and not pixels and len(train_set) >= MANY
-    longer = many and key in DEFAULTS and "steps" in args.by_default
-    if longer:
-        args.steps = DEFAULTS[key]["steps"]
-    if getattr(args, "stage1_done", False):
-        return
     if pixels:
         args.token_dim = vae.PATCHES[args.tok_size]["patch"]**2 * (1 if kind == "grey pictures" else 3)
         said = f"tokens of {args.token_dim} numbers, which are pixels"
@@ -535,8 +526,6 @@ def suit(args, train_set):
         if kind == "colour pictures" and "beta" in args.by_default:
             args.beta = BETA_IN_COLOUR
             said += f". --beta {args.beta}"
-        if longer:
-            said += f". --steps {args.steps}"
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{kind}: {said}")
 
