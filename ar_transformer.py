@@ -704,7 +704,7 @@ def draw_greys(device, side, steps):
     return model.eval(), greys, labels
 
 
-def show(rows, curve, drawn, texts, names, side):
+def show_ar(rows, curve, drawn, texts, names, side):
     """The picture: rows = [(text, values (10, T), colour map)] on the left, captions on the right."""
     import matplotlib
     matplotlib.use("Agg")
@@ -788,7 +788,7 @@ def main():
     with torch.no_grad():
         surprise = model.head.loss(model.hidden_states(real, cond), real)             # (10, T) nats
     rows += [("a training picture", real, "gray"), ("its surprise, token by token", surprise, "magma")]
-    show(rows, curve, drawn, texts, data.SHAPES, side)
+    show_ar(rows, curve, drawn, texts, data.SHAPES, side)
     print("wrote ar_transformer.png")
 
 

@@ -465,7 +465,7 @@ class CaptionEmbedder(nn.Module):
 
 # ---- Demo: small drawn shapes in four greys show how a picture is written --------------------------
 
-def fit(model, tokens, labels, steps, lr=2e-3):
+def fit_maskgit(model, tokens, labels, steps, lr=2e-3):
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 30) * (1 - step / steps)
@@ -479,7 +479,7 @@ def fit(model, tokens, labels, steps, lr=2e-3):
             print(f"step {step + 1}: {logs['nll']:.2f} nats per masked token, {logs['accuracy']:.0%} right")
 
 
-def show(rows, path):
+def show_maskgit(rows, path):
     """A row of pictures for each (text, pictures): values 0 .. 3, or -1 where masked."""
     import matplotlib
     matplotlib.use("Agg")
@@ -512,7 +512,7 @@ def main():
     greys = ((images.amax(1) + 1) / 2 * 4).long().clamp(0, 3).flatten(1)              # (8000, T) ids 0 .. 3
     head = CategoricalHead(96, vocab_size=4)
     model = MaskGIT(head, size ** 2, 10, vocab_size=4, n_layer=3, n_head=3, n_embd=96, smoothing=0).to(device)
-    fit(model, greys, labels, args.steps)
+    fit_maskgit(model, greys, labels, args.steps)
     model.eval()
 
     rows = []
@@ -531,7 +531,7 @@ def main():
     filled = model.sample(labels[:n], steps=n, cfg=2.0, known=greys[:n], known_mask=left)
     rows.append(("given", torch.where(left, greys[:n], -1).view(n, size, size)))
     rows.append(("filled in", filled.view(n, size, size)))
-    show(rows, "maskgit.png")
+    show_maskgit(rows, "maskgit.png")
     print("wrote maskgit.png")
 
 

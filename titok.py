@@ -546,7 +546,7 @@ class TiTokVAE(TiTok):
 
 # ---- Demo: ever more tokens, and what one token says -----------------------------------------------
 
-def fit(model, images, steps, batch_size=16, lr=4e-3):
+def fit_titok(model, images, steps, batch_size=16, lr=4e-3):
     """Train on a fixed set of images (N, 3, H, W)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
     for step in range(steps):
@@ -578,7 +578,7 @@ def reach_of_tokens(model, ids, others):
     return torch.stack(reach), torch.stack(changed)
 
 
-def show(columns, reach, changed, path):
+def show_titok(columns, reach, changed, path):
     """Images from ever more tokens on the left, on the right what one token changes.
 
     columns: (title, images (N, 3, H, W)); reach (T, H, W); changed (T, 3, H, W).
@@ -631,7 +631,7 @@ def main():
         torch.manual_seed(0)
         model = TiTok(args.image_size, T, vocab_size=256, enc=(64, 2, 4), dec=(64, 2, 4)).to(device)
         start = time.perf_counter()
-        fit(model, images, args.steps)
+        fit_titok(model, images, args.steps)
         seconds = time.perf_counter() - start
         ids = model.eval().encode(held_out)                                           # (200, T)
         recon = model.decode(ids)
@@ -644,7 +644,7 @@ def main():
         columns.append((f"{T} tokens\n{8 * T} bits\n{psnr:.1f} dB", recon))
         if T == 8:
             shown = (reach, changed)
-    show(columns, *shown, "titok.png")
+    show_titok(columns, *shown, "titok.png")
     print("wrote titok.png")
 
 

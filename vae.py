@@ -518,7 +518,7 @@ def fit_autoencoder(model, images, steps, batch_size=32, lr=4e-3):
     return time.perf_counter() - start
 
 
-def show(rows, path):
+def show_vae(rows, path):
     """A row of pictures for each (text, images (n, 3, H, W) in [-1, 1]) -> a PNG."""
     import matplotlib
     matplotlib.use("Agg")
@@ -564,7 +564,7 @@ def main():
               f"{seconds:.0f} s")
         rows.append((f"{name}: reconstructed", x_hat))
         rows.append((f"{name}: decoded N(0, 1) noise", prior))
-    show(rows, "vae.png")
+    show_vae(rows, "vae.png")
     print("wrote vae.png")
 
 

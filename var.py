@@ -844,7 +844,7 @@ def kmeans_of(z, n, steps=10):
 SCHEDULES = [(4,), (2, 4), (1, 2, 4), (1, 2, 3, 4)]
 
 
-def fit(model, tokens, labels, steps, lr=4e-3):
+def fit_var(model, tokens, labels, steps, lr=4e-3):
     """Train on ids (N, T) and labels (N,) -> nats per image in the last steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
     last = []
@@ -865,7 +865,7 @@ def far_from(images, others):
     return torch.cdist(images.flatten(1), others.flatten(1)).amin(1).mean().item()
 
 
-def show(rows, curves, path):
+def show_var(rows, curves, path):
     """rows: (text, images (n, 3, H, W)); curves: (text, style, numbers of passes, values)."""
     import matplotlib
     matplotlib.use("Agg")
@@ -909,7 +909,7 @@ def main():
         ids = tokenizer.encode(images)
         model = VAR(CategoricalHead(96, args.vocab), tokenizer.quantizer, 10, n_layer=3, n_head=3, n_embd=96)
         model = model.to(device)
-        nats = fit(model, ids, labels, args.steps)
+        nats = fit_var(model, ids, labels, args.steps)
         model.eval()
         grown = []
 
@@ -931,7 +931,7 @@ def main():
     passes = [len(scales) for scales in SCHEDULES]
     curves = [("samples", "o-", passes, values),
               ("held-out pictures, decoded", "k--", passes, [real] * len(passes))]
-    show(rows, curves, "var.png")
+    show_var(rows, curves, "var.png")
     print("wrote var.png")
 
 

@@ -165,15 +165,11 @@ def test_model_files_open_with_what_shapes_and_the_command(name):
 
 
 def test_same_name_means_same_code():
-    """Only demos may have a show() or a fit() of their own."""
+    """Only main() is every file's own."""
     seen = {}
     for name in MODELS:
-        source = files()[name].read_text()
-        demo = source[:source.index("# ---- Demo")].count("\n")
-        for node in ast.parse(source).body:
-            if not isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                continue
-            if node.name == "main" or node.name in ("show", "fit") and node.lineno > demo:
+        for node in ast.parse(files()[name].read_text()).body:
+            if not isinstance(node, (ast.ClassDef, ast.FunctionDef)) or node.name == "main":
                 continue
             other, code = seen.setdefault(node.name, (name, ast.dump(node)))
             assert code == ast.dump(node), f"{node.name} differs between {other}.py and {name}.py"

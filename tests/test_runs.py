@@ -1,5 +1,6 @@
 """Tests of common/runs.py: flags, refusals, checkpoints, run folders."""
 import argparse
+import copy
 import os
 import re
 import shutil
@@ -245,6 +246,15 @@ def test_a_vae_of_colour_pictures_has_more_numbers_per_token(words, grey, number
     runs.suit(args, pretend_set(grey))
     assert (args.token_dim, args.beta) == (numbers, beta)
     assert runs.build_tokenizer(args).path.border == (2.0 if grey else runs.BORDER_IN_COLOUR)
+
+
+def test_what_the_images_are_changes_nothing_of_a_finished_tokenizer(tmp_path, capsys):
+    args = args_of(["--tokenizer", "vae", "--data", "mine"], tmp_path)
+    args.stage1_done = True                                 # its values were read from the checkpoint
+    before = copy.deepcopy(vars(args))
+    runs.suit(args, pretend_set(grey=False))
+    assert vars(args) == before
+    assert capsys.readouterr().out == ""
 
 
 def test_a_run_begun_before_borders_were_stretched_further_goes_on_with_its_own(tmp_path):
