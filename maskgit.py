@@ -36,7 +36,7 @@ SIZES = {
     "tiny": dict(n_layer=4, n_head=4, n_embd=128),
     "small": dict(n_layer=6, n_head=4, n_embd=192),                   # the default on a CPU
     "medium": dict(n_layer=12, n_head=6, n_embd=384),                 # the default on a GPU
-    "maskgit": dict(n_layer=24, n_head=8, n_embd=768, dropout=0.1),   # the paper's, but pre-norm
+    "maskgit": dict(n_layer=24, n_head=8, n_embd=768, dropout=0.1, smoothing=0.1),    # the paper's, pre-norm
     "givt": dict(n_layer=24, n_head=16, n_embd=1024, dropout=0.4),    # GIVT-MaskGIT, 304M with its head
 }
 SCHEDULES = {                                               # share of the tokens still masked at progress r
@@ -177,13 +177,13 @@ class MaskGIT(nn.Module):
     u_max: training masks ceil(T cos(pi/2 u)) tokens with u ~ U(0, u_max): MaskGIT has 1, GIVT 0.7.
     choice_temperature: weight of the noise in the confidence, 4.5 for ids (MaskGIT). Log densities of vectors
     spread wider: GIVT takes 35 for 16 numbers per token; the default here is 2 for each number.
-    smoothing: for ids, the share of the target that is spread over all V ids. A wrong id drawn because of it
-    has a low log p among a thousand ids and is masked again. Among a few ids it is not: set 0 there.
+    smoothing: for ids, the share of the target that is spread over all V ids, 0.1 in the paper. It keeps a
+    large model from being too sure, and makes each model draw wrong ids. A small model is better without it.
     text: (P, "bytes") or (P, E). The condition is a caption then, see CaptionEmbedder, and not a class.
     """
 
     def __init__(self, head, seq_len, num_classes, token_dim=None, vocab_size=None, grid=None, n_layer=6,
-                 n_head=4, n_embd=192, n_mlp=None, dropout=0.0, label_drop=0.1, smoothing=0.1, u_max=1.0,
+                 n_head=4, n_embd=192, n_mlp=None, dropout=0.0, label_drop=0.1, smoothing=0.0, u_max=1.0,
                  choice_temperature=None, text=None):
         super().__init__()
         if n_embd % n_head:
@@ -275,9 +275,10 @@ class MaskGIT(nn.Module):
         if self.token_dim:
             return masked_mean(self.head.loss(h, tokens), mask, per_image=False), {}
         loss = self.head.loss(h, tokens, self.smoothing)                              # (B, T)
-        # The logs project h twice more: 3% of a step at V = 512, 14% at 4096 ("small", one CPU core).
+        # With smoothing the logs project h twice more: 3% of a step of "small" at V = 512, 14% at 4096.
         with torch.no_grad():
-            nll = masked_mean(self.head.loss(h, tokens), mask, per_image=False)
+            nats = self.head.loss(h, tokens) if self.smoothing else loss
+            nll = masked_mean(nats, mask, per_image=False)
             accuracy = masked_mean(self.head.argmax(h) == tokens, mask, per_image=False)
         return masked_mean(loss, mask), {"nll": nll, "accuracy": accuracy}
 
@@ -511,7 +512,7 @@ def main():
     images, labels, _, _ = data.draw(torch.arange(8000, device=device), size)
     greys = ((images.amax(1) + 1) / 2 * 4).long().clamp(0, 3).flatten(1)              # (8000, T) ids 0 .. 3
     head = CategoricalHead(96, vocab_size=4)
-    model = MaskGIT(head, size ** 2, 10, vocab_size=4, n_layer=3, n_head=3, n_embd=96, smoothing=0).to(device)
+    model = MaskGIT(head, size ** 2, 10, vocab_size=4, n_layer=3, n_head=3, n_embd=96).to(device)
     fit_maskgit(model, greys, labels, args.steps)
     model.eval()
 

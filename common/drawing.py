@@ -69,7 +69,7 @@ def default_of(run):
     if name == "mar-diffusion" and causal and kind_of(run) == "classes":
         default = DEFAULTS["mar-diffusion-causal"]
     if run.args.head == "gmm" and (getattr(run.args, "token_dim", None) or 0) >= MANY_NUMBERS:
-        default = DEFAULTS[name] | dict(cfg=2.0, temperature=1.05, n_tries=32)
+        default = DEFAULTS[name] | dict(cfg=2.25, temperature=1.1, n_tries=32)
     if unguided(run):
         return default | dict(cfg=1.0)
     return default

@@ -100,7 +100,7 @@ class TiTokGenerator(maskgit.MaskGIT):
         head = maskgit.CategoricalHead(n_embd, vocab_size)
         head.proj = nn.Linear(n_embd, vocab_size)           # theirs has a bias
         super().__init__(head, seq_len, num_classes, vocab_size=vocab_size, n_layer=0, n_head=n_head,
-                         n_embd=n_embd, dropout=dropout)
+                         n_embd=n_embd, dropout=dropout, smoothing=0.1)
         self.seen_weight = seen_weight
         block = UViTBlock if style == "uvit" else BertBlock
         self.blocks = nn.ModuleList(block(n_embd, n_head, n_mlp, dropout) for _ in range(n_layer))

@@ -131,7 +131,7 @@ def test_givt_draws_shapes_and_digits_with_what_was_measured_on_each(images, tok
     run = SimpleNamespace(args=args, classes=["a", "b"])
     assert drawing.default_of(run) == drawing.DEFAULTS[key]
     args.token_dim = drawing.MANY_NUMBERS                   # was measured on photographs, without top_p
-    assert drawing.default_of(run) == dict(cfg=2.0, temperature=1.05, n_tries=32)
+    assert drawing.default_of(run) == dict(cfg=2.25, temperature=1.1, n_tries=32)
 
 
 @pytest.mark.parametrize("attention, condition, cfg", [
