@@ -49,8 +49,8 @@ TOK_SIZES = {
 }
 SIZES = {
     "nano": dict(n_layer=4, n_head=2, n_embd=64),
-    "tiny": dict(n_layer=4, n_head=4, n_embd=128),
-    "small": dict(n_layer=6, n_head=4, n_embd=192),                                   # the default on a CPU
+    "tiny": dict(n_layer=4, n_head=4, n_embd=128),                                    # the default on a CPU
+    "small": dict(n_layer=6, n_head=4, n_embd=192),
     "medium": dict(n_layer=12, n_head=6, n_embd=384),                                 # the default on a GPU
     "d16": dict(n_layer=16, n_head=16, n_embd=1024),        # the paper's: 310M, 601M, 1.0B, 2.0B parameters
     "d20": dict(n_layer=20, n_head=20, n_embd=1280),

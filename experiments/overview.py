@@ -146,7 +146,7 @@ def draw(path, rows, classes, title, side):
     step = side + GAP
     letter = 7                                              # pixels, about
     slanted = max(map(len, classes)) * letter > step
-    head = 14 + (max(map(len, classes)) * letter * 7 // 10 if slanted else 4)
+    head = 22 + (max(map(len, classes)) * letter * 7 // 10 if slanted else 0)
     left = 12 + (letter + 1) * max(len(text) for text, _ in rows)
     right = head if slanted else 4                          # the last name leans over the edge
     top = head + (22 if title else 0)

@@ -82,6 +82,16 @@ def test_pictures_full_of_noise_are_enlarged_less(tmp_path):
     assert 10 * 32 < Image.open(tmp_path / "x.png").width < 10 * 64
 
 
+@pytest.mark.parametrize("names", [["bar", "ring", "lily"], ["automobile", "cat", "fullgrown owl"]])
+def test_names_of_classes_are_whole(names, tmp_path):
+    """A border of two white pixels on all sides: no letter is cut off, upright or slanted."""
+    grey = torch.zeros(3, 3, 32, 32)
+    overview.save(tmp_path / "x.png", [("GIVT", grey)], names)
+    page = np.array(Image.open(tmp_path / "x.png").convert("RGB"))
+    assert (page[:2] == 255).all() and (page[:, :2] == 255).all() and (page[:, -2:] == 255).all()
+    assert (page[2:20] < 255).any()                         # and they are there
+
+
 def test_runs_that_do_not_fit_are_refused(tiny_run, clip_run, tmp_path):
     givt = str(tiny_run / "shapes-vae-ar-gmm")
     clips = str(clip_run / "shapes-lfq-5f-maskgit-categorical")
