@@ -30,6 +30,7 @@ NAMES = {                                                   # tokenizer, generat
     ("lfq", "maskgit", "categorical"): "MAGVIT-v2",
     ("lfq", "ar", "categorical"): "Open-MAGVIT2",
     ("titok", "maskgit", "categorical"): "TiTok",
+    ("titok", "ar", "categorical"): "TiTok, causal",
     ("msvq", "var", "categorical"): "VAR",
 }
 SIDE = 64                                                   # pixels of an image on the page, or a bit less
