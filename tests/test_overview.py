@@ -28,6 +28,7 @@ def test_a_row_is_named_by_what_the_run_is():
             (args_of("lfq", "maskgit", "categorical", frames=17), "MAGVIT-v2, 17 frames"),
             (args_of("lfq", "maskgit", "categorical", codebook="fsq"), "MAGVIT-v2, FSQ"),
             (args_of("vq", "mar", "categorical", attention="causal", order="annealed"), "RAR"),
+            (args_of("titok", "ar", "categorical"), "TiTok, causal"),
             (args_of("titok-vae", "ar", "diffusion"), "titok-vae + ar + diffusion")]:
         assert overview.name_of(args) == name
     twice = [SimpleNamespace(args=args_of("vae", "ar", "gmm"), folder=SimpleNamespace(name=name))
