@@ -35,7 +35,7 @@ import torch.nn.functional as F
 SIZES = {
     "nano": dict(n_layer=4, n_head=2, n_embd=64),
     "tiny": dict(n_layer=4, n_head=4, n_embd=128),                                    # the default on a CPU
-    "small": dict(n_layer=6, n_head=4, n_embd=192),
+    "small": dict(n_layer=6, n_head=4, n_embd=192),                                   # with a diffusion head
     "medium": dict(n_layer=12, n_head=6, n_embd=384),                                 # the default on a GPU
     "gpt-b": dict(n_layer=12, n_head=12, n_embd=768, multiple_of=256),              # LlamaGen's, trained with
     "gpt-l": dict(n_layer=24, n_head=16, n_embd=1024, multiple_of=256),               # dropout=0.1

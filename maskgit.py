@@ -33,8 +33,8 @@ import torch.nn.functional as F
 
 SIZES = {
     "nano": dict(n_layer=4, n_head=2, n_embd=64),
-    "tiny": dict(n_layer=4, n_head=4, n_embd=128),                    # the default on a CPU
-    "small": dict(n_layer=6, n_head=4, n_embd=192),
+    "tiny": dict(n_layer=4, n_head=4, n_embd=128),                    # the default on a CPU, for ids
+    "small": dict(n_layer=6, n_head=4, n_embd=192),                   # and for vectors
     "medium": dict(n_layer=12, n_head=6, n_embd=384),                 # the default on a GPU
     "maskgit": dict(n_layer=24, n_head=8, n_embd=768, dropout=0.1, smoothing=0.1),    # the paper's, pre-norm
     "givt": dict(n_layer=24, n_head=16, n_embd=1024, dropout=0.4),    # GIVT-MaskGIT, 304M with its head
