@@ -31,9 +31,10 @@ import math
 import platform
 import time
 
-from common import waiting
+from common import memory, waiting
 
 waiting.gently()                                            # before torch is imported
+memory.keep()
 import torch
 
 from common import age, captions, clips, compiling, drawing, metrics, pictures, runs, yardsticks

@@ -101,9 +101,8 @@ class GMMHead(nn.Module):
 
     def split(self, raw):
         """Raw outputs (..., K + 2KD) -> log_pi (..., K), mu (..., K, D), sigma (..., K, D), float32."""
-        raw = raw.float()
-        logits = raw[..., :self.n_mix]
-        mu, s = raw[..., self.n_mix:].unflatten(-1, (self.n_mix, 2, self.token_dim)).unbind(-2)
+        logits, normals = raw.float().split([self.n_mix, 2 * self.n_mix * self.token_dim], -1)
+        mu, s = normals.unflatten(-1, (self.n_mix, 2, self.token_dim)).unbind(-2)     # (..., K, D) each
         return logits.log_softmax(-1), mu, square_plus(s).clamp(min=self.min_scale)
 
     def mixture(self, h):

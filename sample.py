@@ -29,9 +29,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import waiting
+from common import memory, waiting
 
 waiting.gently()                                            # before torch is imported
+memory.keep()
 import numpy as np
 import torch
 from PIL import Image

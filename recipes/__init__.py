@@ -1,4 +1,5 @@
 """What is no composition of flags. Each recipe is run as python -m recipes.NAME."""
-from common import waiting
+from common import memory, waiting
 
 waiting.gently()                                            # before torch is imported
+memory.keep()

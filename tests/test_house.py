@@ -31,8 +31,8 @@ from tests.helpers import MODELS, PROGRAMS, ROOT
 
 # Rooms from the lowest up: a file imports only what stands in a line above its own.
 FLOORS = [
-    ["common.waiting", "common.age", "common.pictures", "common.log", "common.sharding", "common.muon",
-     "common.averages", "common.reading", "common.folders", "common.files"],
+    ["common.waiting", "common.memory", "common.age", "common.pictures", "common.log", "common.sharding",
+     "common.muon", "common.averages", "common.reading", "common.folders", "common.files"],
     ["data"],
     MODELS,
     ["official.files"],

@@ -14,10 +14,14 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
+import ar_transformer
 import data
+import gmm_head
+import mar
+import maskgit
 import perceptual_gan
 import train
-from common import classifier, drawing, runs
+from common import classifier, drawing, muon, runs
 from tests.helpers import ENV, IDS, RARELY, ROOT, TINY, log_of
 from tests.test_drawing import bf16_draws_nearly_what_fp32_draws
 
@@ -172,6 +176,16 @@ def test_muon_takes_kernels_but_none_of_a_discriminator():
     _, optimizer = train.make_optimizers(model, args, 1e-3)
     [kernel] = optimizer.param_groups[0]["params"]
     assert kernel is model["net"].weight
+
+
+@pytest.mark.parametrize("name, blocks", [("ar", muon.ROWS), ("maskgit", None), ("mar", muon.ROWS)])
+def test_maskgit_alone_learns_from_whole_matrices(name, blocks):
+    args = argparse.Namespace(optimizer="muon", weight_decay=0.0, device=torch.device("cpu"))
+    head = gmm_head.GMMHead(n_embd=16, token_dim=2, n_mix=2)
+    build = dict(ar=ar_transformer.ARTransformer, maskgit=maskgit.MaskGIT, mar=mar.MAR)[name]
+    model = build(head, seq_len=4, num_classes=3, token_dim=2, n_layer=1, n_head=2, n_embd=16)
+    _, optimizer = train.make_optimizers(model, args, 1e-3)
+    assert [group["rows"] for group in optimizer.param_groups] == [blocks]
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(tiny_run, tmp_path):
