@@ -17,7 +17,7 @@ A kernel (c_out, c_in, k, k) counts as the matrix (c_out, c_in * k * k), as in t
 With `rows`, a matrix of a transformer is cut along its longer side into blocks of so many rows, which count
 as matrices of their own: for wqkv about one per head. That takes a fifth of the multiplications. On the
 default run a step learns as much as with whole matrices, and the validation loss after equal processor time
-is lower (docs/results.md).
+is lower. MaskGIT learns more in a step from whole ones (both: docs/results.md).
 
 Parameters may be shared out over processes (--shard): the momentum is, too. The orthogonal matrix needs whole
 rows and columns, so each process collects it, computes all of it and keeps its share.
