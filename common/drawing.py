@@ -30,6 +30,7 @@ DEFAULTS = {                                                # keywords of sample
     "ar-gmm-vae": dict(cfg=1.25, temperature=1.0, top_p=0.95, clip=2.0, n_tries=32),        # yours, of a vae
     "ar-diffusion": dict(cfg=2.5, temperature=1.0),
     "ar-categorical": dict(cfg=2.0, temperature=0.9),
+    "ar-categorical-shapes": dict(cfg=1.5, temperature=0.9),                          # drawn, of vq and titok
     "maskgit-gmm": dict(cfg=2.5, temperature=0.85),
     "maskgit-categorical": dict(cfg=3.0, temperature=1.0),
     "mar-gmm": dict(cfg=1.5, temperature=0.9),
@@ -62,9 +63,12 @@ def default_of(run):
     name = f"{run.args.generator}-{run.args.head}"
     published = getattr(run.args, "data", None) == ""       # the authors' weights have no data here
     default = DEFAULTS.get(f"published-{name}" if published else name, DEFAULTS[name])
-    if name == "ar-gmm" and getattr(run.args, "tokenizer", None) == "vae" and kind_of(run) == "classes":
-        drawn = getattr(run.args, "data", None) == "shapes"
+    drawn = getattr(run.args, "data", None) == "shapes"
+    tokenizer = getattr(run.args, "tokenizer", None) if kind_of(run) == "classes" else None
+    if name == "ar-gmm" and tokenizer == "vae":
         default = DEFAULTS["ar-gmm-shapes" if drawn else "ar-gmm-vae"]
+    if name == "ar-categorical" and tokenizer in ("vq", "titok") and drawn:           # ids of lfq keep 2
+        default = DEFAULTS["ar-categorical-shapes"]
     causal = getattr(run.args, "attention", None) == "causal"
     if name == "mar-diffusion" and causal and kind_of(run) == "classes":
         default = DEFAULTS["mar-diffusion-causal"]

@@ -134,6 +134,16 @@ def test_givt_draws_shapes_and_digits_with_what_was_measured_on_each(images, tok
     assert drawing.default_of(run) == dict(cfg=2.25, temperature=1.1, n_tries=32)
 
 
+@pytest.mark.parametrize("images, tokenizer, frames, cfg", [
+    ("shapes", "vq", 1, 1.5), ("shapes", "titok", 1, 1.5), ("shapes", "lfq", 1, 2.0), ("mine", "vq", 1, 2.0),
+    ("shapes", "vq", 17, 2.0)])
+def test_causal_ids_are_guided_less_on_shapes(images, tokenizer, frames, cfg):
+    args = argparse.Namespace(condition="class", frames=frames, generator="ar", head="categorical",
+                              data=images, tokenizer=tokenizer)
+    run = SimpleNamespace(args=args, classes=["a", "b"])
+    assert drawing.default_of(run) == dict(cfg=cfg, temperature=0.9)
+
+
 @pytest.mark.parametrize("attention, condition, cfg", [
     ("causal", "class", 2.0), ("bidirectional", "class", 4.0), ("causal", "text", 4.0)])
 def test_causal_mar_needs_less_guidance_for_classes(attention, condition, cfg):
