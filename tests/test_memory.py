@@ -46,5 +46,5 @@ def test_freed_memory_is_found_again():
     assert without > 5000                                   # pages of 4 kB
 
 
-def test_a_setting_of_the_user_is_left_alone():
+def test_memory_is_left_alone_where_the_user_has_set_it_up():
     assert faults("memory.keep()", MALLOC_TRIM_THRESHOLD_="131072")[0] is False
