@@ -4,7 +4,7 @@ Which optimizer teaches a generator most in the same processor time, and what a 
     python experiments/optimizers.py runs/shapes-vae-ar-gmm        # 3 seeds x 4 arms x 60 s, and two minutes
 
   arms       AdamW; Muon with whole matrices and five iterations, as published; Muon with blocks of 64 rows
-             and three iterations, as train.py has it (common/muon.py); and the first edition's default, the
+             and three iterations, as train.py has it but for MaskGIT; and the first edition's default, the
              small generator with whole matrices and --lr 4e-3
   model      the run's generator, anew from each seed, on the run's tokens, with its batch size and --lr
   budget     the same processor time for each, in turns, in float32; the learning rate falls to 0 in that time
