@@ -440,7 +440,8 @@ def make_optimizers(model, args, lr):
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
     if matrices:                                            # scaled to AdamW's updates: one --lr for both
         dtype = torch.bfloat16 if runs.native_bf16(args.device) else torch.float32
-        rows = None if isinstance(model, MaskGIT) else muon.ROWS
+        masked = any(isinstance(module, MaskGIT) for module in model.modules())       # behind an adapter, too
+        rows = None if masked else muon.ROWS
         optimizers.append(muon.Muon(matrices, lr, args.weight_decay, rows=rows, dtype=dtype))
     return optimizers
 

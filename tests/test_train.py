@@ -16,6 +16,7 @@ from PIL import Image
 
 import ar_transformer
 import data
+import flow_adapter
 import gmm_head
 import mar
 import maskgit
@@ -184,8 +185,10 @@ def test_maskgit_alone_learns_from_whole_matrices(name, blocks):
     head = gmm_head.GMMHead(n_embd=16, token_dim=2, n_mix=2)
     build = dict(ar=ar_transformer.ARTransformer, maskgit=maskgit.MaskGIT, mar=mar.MAR)[name]
     model = build(head, seq_len=4, num_classes=3, token_dim=2, n_layer=1, n_head=2, n_embd=16)
-    _, optimizer = train.make_optimizers(model, args, 1e-3)
-    assert [group["rows"] for group in optimizer.param_groups] == [blocks]
+    adapted = flow_adapter.Adapted(flow_adapter.FlowAdapter(2, (2, 2)), model)
+    for whole in (model, adapted):
+        _, optimizer = train.make_optimizers(whole, args, 1e-3)
+        assert [group["rows"] for group in optimizer.param_groups] == [blocks]
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(tiny_run, tmp_path):
